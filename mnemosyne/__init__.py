@@ -1,0 +1,1 @@
+"""Exact long-context serving of language models, native to PyTorch."""

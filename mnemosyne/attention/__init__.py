@@ -1,0 +1,1 @@
+"""Attention backends over a paged cache, and the log-sum-exp merge of their partials."""

@@ -1,0 +1,1 @@
+"""From plan to tokens: input tensors, the step, sampling, weights."""

@@ -1,0 +1,1 @@
+"""Serving: the engine loop, the offline API, ids to text, HTTP."""

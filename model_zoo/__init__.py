@@ -1,0 +1,1 @@
+"""Model architectures, and the specs read from Hugging Face checkpoints."""
