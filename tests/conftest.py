@@ -1,0 +1,34 @@
+"""What holds for every test: markers, reproducible properties, no state left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+SLOW_TIMEOUT_S = 3600
+
+# Fixed seeds, here too; and no deadline, because a busy machine is no error of the code.
+settings.register_profile("mnemosyne", derandomize=True, deadline=None)
+settings.load_profile("mnemosyne")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip ``gpu`` tests where there is no GPU; give ``slow`` ones an hour instead of minutes."""
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
+
+
+@pytest.fixture(autouse=True)
+def torch_settings_survive() -> Iterator[None]:
+    """A test may set the number of threads or the default dtype; the next one does not notice."""
+    num_threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    yield
+    torch.set_num_threads(num_threads)
+    torch.set_default_dtype(dtype)

@@ -1,0 +1,161 @@
+"""Which room of the package may import what, and a reader of sources that finds breaches."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = "mnemosyne"
+BANNED = ("kernels", "model_zoo", "conf", "tests", "tools")  # bare names, see TID251 as well
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What one room may import besides the standard library and itself."""
+
+    rooms: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
+    itself: bool = True  # whether files of the room may import one another
+
+
+@dataclass(frozen=True, slots=True)
+class Breach:
+    """One import that its room's rule does not allow."""
+
+    path: Path
+    line: int
+    target: str
+    room: str
+    rule: Rule
+
+    def __str__(self) -> str:
+        allowed = ", ".join((*self.rule.rooms, *self.rule.packages)) or "nothing"
+        return (
+            f"{self.path}:{self.line}: imports {self.target}; "
+            f"{self.room or PACKAGE} may import {allowed} (and the standard library)"
+        )
+
+
+_PAGELESS = Rule(("config", "cache.allocator", "cache.layout"), ("numpy",), itself=False)
+_CORE = ("torch", "numpy", "safetensors", "tokenizers", "jinja2")
+
+# The longest name that a module falls under decides. `config` is free of torch and knows no room,
+# so every room but the kernels may take its own small dataclasses from there.
+TABLE = {
+    # the package itself: the public names
+    "": Rule(("request", "config", "build", "serve", "attention", "schedule", "cache")),
+    "__main__": Rule(("cli",)),
+    "cli": Rule(("build", "config"), ("hydra", "omegaconf", "rich")),
+    "build": Rule(
+        (
+            *("config", "request", "metrics", "schedule", "cache", "attention", "kernels"),
+            *("parallel", "runtime", "serve", "simulate", "model_zoo"),
+        ),
+        _CORE,
+    ),
+    "config": Rule(),
+    "request": Rule(("config",), ("numpy",)),
+    "metrics": Rule(("config",), ("numpy",)),
+    "schedule": Rule(("request", "config", "cache.allocator", "cache.layout"), ("numpy",)),
+    "simulate": Rule(("schedule", "metrics", "config"), ("numpy",)),
+    "cache": _PAGELESS,
+    "cache.pages": Rule(
+        ("config", "kernels", "cache.allocator", "cache.layout"), ("torch", "numpy")
+    ),
+    "kernels": Rule((), ("torch", "triton")),
+    "parallel": Rule(("config",), ("torch", "numpy")),
+    "attention": Rule(("cache", "kernels", "parallel", "config"), ("torch", "numpy")),
+    "model_zoo": Rule(
+        ("attention", "parallel", "config"), ("torch", "numpy", "safetensors", "tokenizers")
+    ),
+    "runtime": Rule(
+        ("request", "schedule.plan", "cache", "attention", "parallel", "config"),
+        ("torch", "numpy", "safetensors"),
+    ),
+    "serve": Rule(
+        ("schedule", "runtime", "request", "metrics", "config"),
+        (
+            *("torch", "numpy", "tokenizers", "jinja2", "rich", "zmq", "msgspec"),
+            *("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"),
+        ),
+    ),
+    "conf": Rule(),
+}
+
+
+def is_under(name: str, room: str) -> bool:
+    """Whether the dotted ``name`` is ``room`` or stands in it."""
+    return name == room or name.startswith(room + ".")
+
+
+def find_breaches(package: Path) -> list[Breach]:
+    """Every import in a package that ``TABLE`` does not allow.
+
+    Args:
+        package: the folder of the package; symlinked rooms in it are followed.
+
+    Returns:
+        Breaches in the order of files and lines.
+    """
+    modules = {_module_name(path, package): path for path in _sources(package)}
+    breaches = []
+    for module, path in modules.items():
+        room = max((room for room in TABLE if room == "" or is_under(module, room)), key=len)
+        if room == "" and module:
+            raise AssertionError(f"{path}: no rule for {module}; add its room to the import table")
+        for line, target in imports_of(path, module, set(modules)):
+            if not _is_allowed(target, room, TABLE[room]):
+                breaches.append(Breach(path, line, target, room, TABLE[room]))
+    return breaches
+
+
+def imports_of(path: Path, module: str, modules: set[str]) -> Iterator[tuple[int, str]]:
+    """Line and absolute dotted target of every import, nested and type-only ones included.
+
+    Args:
+        path: a source file.
+        module: its name inside the package, "" for the package itself.
+        modules: names of all modules of the package, which tell a module from a name in one.
+    """
+    base = f"{PACKAGE}.{module}".rstrip(".").split(".")
+    if path.name != "__init__.py":
+        base = base[:-1]  # the package that the dots of a relative import start from
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = base[: len(base) - node.level + 1] if node.level else []
+            source = ".".join([*parents, *((node.module,) if node.module else ())])
+            for alias in node.names:
+                full = f"{source}.{alias.name}"
+                is_module = full.removeprefix(PACKAGE + ".") in modules
+                yield node.lineno, full if is_module else source
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            if ast.unparse(node.func) in ("importlib.import_module", "import_module", "__import__"):
+                yield node.lineno, str(node.args[0].value)
+
+
+def _sources(package: Path) -> Iterator[Path]:
+    for path in sorted(package.iterdir()):
+        if path.is_dir():
+            yield from _sources(path)
+        elif path.suffix == ".py":
+            yield path
+
+
+def _module_name(path: Path, package: Path) -> str:
+    parts = path.relative_to(package).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _is_allowed(target: str, room: str, rule: Rule) -> bool:
+    top = target.partition(".")[0]
+    if top != PACKAGE:
+        return top not in BANNED and (top in sys.stdlib_module_names or top in rule.packages)
+    inside = target.removeprefix(PACKAGE).lstrip(".")
+    if rule.itself and room and is_under(inside, room):
+        return True
+    return any(is_under(inside, allowed) for allowed in rule.rooms)
