@@ -10,6 +10,7 @@ from pathlib import Path
 
 PACKAGE = "mnemosyne"
 BANNED = ("kernels", "model_zoo", "conf", "tests", "tools")  # bare names, see TID251 as well
+DYNAMIC_IMPORTS = ("importlib.import_module", "import_module", "__import__")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +134,13 @@ def imports_of(path: Path, module: str, modules: set[str]) -> Iterator[tuple[int
                 full = f"{source}.{alias.name}"
                 is_module = full.removeprefix(PACKAGE + ".") in modules
                 yield node.lineno, full if is_module else source
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            if ast.unparse(node.func) in ("importlib.import_module", "import_module", "__import__"):
-                yield node.lineno, str(node.args[0].value)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in DYNAMIC_IMPORTS:
+            yield from ((node.lineno, arg.value) for arg in node.args[:1] if is_text(arg))
+
+
+def is_text(node: ast.expr) -> bool:
+    """Whether an argument is a literal string."""
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 def _sources(package: Path) -> Iterator[Path]:
