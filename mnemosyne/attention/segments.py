@@ -1,0 +1,108 @@
+"""What each query row of a step may see: the contract between the runtime and every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segment:
+    """Consecutive query rows of one sequence, and the local shard of its cache.
+
+    A row at position p sees local key j, which stands at position ``first_key + j``, if
+    ``first_key + j <= p`` and, under a sliding window w, ``first_key + j > p - w``.
+    Local key j lives in slot ``pages[j // page_size] * page_size + j % page_size`` of the pool.
+    """
+
+    first_row: int  # index into the packed rows T
+    num_rows: int
+    first_position: int  # position of the first row; the others follow it one by one
+    num_keys: int  # local keys, those that this step writes included
+    pages: np.ndarray  # int64 [ceil(num_keys / page_size) or more], page ids in key order
+    first_key: int = 0  # position of the first local key; above 0 only on later kvp groups
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionBatch:
+    """All segments of a step. Rows that no segment holds (padding) get (0, -inf)."""
+
+    segments: tuple[Segment, ...]
+    num_rows: int  # T, padding included
+    page_size: int  # N
+
+
+class AttentionBackend(Protocol):
+    """One way to compute exact attention over a paged cache.
+
+    ``prepare`` runs once per step and window; its result is opaque and shared by all layers with
+    that window. ``attend`` runs once per layer.
+    """
+
+    name: str
+
+    def prepare(self, batch: AttentionBatch, window: int | None, device: torch.device) -> Any:
+        """Turn the segments into whatever ``attend`` needs: runs, block masks, page tables."""
+
+    def attend(
+        self,
+        q_THD: Tensor,
+        k_KSD: Tensor,
+        v_KSD: Tensor,
+        prepared: Any,
+        *,
+        scale: float,
+        return_lse: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of the packed rows over the pool.
+
+        Args:
+            q_THD: packed queries, any floating dtype.
+            k_KSD: the keys of the whole pool, S = num_pages * page_size, dtype of ``q_THD``.
+            v_KSD: the values of the whole pool, likewise.
+            prepared: what ``prepare`` gave for this step and window.
+            scale: factor on the scores, usually 1/sqrt(D).
+            return_lse: whether the LSE is wanted (partials of a sharded cache need it).
+
+        Returns:
+            ``out_THD`` in the dtype of ``q_THD`` and, if asked for, ``lse_TH`` in float32
+            (float64 for float64 input), natural log, -inf for a row that saw no key.
+        """
+
+
+class Attend(Protocol):
+    """What a model layer calls: store this step's K and V, then attend.
+
+    The layer hands over its index and its rotated projections; pages, masks and the rest of the
+    batch stay on this side.
+    """
+
+    def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+        """Return ``out_THD`` in the dtype of ``q_THD``."""
+
+
+def slot_runs(pages: np.ndarray, num_keys: int, page_size: int) -> Iterator[tuple[int, int, int]]:
+    """Maximal runs of neighbouring slots that hold neighbouring keys.
+
+    Args:
+        pages: int64 page ids in key order.
+        num_keys: keys to cover.
+        page_size: tokens per page.
+
+    Yields:
+        ``(first_key, first_slot, length)`` of each run, in key order.
+    """
+    num_pages = -(-num_keys // page_size)
+    used = pages[:num_pages]
+    breaks = np.flatnonzero(np.diff(used) != 1) + 1
+    starts = [0, *breaks.tolist(), num_pages] if num_pages else [0]
+    for start, stop in pairwise(starts):
+        first_key = start * page_size
+        length = min(stop * page_size, num_keys) - first_key
+        yield first_key, int(used[start]) * page_size, length

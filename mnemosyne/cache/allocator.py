@@ -1,0 +1,92 @@
+"""Pages of the pool: who holds which, and which are free. Prefers neighbouring pages."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+import numpy as np
+
+
+class PageAllocator:
+    """Hands out pages with reference counts; free pages are kept as disjoint runs.
+
+    A request that gets neighbouring pages is read as one run, without a gather, so the smallest
+    run that holds all of it is taken first and only a fragmented pool splits it.
+
+    Args:
+        num_pages: pages in the pool.
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self.num_free = num_pages
+        self._references = np.zeros(num_pages, dtype=np.int32)
+        # sorted by first page; runs never touch, so they are as long as can be
+        self._starts: list[int] = [0] if num_pages else []
+        self._stops: list[int] = [num_pages] if num_pages else []
+
+    @property
+    def num_used(self) -> int:
+        return self.num_pages - self.num_free
+
+    def allocate(self, count: int) -> np.ndarray | None:
+        """Take pages, all or none.
+
+        Returns:
+            int64 ``[count]`` page ids in ascending runs, or None if fewer are free.
+        """
+        if count > self.num_free:
+            return None
+        taken = []
+        missing = count
+        while missing:
+            index = self._best_run(missing)
+            start = self._starts[index]
+            stop = min(self._stops[index], start + missing)
+            self._shrink(index, stop)
+            taken.append(np.arange(start, stop, dtype=np.int64))
+            missing -= stop - start
+        pages = np.concatenate(taken) if taken else np.empty(0, dtype=np.int64)
+        self._references[pages] = 1
+        self.num_free -= count
+        return pages
+
+    def share(self, pages: np.ndarray) -> None:
+        """Add a reference to pages that are in use."""
+        assert (self._references[pages] > 0).all(), "a free page cannot be shared"
+        self._references[pages] += 1
+
+    def release(self, pages: np.ndarray) -> None:
+        """Drop a reference; pages with none left are free again."""
+        assert (self._references[pages] > 0).all(), "a free page cannot be released"
+        self._references[pages] -= 1
+        free = np.sort(pages[self._references[pages] == 0])
+        if len(free) == 0:
+            return
+        breaks = np.flatnonzero(np.diff(free) != 1) + 1
+        for run in np.split(free, breaks):
+            self._insert(int(run[0]), int(run[-1]) + 1)
+        self.num_free += len(free)
+
+    def _best_run(self, count: int) -> int:
+        """Index of the smallest run that holds ``count`` pages, else of the largest."""
+        sizes = np.array(self._stops) - np.array(self._starts)
+        fitting = np.where(sizes >= count, sizes, np.iinfo(np.int64).max)
+        return int(np.argmin(fitting)) if (sizes >= count).any() else int(np.argmax(sizes))
+
+    def _shrink(self, index: int, start: int) -> None:
+        if start == self._stops[index]:
+            del self._starts[index], self._stops[index]
+        else:
+            self._starts[index] = start
+
+    def _insert(self, start: int, stop: int) -> None:
+        index = bisect_left(self._starts, start)
+        if index < len(self._starts) and self._starts[index] == stop:
+            stop = self._stops[index]
+            del self._starts[index], self._stops[index]
+        if index > 0 and self._stops[index - 1] == start:
+            self._stops[index - 1] = stop
+        else:
+            self._starts.insert(index, start)
+            self._stops.insert(index, stop)

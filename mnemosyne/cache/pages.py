@@ -1,0 +1,99 @@
+"""The tensors of the cache: one pool of keys and one of values per layer, head-major."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class PagePool:
+    """K and V of every local layer, ``[K, S, D]`` with ``S = (num_pages + 1) * page_size`` slots.
+
+    Head-major, so that a run of neighbouring pages is one contiguous stream per head. One page
+    more than the allocator knows stands at the end: padding rows of a step write there.
+    All slots start as zero, because a backend may read (and weigh with 0) slots nobody wrote.
+
+    Args:
+        num_pages: pages to hand out.
+        page_size: tokens per page.
+        num_layers: local layers.
+        num_kv_heads: local KV heads.
+        head_dim: elements per head.
+        dtype: of keys and values.
+        device: where the pool lives.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        page_size: int,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.padding_slot = num_pages * page_size
+        shape = (num_kv_heads, (num_pages + 1) * page_size, head_dim)
+        self.k: Sequence[Tensor] = [_zeros(shape, dtype, device) for _ in range(num_layers)]
+        self.v: Sequence[Tensor] = [_zeros(shape, dtype, device) for _ in range(num_layers)]
+
+    def write(self, layer: int, slots_T: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> None:
+        """Store the keys and values of a step.
+
+        Args:
+            layer: local layer index.
+            slots_T: int64 slot of each row.
+            k_TKD: rotated keys.
+            v_TKD: values.
+        """
+        self.k[layer].index_copy_(1, slots_T, k_TKD.transpose(0, 1))
+        self.v[layer].index_copy_(1, slots_T, v_TKD.transpose(0, 1))
+
+    def clear(self, pages: np.ndarray) -> None:
+        """Zero some pages: what a failed request left there may not be finite."""
+        first_slots = torch.from_numpy(pages * self.page_size)
+        offsets = torch.arange(self.page_size, dtype=torch.int64)
+        slots = (first_slots[:, None] + offsets).flatten()
+        for pool in (*self.k, *self.v):
+            pool.index_fill_(1, slots.to(pool.device), 0)
+
+
+def bytes_per_token(
+    *, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> int:
+    """Bytes of K and V that one token takes on this rank."""
+    return 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+    except FileNotFoundError as error:
+        raise ValueError(
+            "cache.max_tokens must be set on this system, which does not tell its free memory; "
+            "write cache.max_tokens=1M"
+        ) from error
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # Anonymous memory is zero and takes no room before it is written, so a pool may be
+    # declared larger than what a run ends up using; huge pages spare the TLB at long context.
+    buffer = mmap.mmap(-1, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        buffer.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(buffer, dtype=dtype).view(shape)

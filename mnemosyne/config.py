@@ -1,0 +1,188 @@
+"""Every config dataclass, with its units and its checks. YAML chooses, this room types."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+SIZE_SUFFIXES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+ATTENTION_BACKENDS = ("auto", "reference", "flex", "cpu")
+
+
+def parse_size(value: int | str, name: str = "size") -> int:
+    """Read a count such as ``131072``, ``"128K"`` or ``"1.5M"`` (K = 1024, M = 1024**2).
+
+    Args:
+        value: an integer, or digits with an optional suffix K, M or G.
+        name: what the value is called in the error.
+
+    Raises:
+        ValueError: if the value is not a whole, non-negative number.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        count = float(value)
+    else:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)", str(value).strip().upper())
+        count = float(match[1]) * SIZE_SUFFIXES[match[2]] if match else -1.0
+    if count < 0 or count != int(count):
+        raise ValueError(
+            f"{name} must be a whole number with an optional suffix K, M or G, "
+            f"got {value!r}; write 131072, 128K or 1M"
+        )
+    return int(value) if isinstance(value, int) else int(count)
+
+
+@dataclass(kw_only=True, slots=True)
+class MeshConfig:
+    """Degrees of the device mesh, outermost axis first; their product is the world size."""
+
+    pp: int = 1  # pipeline stages
+    kvp: int = 1  # shards of the KV cache
+    tp: int = 1  # shards of heads and MLP width
+
+    def __post_init__(self) -> None:
+        for axis in ("pp", "kvp", "tp"):
+            degree = getattr(self, axis)
+            if degree < 1:
+                raise ValueError(f"mesh.{axis} must be >= 1, got {degree}; use 1 to turn it off")
+
+    @property
+    def world_size(self) -> int:
+        return self.pp * self.kvp * self.tp
+
+
+@dataclass(kw_only=True, slots=True)
+class CacheConfig:
+    """The paged KV cache of one rank."""
+
+    max_tokens: int | str | None = None  # tokens that fit, e.g. "1M"; unset: by memory_share
+    memory_share: float = 0.5  # share of the free memory, used when max_tokens is unset
+    page_size: int = 128  # tokens per page
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None:
+            self.max_tokens = parse_size(self.max_tokens, "cache.max_tokens")
+        if not 0 < self.memory_share < 1:
+            raise ValueError(
+                f"cache.memory_share must lie in (0, 1), got {self.memory_share}; "
+                "0.5 takes half of what is free"
+            )
+        if self.page_size < 1:
+            raise ValueError(f"cache.page_size must be >= 1, got {self.page_size}; 128 is usual")
+
+
+@dataclass(kw_only=True, slots=True)
+class ScheduleConfig:
+    """What a step may hold."""
+
+    chunk: int | str = "adaptive"  # or a fixed number of prefill tokens per step
+    target_tbt: float = 0.2  # seconds between tokens of running decodes that a step is cut to
+    min_chunk: int = 32  # tokens; what a prefill gets even when decodes alone fill the step
+    max_chunk: int = 8192  # tokens
+    max_sequences: int = 64  # sequences admitted at a time
+
+    def __post_init__(self) -> None:
+        if self.chunk != "adaptive":
+            self.chunk = parse_size(self.chunk, "schedule.chunk (when not 'adaptive')")
+            if self.chunk < 1:
+                raise ValueError(
+                    f"schedule.chunk must be >= 1 or 'adaptive', got {self.chunk}; 512 is usual"
+                )
+        if not self.target_tbt > 0:
+            raise ValueError(
+                f"schedule.target_tbt must be > 0 seconds, got {self.target_tbt}; 0.2 is 200 ms"
+            )
+        if not 1 <= self.min_chunk <= self.max_chunk:
+            raise ValueError(
+                "schedule.min_chunk must lie in [1, schedule.max_chunk="
+                f"{self.max_chunk}], got {self.min_chunk}; 32 is usual"
+            )
+        if self.max_sequences < 1:
+            raise ValueError(
+                f"schedule.max_sequences must be >= 1, got {self.max_sequences}; 64 is usual"
+            )
+
+    @property
+    def is_adaptive(self) -> bool:
+        return self.chunk == "adaptive"
+
+
+@dataclass(kw_only=True, slots=True)
+class MetricsConfig:
+    """Where step records go."""
+
+    path: str | None = None  # JSONL, one line per step; unset: none is written
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineConfig:
+    """All that an engine is built from."""
+
+    model: str  # a Hugging Face directory, "needle" or "bench"
+    dtype: str = "auto"  # auto: as the checkpoint says
+    device: str = "auto"  # auto: cuda where there is one, else cpu
+    attention: str = "auto"  # reference, flex, cpu; auto: the usual one of the device
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.attention not in ATTENTION_BACKENDS:
+            raise ValueError(
+                f"attention must be one of {', '.join(ATTENTION_BACKENDS)}, got {self.attention!r}"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerateConfig(EngineConfig):
+    """``mnemosyne generate``: an engine, prompts and sampling parameters."""
+
+    prompt: str | None = None
+    prompts: list[str] = field(default_factory=list)
+    prompt_file: str | None = None  # a text file; "-" reads standard input
+    token_ids: list[Any] = field(default_factory=list)  # lists of ids, for models without text
+    chat: bool = False  # wrap each prompt as a user message in the model's chat template
+    stream: bool = True  # print text as it comes (a single prompt)
+    output: str | None = None  # JSONL, one line per request
+    max_tokens: int = 128
+    min_tokens: int = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: list[str] = field(default_factory=list)
+    stop_token_ids: list[int] = field(default_factory=list)
+    ignore_eos: bool = False
+    n: int = 1
+    logprobs: int | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class DemoConfig(EngineConfig):
+    """``mnemosyne demo``: one passkey in a long text, a dozen short requests beside it."""
+
+    model: str = "needle"
+    dtype: str = "bfloat16"
+    length: int | str = "64K"  # tokens of the long prompt
+    depth: float = 0.5  # where the passkey stands, 0 is the beginning
+    num_short: int = 12
+    seed: int = 0
+    plot: str = "mnemosyne-demo.png"
+
+    def __post_init__(self) -> None:
+        # zero-argument super() does not survive the class that slots=True makes anew
+        EngineConfig.__post_init__(self)
+        self.length = parse_size(self.length, "length")
+        if not 0 <= self.depth <= 1:
+            raise ValueError(f"depth must lie in [0, 1], got {self.depth}; 0.5 is the middle")
+        if self.num_short < 0:
+            raise ValueError(f"num_short must be >= 0, got {self.num_short}; 12 is usual")

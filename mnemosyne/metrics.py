@@ -1,0 +1,98 @@
+"""Step records, and percentiles of the times that requests see."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+import numpy as np
+
+PERCENTILES = (50, 95, 99)
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step of the engine. Times are in seconds."""
+
+    index: int
+    time_s: float  # when the step was planned, from the engine's start
+    num_decodes: int
+    chunks: tuple[tuple[int, int, int], ...]  # prefill: (request, first position, tokens)
+    predicted_s: float
+    actual_s: float  # from planned to its tokens streamed
+    pages_used: int
+    num_pages: int
+    num_running: int
+    num_waiting: int
+
+    @property
+    def chunk_tokens(self) -> int:
+        return sum(num_tokens for _, _, num_tokens in self.chunks)
+
+
+class StepLog:
+    """Appends step records to a JSONL file, one line per step, flushed as it goes.
+
+    Raises:
+        ValueError: if the file cannot be opened for writing.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        try:
+            self._file: TextIO = Path(path).open("w", encoding="utf-8")
+        except OSError as error:
+            raise ValueError(
+                f"metrics.path must be a file that can be written, got {str(path)!r} "
+                f"({error.strerror}); name one in an existing directory"
+            ) from error
+
+    def write(self, record: StepRecord) -> None:
+        self._file.write(json.dumps(asdict(record)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> StepLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_steps(path: str | Path) -> list[StepRecord]:
+    """The records of a file that ``StepLog`` wrote.
+
+    Raises:
+        ValueError: naming file and line, where a line is not a step record.
+    """
+    records = []
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                fields = json.loads(line)
+                fields["chunks"] = tuple(tuple(chunk) for chunk in fields["chunks"])
+                records.append(StepRecord(**fields))
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}:{number} must be a step record, got {line[:80]!r}; "
+                    "give a file written by metrics.path"
+                ) from error
+    return records
+
+
+def percentiles(values: Iterable[float] | Sequence[float]) -> dict[int, float]:
+    """p50, p95 and p99 by the percentile as key; nan where there are no values."""
+    array = np.asarray(list(values), dtype=np.float64)
+    if array.size == 0:
+        return {p: float("nan") for p in PERCENTILES}
+    return {p: float(np.percentile(array, p)) for p in PERCENTILES}

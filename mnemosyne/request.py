@@ -1,0 +1,200 @@
+"""What a client asks for and what it gets back: parameters, requests, outputs, pieces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+NUM_SEEDS = 2**63  # seeds are non-negative int64
+
+
+@dataclass(kw_only=True, slots=True)
+class SamplingParams:
+    """How the tokens of one request are chosen and when they end.
+
+    ``temperature`` 0 is greedy. ``None`` means "not set": end tokens and the sampling defaults of
+    a checkpoint's ``generation_config.json`` then apply where it has them (see ``resolved``).
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0  # no end token or stop string before this many tokens
+    temperature: float | None = None  # 0 is greedy; unset: the model's default, else 0
+    top_p: float | None = None  # in (0, 1]
+    top_k: int | None = None  # 0 keeps all
+    min_p: float = 0.0  # keep tokens with p >= min_p * p_max
+    seed: int | None = None  # unset: drawn once when the request is accepted
+    repetition_penalty: float | None = None  # > 0, over prompt and output; 1 is off
+    presence_penalty: float = 0.0  # subtracted once for a token the output has
+    frequency_penalty: float = 0.0  # subtracted per occurrence in the output
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: Sequence[str] = ()  # strings; the text ends before the first one
+    stop_token_ids: Sequence[int] = ()  # besides the model's own end tokens
+    ignore_eos: bool = False  # the model's own end tokens do not end the request
+    n: int = 1  # independent samples of the same prompt
+    logprobs: int | None = None  # report the k most likely tokens of each output position
+    prompt_logprobs: int | None = None  # the same for each prompt position but the first
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            self.stop = (self.stop,)
+        self._check_lengths()
+        self._check_numbers()
+
+    def _check_lengths(self) -> None:
+        _require(self.max_tokens >= 1, "max_tokens", "be >= 1", self.max_tokens, "ask for a token")
+        _require(
+            0 <= self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            f"lie in [0, max_tokens={self.max_tokens}]",
+            self.min_tokens,
+            "lower it or raise max_tokens",
+        )
+        _require(self.n >= 1, "n", "be >= 1", self.n, "ask for one sample")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            _require(
+                value is None or 0 <= value <= 1000,
+                name,
+                "lie in [0, 1000]",
+                value,
+                "use None to turn it off",
+            )
+        _require(
+            all(isinstance(text, str) and text for text in self.stop),
+            "stop",
+            "hold non-empty strings",
+            list(self.stop),
+            "drop the empty ones",
+        )
+
+    def _check_numbers(self) -> None:
+        value = self.temperature
+        _require(
+            value is None or (math.isfinite(value) and value >= 0),
+            "temperature",
+            "be a finite number >= 0",
+            value,
+            "use 0 for greedy",
+        )
+        value = self.top_p
+        _require(value is None or 0 < value <= 1, "top_p", "lie in (0, 1]", value, "1 is off")
+        _require(
+            self.top_k is None or self.top_k >= 0, "top_k", "be >= 0", self.top_k, "0 keeps all"
+        )
+        _require(0 <= self.min_p <= 1, "min_p", "lie in [0, 1]", self.min_p, "0 is off")
+        value = self.repetition_penalty
+        _require(
+            value is None or (math.isfinite(value) and value > 0),
+            "repetition_penalty",
+            "be a finite number > 0",
+            value,
+            "1 is off",
+        )
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _require(math.isfinite(value), name, "be finite", value, "0 is off")
+        _require(
+            self.seed is None or 0 <= self.seed < NUM_SEEDS,
+            "seed",
+            "lie in [0, 2**63)",
+            self.seed,
+            "use None for a random one",
+        )
+        for token, bias in self.logit_bias.items():
+            _require(
+                math.isfinite(bias), f"logit_bias[{token}]", "be finite", bias, "use -100 to ban"
+            )
+
+
+def _require(holds: bool, name: str, rule: str, value: object, remedy: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must {rule}, got {value!r}; {remedy}")
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities (natural log) at one position."""
+
+    token_id: int  # the token that stands there
+    logprob: float
+    rank: int  # 1 is the most likely
+    top: tuple[tuple[int, float], ...] = ()  # the k most likely, best first
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What one sampled row gave. ``error`` is set when its logits were not finite."""
+
+    token_id: int
+    logprobs: Logprobs | None = None
+    error: str | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class RequestMetrics:
+    """Times of one request in seconds, and how its prompt was cut."""
+
+    arrival_s: float
+    ttft_s: float | None = None  # first token out minus accepted
+    tbt_s: list[float] = field(default_factory=list)  # gaps between consecutive tokens
+    chunks: list[int] = field(default_factory=list)  # tokens per prefill chunk
+    finished_s: float | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class RequestOutput:
+    """What a request got.
+
+    ``finish_reason`` is ``"stop"`` (end token or stop string), ``"length"``, ``"cancelled"``,
+    ``"error"`` (then ``error`` says why) or None while it still runs.
+    """
+
+    request_id: int
+    prompt_token_ids: np.ndarray  # int64 [num_prompt_tokens]
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None  # the end token or stop string that ended it
+    error: str | None = None
+    logprobs: list[Logprobs] | None = None
+    prompt_logprobs: list[Logprobs | None] | None = None  # None for the first position
+    metrics: RequestMetrics
+    samples: list[RequestOutput] = field(default_factory=list)  # for n > 1: all n, itself first
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one step added to one request, as streams yield it."""
+
+    request_id: int
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[Logprobs, ...] = ()
+    finish_reason: str | None = None
+    error: str | None = None
+    prefilled: int = 0  # prompt tokens computed so far
+    num_prompt_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """What a client sent, checked and resolved: every sampling default is filled in."""
+
+    request_id: int
+    prompt_ids: np.ndarray  # int64 [num_prompt_tokens]
+    params: SamplingParams
+    seed: int
+    end_token_ids: tuple[int, ...]  # the model's own
+    arrival_s: float
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of prompt and output together, at most."""
+        return len(self.prompt_ids) + self.params.max_tokens

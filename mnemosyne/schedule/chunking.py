@@ -1,0 +1,88 @@
+"""How many tokens of a prompt a step takes: the chunk rule, usable on its own.
+
+>>> solve_chunk(lambda tokens: 0.01 + 0.001 * tokens, remaining=5000, budget_s=0.2)
+160
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+CHUNK_MULTIPLE = 32  # sizes fill matrix tiles
+LONE_RATE = 0.98  # share of the best prefill rate at which a larger chunk gains nothing
+
+
+def solve_chunk(
+    predict: Callable[[int], float],
+    *,
+    remaining: int,
+    budget_s: float,
+    min_chunk: int = 32,
+    max_chunk: int = 8192,
+) -> int:
+    """The largest chunk whose predicted step time stays within the budget.
+
+    Args:
+        predict: seconds of the whole step if the chunk has that many tokens; must not fall.
+        remaining: prompt tokens not yet computed, at least 1.
+        budget_s: seconds the step may take.
+        min_chunk: smallest chunk worth a place in a batch, tokens.
+        max_chunk: largest chunk, tokens.
+
+    Returns:
+        A multiple of 32 in ``[min_chunk, max_chunk]``, or ``remaining`` for the last piece of a
+        prompt, or 0 if not even ``min_chunk`` fits. A piece smaller than ``min_chunk`` is never
+        left over: it joins the chunk before.
+
+    Source: Medha, arXiv 2409.17264, adaptive chunking; the tail rule is ours.
+    """
+    smallest = min(min_chunk, remaining)
+    if predict(smallest) > budget_s:
+        return 0
+    low, high = 0, min(remaining, max_chunk) // CHUNK_MULTIPLE  # in multiples
+    while low < high:
+        middle = (low + high + 1) // 2
+        if predict(middle * CHUNK_MULTIPLE) <= budget_s:
+            low = middle
+        else:
+            high = middle - 1
+    return close_tail(max(low * CHUNK_MULTIPLE, smallest), remaining, min_chunk)
+
+
+def solve_lone_chunk(
+    predict: Callable[[int], float],
+    *,
+    remaining: int,
+    min_chunk: int = 32,
+    max_chunk: int = 8192,
+) -> int:
+    """The chunk for a prefill that delays nobody: the smallest one at nearly the best rate.
+
+    Larger chunks only save the fixed cost of a step; beyond 98% of the best rate they would make
+    a new arrival wait for nothing.
+
+    Args:
+        predict: seconds of the step if the chunk has that many tokens.
+        remaining: prompt tokens not yet computed, at least 1.
+        min_chunk: smallest chunk, tokens.
+        max_chunk: largest chunk, tokens.
+
+    Returns:
+        Tokens, by the same rules as ``solve_chunk``.
+    """
+    sizes = []
+    size = min(min_chunk, max_chunk, remaining)
+    while size < min(max_chunk, remaining):
+        sizes.append(size)
+        size *= 2
+    sizes.append(min(max_chunk, remaining))
+    rates = [size / predict(size) for size in sizes]
+    chosen = next(
+        size for size, rate in zip(sizes, rates, strict=True) if rate >= LONE_RATE * max(rates)
+    )
+    return close_tail(chosen, remaining, min_chunk)
+
+
+def close_tail(chunk: int, remaining: int, min_chunk: int) -> int:
+    """``chunk``, or all that remains where less than ``min_chunk`` would be left after it."""
+    return remaining if remaining - chunk < min_chunk else chunk

@@ -1,0 +1,60 @@
+"""What a step will do, as frozen values: they travel to every rank and to the simulator alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mnemosyne.request import Logprobs, Sampled, SamplingParams
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Admission:
+    """A request that starts: its prompt and the pages reserved for its whole life."""
+
+    request_id: int
+    prompt_ids: np.ndarray  # int64 [num_prompt_tokens]
+    params: SamplingParams  # resolved: no sampling field is None but top-level switches
+    seed: int
+    end_token_ids: tuple[int, ...]
+    pages: np.ndarray  # int64, in key order
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A run of one request's tokens computed in one step. A decode is a chunk of one token."""
+
+    request_id: int
+    start: int  # position of the first token
+    num_tokens: int
+    samples: bool  # the last row is sampled
+    is_decode: bool
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step: what changed since the last one, then the rows to compute, decodes first."""
+
+    index: int
+    chunks: tuple[Chunk, ...]
+    admitted: tuple[Admission, ...] = ()
+    released: tuple[int, ...] = ()  # requests whose pages are free again
+    predicted_s: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What came of a plan."""
+
+    index: int
+    sampled: dict[int, Sampled] = field(default_factory=dict)  # by request
+    prompt_logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)

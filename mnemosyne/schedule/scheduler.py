@@ -1,0 +1,273 @@
+"""Which requests run in the next step, and how much of each: admission, decodes, chunks."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from mnemosyne.cache.allocator import PageAllocator
+from mnemosyne.cache.layout import pages_for
+from mnemosyne.config import ScheduleConfig
+from mnemosyne.request import Request
+from mnemosyne.schedule.chunking import solve_chunk, solve_lone_chunk
+from mnemosyne.schedule.plan import Admission, Chunk, Plan
+from mnemosyne.schedule.predictor import Predictor, StepWork, WorkModel
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """An admitted request, as far as planning needs it: counts, never token values."""
+
+    request: Request
+    pages: np.ndarray  # int64
+    num_planned: int = 0  # tokens in this and earlier plans
+    num_known: int = 0  # prompt and output tokens that exist
+    num_in_flight: int = 0  # steps that hold a chunk of it
+    is_released: bool = False
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.num_planned < self.request.num_prompt_tokens
+
+    @property
+    def can_decode(self) -> bool:
+        return not self.is_prefilling and self.num_planned < self.num_known
+
+
+class Scheduler:
+    """Continuous batching: decodes first, then chunks of prefill within the predicted time.
+
+    Pages for prompt and ``max_tokens`` are reserved when a request is admitted, so an admitted
+    request always finishes. Requests that do not fit now wait in the order they came.
+
+    Args:
+        config: chunk rule, target time between tokens, limits.
+        allocator: the pages of the cache.
+        page_size: tokens per page.
+        predictor: step time; decides sizes only when ``config.chunk`` is "adaptive".
+        work_model: counts the work of a chunk.
+    """
+
+    def __init__(
+        self,
+        config: ScheduleConfig,
+        *,
+        allocator: PageAllocator,
+        page_size: int,
+        predictor: Predictor,
+        work_model: WorkModel,
+    ) -> None:
+        self.config = config
+        self.allocator = allocator
+        self.page_size = page_size
+        self.predictor = predictor
+        self.work_model = work_model
+        self._waiting: OrderedDict[int, Request] = OrderedDict()
+        self._running: OrderedDict[int, Running] = OrderedDict()
+        self._released: list[int] = []
+        self._num_plans = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether executors still hold state of requests that are gone."""
+        return bool(self._released)
+
+    def check_fits(self, request: Request) -> None:
+        """Refuse a request that no empty cache could hold.
+
+        Raises:
+            ValueError: with the tokens asked, the tokens that fit, and what would help.
+        """
+        capacity = self.allocator.num_pages * self.page_size
+        if pages_for(request.max_tokens, self.page_size) > self.allocator.num_pages:
+            raise ValueError(
+                f"prompt and max_tokens must fit the cache of {capacity} tokens, got "
+                f"{request.num_prompt_tokens} + {request.params.max_tokens} = "
+                f"{request.max_tokens}; shorten one of them or raise cache.max_tokens"
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            ValueError: if it can never fit.
+        """
+        self.check_fits(request)
+        self._waiting[request.request_id] = request
+
+    def release(self, request_id: int) -> None:
+        """Forget a request that finished or was cancelled; its pages are free again.
+
+        Pages of a request that is part of a step in flight are freed when that step is back.
+        """
+        if self._waiting.pop(request_id, None) is not None:
+            return
+        running = self._running[request_id]
+        running.is_released = True
+        if running.num_in_flight == 0:
+            self._forget(running)
+
+    def plan(self) -> Plan | None:
+        """The next step, or None if nothing can run."""
+        admitted = self._admit()
+        chunks = [self._decode_chunk(r) for r in self._running.values() if self._is_ready(r)]
+        work = self.work_model.batch(chunks)
+        chunks += self._prefill_chunks(work)
+        if not chunks:
+            assert not admitted, "an admitted request always has a chunk to compute"
+            return None
+        for chunk in chunks:
+            running = self._running[chunk.request_id]
+            running.num_planned = chunk.stop
+            running.num_in_flight += 1
+        predicted_s = self.predictor.predict(self.work_model.batch(chunks))
+        released, self._released = tuple(self._released), []
+        self._num_plans += 1
+        return Plan(
+            index=self._num_plans - 1,
+            chunks=tuple(chunks),
+            admitted=tuple(admitted),
+            released=released,
+            predicted_s=predicted_s,
+        )
+
+    def complete(self, plan: Plan) -> None:
+        """Take note that a step is back; each row that sampled is one more known token."""
+        for chunk in plan.chunks:
+            running = self._running[chunk.request_id]
+            running.num_in_flight -= 1
+            if chunk.samples:
+                running.num_known += 1
+            if running.is_released and running.num_in_flight == 0:
+                self._forget(running)
+
+    def learn(self, plan: Plan, seconds: float) -> None:
+        """Tell the predictor how long a step really took."""
+        self.predictor.observe(self.work_model.batch(plan.chunks), seconds)
+
+    def _forget(self, running: Running) -> None:
+        request_id = running.request.request_id
+        del self._running[request_id]
+        self.allocator.release(running.pages)
+        self._released.append(request_id)
+
+    def _admit(self) -> list[Admission]:
+        admitted = []
+        while self._waiting and len(self._running) < self.config.max_sequences:
+            request = next(iter(self._waiting.values()))
+            pages = self.allocator.allocate(pages_for(request.max_tokens, self.page_size))
+            if pages is None:
+                break
+            del self._waiting[request.request_id]
+            self._running[request.request_id] = Running(
+                request, pages, num_known=request.num_prompt_tokens
+            )
+            admitted.append(
+                Admission(
+                    request_id=request.request_id,
+                    prompt_ids=request.prompt_ids,
+                    params=request.params,
+                    seed=request.seed,
+                    end_token_ids=request.end_token_ids,
+                    pages=pages,
+                )
+            )
+        return admitted
+
+    @staticmethod
+    def _is_ready(running: Running) -> bool:
+        return running.can_decode and not running.is_released
+
+    @staticmethod
+    def _decode_chunk(running: Running) -> Chunk:
+        return Chunk(
+            request_id=running.request.request_id,
+            start=running.num_planned,
+            num_tokens=1,
+            samples=True,
+            is_decode=True,
+        )
+
+    def _prefill_chunks(self, decode_work: StepWork) -> Iterable[Chunk]:
+        prefills = [r for r in self._running.values() if r.is_prefilling and not r.is_released]
+        if not self.config.is_adaptive:
+            return self._fixed_chunks(prefills)
+        return self._adaptive_chunks(prefills, decode_work)
+
+    def _fixed_chunks(self, prefills: list[Running]) -> Iterable[Chunk]:
+        budget = int(self.config.chunk)
+        chunks = []
+        for running in prefills:
+            if budget == 0:
+                break
+            chunk = self._chunk(running, min(budget, _remaining(running)))
+            budget -= chunk.num_tokens
+            chunks.append(chunk)
+        return chunks
+
+    def _adaptive_chunks(self, prefills: list[Running], work: StepWork) -> Iterable[Chunk]:
+        """Chunks in order of arrival until the predicted time of the step is spent.
+
+        The first prefill gets ``min_chunk`` even when the decodes alone spend it: a prompt that
+        never advances would be worse than a late token.
+        """
+        protects = work.num_tokens > 0
+        chunks: list[Chunk] = []
+        num_left = self.config.max_chunk
+        for running in prefills:
+            size = self._solve(running, work, num_left, protects=protects)
+            if size == 0 and not chunks:
+                size = min(self.config.min_chunk, _remaining(running))
+            if size == 0:
+                break
+            chunk = self._chunk(running, size)
+            work = work + self.work_model.batch([chunk])
+            chunks.append(chunk)
+            num_left -= size
+            if num_left < self.config.min_chunk:
+                break
+            if not protects and not chunk.samples:
+                break  # it stopped at its best rate, not at the budget: nothing is left to share
+        return chunks
+
+    def _solve(self, running: Running, work: StepWork, num_left: int, *, protects: bool) -> int:
+        def predict(num_tokens: int) -> float:
+            own = self.work_model.chunk(
+                running.num_planned,
+                num_tokens,
+                samples=num_tokens == _remaining(running),
+                is_decode=False,
+            )
+            return self.predictor.predict(work + own)
+
+        limits = {"min_chunk": self.config.min_chunk, "max_chunk": num_left}
+        remaining = _remaining(running)
+        if not protects and work.num_tokens == 0:
+            return solve_lone_chunk(predict, remaining=remaining, **limits)
+        budget_s = self.config.target_tbt
+        return solve_chunk(predict, remaining=remaining, budget_s=budget_s, **limits)
+
+    @staticmethod
+    def _chunk(running: Running, num_tokens: int) -> Chunk:
+        return Chunk(
+            request_id=running.request.request_id,
+            start=running.num_planned,
+            num_tokens=num_tokens,
+            samples=num_tokens == _remaining(running),
+            is_decode=False,
+        )
+
+
+def _remaining(running: Running) -> int:
+    return running.request.num_prompt_tokens - running.num_planned

@@ -1,0 +1,71 @@
+"""Claims about the tensors of the cache."""
+
+import numpy as np
+import torch
+
+from mnemosyne.cache.pages import PagePool, bytes_per_token
+
+
+def _pool(dtype=torch.float32):
+    return PagePool(
+        num_pages=4,
+        page_size=8,
+        num_layers=2,
+        num_kv_heads=3,
+        head_dim=5,
+        dtype=dtype,
+        device=torch.device("cpu"),
+    )
+
+
+def test_rows_land_in_their_slots_and_nowhere_else():
+    pool = _pool()
+    slots = torch.tensor([9, 0, 31])
+    k, v = torch.randn(2, 3, 3, 5, generator=torch.Generator().manual_seed(0))
+
+    pool.write(1, slots, k, v)
+
+    assert torch.equal(pool.k[1][:, slots].transpose(0, 1), k)
+    assert torch.equal(pool.v[1][:, slots].transpose(0, 1), v)
+    untouched = [slot for slot in range(40) if slot not in (9, 0, 31)]
+    assert not pool.k[1][:, untouched].any()
+    assert not pool.k[0].any()
+
+
+def test_cleared_pages_hold_no_nan():
+    pool = _pool()
+    nan = torch.full((16, 3, 5), float("nan"))
+    pool.write(0, torch.arange(8, 24), nan, nan)
+
+    pool.clear(np.array([2, 1]))
+
+    assert not pool.k[0].any()
+    assert not pool.v[0].any()
+
+
+def test_a_pool_takes_no_memory_before_it_is_written():
+    resident_kb = _resident_kb()
+
+    pool = PagePool(
+        num_pages=2**15,
+        page_size=128,
+        num_layers=1,
+        num_kv_heads=2,
+        head_dim=128,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+    )  # 4 GiB declared
+
+    assert pool.k[0].numel() * 2 > 2**31
+    assert _resident_kb() - resident_kb < 2**17
+
+
+def test_bytes_per_token_are_those_of_llama_3_8b():
+    found = bytes_per_token(num_layers=32, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16)
+
+    assert found == 131_072
+
+
+def _resident_kb() -> int:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
