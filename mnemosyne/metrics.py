@@ -43,7 +43,7 @@ class StepLog:
 
     def __init__(self, path: str | Path) -> None:
         try:
-            self._file: TextIO = Path(path).open("w", encoding="utf-8")
+            self._file: TextIO = Path(path).open("w", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise ValueError(
                 f"metrics.path must be a file that can be written, got {str(path)!r} "
