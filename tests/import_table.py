@@ -47,7 +47,8 @@ _CORE = ("torch", "numpy", "safetensors", "tokenizers", "jinja2")
 # so every room but the kernels may take its own small dataclasses from there.
 TABLE = {
     # the package itself: the public names
-    "": Rule(("request", "config", "build", "serve", "attention", "schedule", "cache")),
+    "": Rule(("llm", "request", "config", "serve")),
+    "llm": Rule(("build", "config", "metrics", "request", "serve"), ("numpy",)),
     "__main__": Rule(("cli",)),
     "cli": Rule(("build", "config"), ("hydra", "omegaconf", "rich")),
     "build": Rule(
