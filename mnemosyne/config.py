@@ -9,6 +9,7 @@ from typing import Any
 SIZE_SUFFIXES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 ATTENTION_BACKENDS = ("auto", "reference", "flex", "cpu")
+POLICIES = ("fcfs", "edf", "lrs", "lars")
 
 
 def parse_size(value: int | str, name: str = "size") -> int:
@@ -82,6 +83,9 @@ class ScheduleConfig:
     min_chunk: int = 32  # tokens; what a prefill gets even when decodes alone fill the step
     max_chunk: int = 8192  # tokens
     max_sequences: int = 64  # sequences admitted at a time
+    policy: str = "lars"  # who is prefilled next: fcfs, edf, lrs or lars
+    long_tokens: int | str = "32K"  # a prefill beyond this context is long: one of them per step
+    max_relative_slack: float = 0.4  # share of a step that a long prefill with slack gives up
 
     def __post_init__(self) -> None:
         if self.chunk != "adaptive":
@@ -103,10 +107,37 @@ class ScheduleConfig:
             raise ValueError(
                 f"schedule.max_sequences must be >= 1, got {self.max_sequences}; 64 is usual"
             )
+        self._check_policy()
+
+    def _check_policy(self) -> None:
+        if self.policy not in POLICIES:
+            raise ValueError(
+                f"schedule.policy must be one of {', '.join(POLICIES)}, got {self.policy!r}"
+            )
+        self.long_tokens = parse_size(self.long_tokens, "schedule.long_tokens")
+        if not 0 <= self.max_relative_slack < 1:
+            raise ValueError(
+                "schedule.max_relative_slack must lie in [0, 1), got "
+                f"{self.max_relative_slack}; 0.4 leaves short prompts two fifths of a step"
+            )
 
     @property
     def is_adaptive(self) -> bool:
         return self.chunk == "adaptive"
+
+
+@dataclass(kw_only=True, slots=True)
+class SloConfig:
+    """When a first token is due, for requests that do not say so themselves."""
+
+    ttft_scale: float = 2.0  # times the predicted prefill time of the prompt, alone
+    ttft_min: float = 1.0  # seconds; no deadline is shorter
+
+    def __post_init__(self) -> None:
+        for name in ("ttft_scale", "ttft_min"):
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                raise ValueError(f"slo.{name} must be a positive number, got {value}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -126,6 +157,7 @@ class EngineConfig:
     attention: str = "auto"  # reference, flex, cpu; auto: the usual one of the device
     mesh: MeshConfig = field(default_factory=MeshConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    slo: SloConfig = field(default_factory=SloConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 

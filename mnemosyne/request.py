@@ -152,7 +152,7 @@ class RequestOutput:
     ``"error"`` (then ``error`` says why) or None while it still runs.
     """
 
-    request_id: int
+    request_id: int | None  # None if it was refused
     prompt_token_ids: np.ndarray  # int64 [num_prompt_tokens]
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
@@ -169,7 +169,7 @@ class RequestOutput:
 class Piece:
     """What one step added to one request, as streams yield it."""
 
-    request_id: int
+    request_id: int | None  # None if it was refused
     token_ids: tuple[int, ...] = ()
     text: str = ""
     logprobs: tuple[Logprobs, ...] = ()
@@ -189,6 +189,8 @@ class Request:
     seed: int
     end_token_ids: tuple[int, ...]  # the model's own
     arrival_s: float
+    priority: int = 0  # a lower number is prefilled first
+    deadline_s: float | None = None  # for the first token, after arrival; unset: by the slo config
 
     @property
     def num_prompt_tokens(self) -> int:

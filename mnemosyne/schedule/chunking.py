@@ -76,7 +76,8 @@ def solve_lone_chunk(
         sizes.append(size)
         size *= 2
     sizes.append(min(max_chunk, remaining))
-    rates = [size / predict(size) for size in sizes]
+    # a predictor that knows nothing yet says 0: then the largest chunk has the best rate
+    rates = [size / max(predict(size), 1e-12) for size in sizes]
     chosen = next(
         size for size, rate in zip(sizes, rates, strict=True) if rate >= LONE_RATE * max(rates)
     )

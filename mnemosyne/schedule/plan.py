@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -58,3 +59,15 @@ class StepResult:
     index: int
     sampled: dict[int, Sampled] = field(default_factory=dict)  # by request
     prompt_logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)
+
+
+class Executor(Protocol):
+    """Runs plans: the model on a mesh, or a clock in the simulator."""
+
+    depth: int  # steps that may be in flight
+
+    def submit(self, plan: Plan) -> None:
+        """Start a step."""
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest step in flight."""

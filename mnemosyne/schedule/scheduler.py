@@ -3,38 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
-from dataclasses import dataclass
-
-import numpy as np
 
 from mnemosyne.cache.allocator import PageAllocator
 from mnemosyne.cache.layout import pages_for
-from mnemosyne.config import ScheduleConfig
+from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request
-from mnemosyne.schedule.chunking import solve_chunk, solve_lone_chunk
 from mnemosyne.schedule.plan import Admission, Chunk, Plan
-from mnemosyne.schedule.predictor import Predictor, StepWork, WorkModel
-
-
-@dataclass(slots=True, eq=False)
-class Running:
-    """An admitted request, as far as planning needs it: counts, never token values."""
-
-    request: Request
-    pages: np.ndarray  # int64
-    num_planned: int = 0  # tokens in this and earlier plans
-    num_known: int = 0  # prompt and output tokens that exist
-    num_in_flight: int = 0  # steps that hold a chunk of it
-    is_released: bool = False
-
-    @property
-    def is_prefilling(self) -> bool:
-        return self.num_planned < self.request.num_prompt_tokens
-
-    @property
-    def can_decode(self) -> bool:
-        return not self.is_prefilling and self.num_planned < self.num_known
+from mnemosyne.schedule.predictor import Predictor, WorkModel
+from mnemosyne.schedule.prefill import PrefillPlanner, Running
 
 
 class Scheduler:
@@ -44,7 +20,8 @@ class Scheduler:
     request always finishes. Requests that do not fit now wait in the order they came.
 
     Args:
-        config: chunk rule, target time between tokens, limits.
+        config: chunk rule, policy, target time between tokens, limits.
+        slo: when a first token is due.
         allocator: the pages of the cache.
         page_size: tokens per page.
         predictor: step time; decides sizes only when ``config.chunk`` is "adaptive".
@@ -54,6 +31,7 @@ class Scheduler:
     def __init__(
         self,
         config: ScheduleConfig,
+        slo: SloConfig,
         *,
         allocator: PageAllocator,
         page_size: int,
@@ -65,6 +43,7 @@ class Scheduler:
         self.page_size = page_size
         self.predictor = predictor
         self.work_model = work_model
+        self._prefill = PrefillPlanner(config, slo, predictor, work_model)
         self._waiting: OrderedDict[int, Request] = OrderedDict()
         self._running: OrderedDict[int, Running] = OrderedDict()
         self._released: list[int] = []
@@ -118,12 +97,17 @@ class Scheduler:
         if running.num_in_flight == 0:
             self._forget(running)
 
-    def plan(self) -> Plan | None:
-        """The next step, or None if nothing can run."""
+    def plan(self, now_s: float) -> Plan | None:
+        """The next step, or None if nothing can run.
+
+        Args:
+            now_s: seconds on the clock of the requests' arrivals.
+        """
         admitted = self._admit()
         chunks = [self._decode_chunk(r) for r in self._running.values() if self._is_ready(r)]
         work = self.work_model.batch(chunks)
-        chunks += self._prefill_chunks(work)
+        prefills = [r for r in self._running.values() if r.is_prefilling and not r.is_released]
+        chunks += self._prefill.chunks(prefills, work, now_s)
         if not chunks:
             assert not admitted, "an admitted request always has a chunk to compute"
             return None
@@ -170,9 +154,7 @@ class Scheduler:
             if pages is None:
                 break
             del self._waiting[request.request_id]
-            self._running[request.request_id] = Running(
-                request, pages, num_known=request.num_prompt_tokens
-            )
+            self._running[request.request_id] = self._prefill.start(request, pages)
             admitted.append(
                 Admission(
                     request_id=request.request_id,
@@ -198,76 +180,3 @@ class Scheduler:
             samples=True,
             is_decode=True,
         )
-
-    def _prefill_chunks(self, decode_work: StepWork) -> Iterable[Chunk]:
-        prefills = [r for r in self._running.values() if r.is_prefilling and not r.is_released]
-        if not self.config.is_adaptive:
-            return self._fixed_chunks(prefills)
-        return self._adaptive_chunks(prefills, decode_work)
-
-    def _fixed_chunks(self, prefills: list[Running]) -> Iterable[Chunk]:
-        budget = int(self.config.chunk)
-        chunks = []
-        for running in prefills:
-            if budget == 0:
-                break
-            chunk = self._chunk(running, min(budget, _remaining(running)))
-            budget -= chunk.num_tokens
-            chunks.append(chunk)
-        return chunks
-
-    def _adaptive_chunks(self, prefills: list[Running], work: StepWork) -> Iterable[Chunk]:
-        """Chunks in order of arrival until the predicted time of the step is spent.
-
-        The first prefill gets ``min_chunk`` even when the decodes alone spend it: a prompt that
-        never advances would be worse than a late token.
-        """
-        protects = work.num_tokens > 0
-        chunks: list[Chunk] = []
-        num_left = self.config.max_chunk
-        for running in prefills:
-            size = self._solve(running, work, num_left, protects=protects)
-            if size == 0 and not chunks:
-                size = min(self.config.min_chunk, _remaining(running))
-            if size == 0:
-                break
-            chunk = self._chunk(running, size)
-            work = work + self.work_model.batch([chunk])
-            chunks.append(chunk)
-            num_left -= size
-            if num_left < self.config.min_chunk:
-                break
-            if not protects and not chunk.samples:
-                break  # it stopped at its best rate, not at the budget: nothing is left to share
-        return chunks
-
-    def _solve(self, running: Running, work: StepWork, num_left: int, *, protects: bool) -> int:
-        def predict(num_tokens: int) -> float:
-            own = self.work_model.chunk(
-                running.num_planned,
-                num_tokens,
-                samples=num_tokens == _remaining(running),
-                is_decode=False,
-            )
-            return self.predictor.predict(work + own)
-
-        limits = {"min_chunk": self.config.min_chunk, "max_chunk": num_left}
-        remaining = _remaining(running)
-        if not protects and work.num_tokens == 0:
-            return solve_lone_chunk(predict, remaining=remaining, **limits)
-        budget_s = self.config.target_tbt
-        return solve_chunk(predict, remaining=remaining, budget_s=budget_s, **limits)
-
-    @staticmethod
-    def _chunk(running: Running, num_tokens: int) -> Chunk:
-        return Chunk(
-            request_id=running.request.request_id,
-            start=running.num_planned,
-            num_tokens=num_tokens,
-            samples=num_tokens == _remaining(running),
-            is_decode=False,
-        )
-
-
-def _remaining(running: Running) -> int:
-    return running.request.num_prompt_tokens - running.num_planned

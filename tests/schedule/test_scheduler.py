@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mnemosyne.cache.allocator import PageAllocator
-from mnemosyne.config import ScheduleConfig
+from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request, SamplingParams
 from mnemosyne.schedule.predictor import StepWork, WorkModel
 from mnemosyne.schedule.scheduler import Scheduler
@@ -24,7 +24,8 @@ class FixedRates:
 
 def _scheduler(num_pages: int = 1000, **config) -> Scheduler:
     return Scheduler(
-        ScheduleConfig(**config),
+        ScheduleConfig(**{"policy": "fcfs", **config}),
+        SloConfig(),
         allocator=PageAllocator(num_pages),
         page_size=4,
         predictor=FixedRates(),
@@ -43,8 +44,8 @@ def _request(request_id: int, num_prompt_tokens: int, max_tokens: int = 4) -> Re
     )
 
 
-def _run(scheduler: Scheduler, plan=None):
-    plan = scheduler.plan()
+def _run(scheduler: Scheduler):
+    plan = scheduler.plan(0.0)
     scheduler.complete(plan)
     return plan
 
@@ -112,7 +113,7 @@ def test_what_never_fits_is_refused_with_the_numbers():
     with pytest.raises(ValueError, match=r"40 tokens, got 38 \+ 4 = 42; .*cache\.max_tokens"):
         scheduler.add(_request(0, 38))
 
-    assert scheduler.plan() is None
+    assert scheduler.plan(0.0) is None
 
 
 def test_what_does_not_fit_now_waits_in_order():
@@ -138,13 +139,13 @@ def test_a_cancelled_request_gives_its_pages_back_at_once():
     scheduler.release(0)
 
     assert scheduler.allocator.num_used == 0
-    assert scheduler.plan() is None
+    assert scheduler.plan(0.0) is None
 
 
 def test_pages_of_a_step_in_flight_are_kept_until_it_is_back():
     scheduler = _scheduler(chunk=4)
     scheduler.add(_request(0, 28))
-    plan = scheduler.plan()
+    plan = scheduler.plan(0.0)
 
     scheduler.release(0)
 
@@ -157,10 +158,10 @@ def test_a_prompt_is_planned_again_before_its_last_chunk_is_back():
     scheduler = _scheduler(chunk=4)
     scheduler.add(_request(0, 7))
 
-    first, second = scheduler.plan(), scheduler.plan()
+    first, second = scheduler.plan(0.0), scheduler.plan(0.0)
 
     assert _shape(first) + _shape(second) == [(0, 0, 4, False), (0, 4, 3, True)]
-    assert scheduler.plan() is None  # its decode waits for the token
+    assert scheduler.plan(0.0) is None  # its decode waits for the token
 
 
 @settings(max_examples=60, deadline=None)
@@ -171,13 +172,13 @@ def test_a_prompt_is_planned_again_before_its_last_chunk_is_back():
 )
 def test_every_token_is_computed_once_and_every_page_comes_back(lengths, chunk, cancelled):
     scheduler = _scheduler(num_pages=30, chunk=chunk, max_sequences=4, target_tbt=0.04)
-    computed = {request_id: 0 for request_id in range(len(lengths))}
+    computed = dict.fromkeys(range(len(lengths)), 0)
     sampled = dict.fromkeys(computed, 0)
     for request_id, (num_prompt_tokens, max_tokens) in enumerate(lengths):
         scheduler.add(_request(request_id, num_prompt_tokens, max_tokens))
 
     for step in range(2000):
-        plan = scheduler.plan()
+        plan = scheduler.plan(0.0)
         if plan is None:
             break
         scheduler.complete(plan)

@@ -1,0 +1,121 @@
+"""The short sweep at start-up that a step-time predictor is fitted from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from mnemosyne.cache.layout import pages_for
+from mnemosyne.request import SamplingParams
+from mnemosyne.schedule.plan import Admission, Chunk, Executor, Plan
+from mnemosyne.schedule.predictor import StepWork, WorkModel
+
+Shape = tuple[tuple[int, int, bool], ...]  # (context, tokens, is_decode) of each chunk
+
+CHUNK_SWEEP = ((0, 32), (0, 128), (0, 512), (0, 2048), (0, 8192))  # (context, tokens)
+CONTEXT_SWEEP = ((4096, 32), (4096, 256), (32768, 32), (32768, 128), (32768, 512))
+DECODE_SWEEP = ((512, 1), (512, 4), (512, 16), (32768, 1))  # (context, sequences)
+MIXED_SWEEP = ((512, 8, 64), (512, 8, 256))  # (context, sequences, chunk beside them)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a synthetic step may use."""
+
+    num_pages: int
+    page_size: int
+    max_positions: int
+    vocab_size: int
+    step_s: float  # a sweep stops growing where one step takes this long
+
+
+def calibrate(
+    executor: Executor,
+    work_model: WorkModel,
+    limits: Limits,
+    *,
+    clock: Callable[[], float],
+) -> list[tuple[StepWork, float]]:
+    """Time synthetic steps on an idle executor.
+
+    Each step runs twice and the second run counts. The contexts are pages nobody wrote, so they
+    hold zeros: times of linear layers and of prefill attention are real, reads of a long cache
+    come out of the processor's own caches and are corrected by the steps that follow.
+
+    Args:
+        executor: idle, with an empty cache.
+        work_model: counts the work of each step.
+        limits: the size of cache, model and step.
+        clock: seconds.
+
+    Returns:
+        ``(work, seconds)`` of each step, at least one.
+    """
+    samples: list[tuple[StepWork, float]] = []
+    for family in _families():
+        for shape in family:
+            plans = _plans(shape, limits)
+            if plans is None:
+                continue
+            chunks = plans[0].chunks
+            seconds = [_time(executor, plan, clock) for plan in plans][1]
+            samples.append((work_model.batch(chunks), seconds))
+            if seconds > limits.step_s:
+                break
+    return samples
+
+
+def _families() -> Iterator[list[Shape]]:
+    """Sweeps in which each step is larger than the one before."""
+    yield [((context, tokens, False),) for context, tokens in CHUNK_SWEEP]
+    for context in sorted({context for context, _ in CONTEXT_SWEEP}):
+        yield [((c, tokens, False),) for c, tokens in CONTEXT_SWEEP if c == context]
+    yield [((context, 1, True),) * count for context, count in DECODE_SWEEP]
+    yield [
+        (*(((context, 1, True),) * count), (context, chunk, False))
+        for context, count, chunk in MIXED_SWEEP
+    ]
+
+
+def _plans(shape: Shape, limits: Limits) -> list[Plan] | None:
+    """The step twice, then a plan that takes its requests away; None if it does not fit."""
+    room = max(context + tokens for context, tokens, _ in shape) + 2
+    pages_each = pages_for(room, limits.page_size)
+    if pages_each * len(shape) > limits.num_pages or room > limits.max_positions:
+        return None
+    admitted = []
+    for index in range(len(shape)):
+        first = index * pages_each
+        admitted.append(
+            Admission(
+                request_id=_request_id(index),
+                prompt_ids=np.arange(room - 2, dtype=np.int64) % limits.vocab_size,
+                params=SamplingParams(max_tokens=2, temperature=0.0),
+                seed=0,
+                end_token_ids=(),
+                pages=np.arange(first, first + pages_each, dtype=np.int64),
+            )
+        )
+    chunks = tuple(
+        Chunk(_request_id(index), context, tokens, samples=is_decode, is_decode=is_decode)
+        for index, (context, tokens, is_decode) in enumerate(shape)
+    )
+    ids = tuple(admission.request_id for admission in admitted)
+    return [
+        Plan(index=0, chunks=chunks, admitted=tuple(admitted)),
+        Plan(index=1, chunks=chunks),
+        Plan(index=2, chunks=(), released=ids),
+    ]
+
+
+def _request_id(index: int) -> int:
+    return -1 - index  # apart from the ids of real requests, which count up from 0
+
+
+def _time(executor: Executor, plan: Plan, clock: Callable[[], float]) -> float:
+    started_s = clock()
+    executor.submit(plan)
+    executor.collect()
+    return clock() - started_s

@@ -1,0 +1,144 @@
+"""Claims about the order of prefills."""
+
+import numpy as np
+import pytest
+
+from mnemosyne.cache.allocator import PageAllocator
+from mnemosyne.config import ScheduleConfig, SloConfig
+from mnemosyne.request import Request, SamplingParams
+from mnemosyne.schedule.policy import POLICIES, PrefillTable, Urgency
+from mnemosyne.schedule.predictor import StepWork, WorkModel
+from mnemosyne.schedule.scheduler import Scheduler
+
+
+class MillisecondPerToken:
+    """A machine whose step takes 1 ms a token."""
+
+    def predict(self, work: StepWork) -> float:
+        return 0.001 * work.num_tokens
+
+    def observe(self, work: StepWork, seconds: float) -> None:
+        pass
+
+
+CANDIDATES = {
+    "first": Urgency(arrival_s=0.0, deadline_s=90.0, total_s=4.0, remaining_s=4.0),
+    "due": Urgency(arrival_s=1.0, deadline_s=12.0, total_s=1.0, remaining_s=1.0),
+    "tight": Urgency(arrival_s=2.0, deadline_s=30.0, total_s=24.0, remaining_s=24.0),
+    "long": Urgency(arrival_s=3.0, deadline_s=110.0, total_s=100.0, remaining_s=100.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("policy", "order"),
+    [
+        ("fcfs", ["first", "due", "tight", "long"]),
+        ("edf", ["due", "tight", "first", "long"]),
+        ("lrs", ["tight", "due", "long", "first"]),
+        ("lars", ["long", "tight", "due", "first"]),
+    ],
+)
+def test_each_policy_has_an_order_of_its_own(policy, order):
+    def key(name: str) -> float:
+        return POLICIES[policy](CANDIDATES[name], 3.0)
+
+    assert sorted(CANDIDATES, key=key) == order
+
+
+def _scheduler(**config) -> Scheduler:
+    return Scheduler(
+        ScheduleConfig(**config),
+        SloConfig(ttft_scale=2.0, ttft_min=1.0),
+        allocator=PageAllocator(2000),
+        page_size=64,
+        predictor=MillisecondPerToken(),
+        work_model=WorkModel([None]),
+    )
+
+
+def _request(request_id: int, num_prompt_tokens: int, **fields) -> Request:
+    return Request(
+        request_id=request_id,
+        prompt_ids=np.zeros(num_prompt_tokens, dtype=np.int64),
+        params=SamplingParams(max_tokens=4),
+        seed=0,
+        end_token_ids=(),
+        **{"arrival_s": 0.0, **fields},
+    )
+
+
+def _sizes(plan):
+    return {chunk.request_id: chunk.num_tokens for chunk in plan.chunks}
+
+
+def test_short_prompts_ride_along_with_a_long_one_that_has_slack():
+    scheduler = _scheduler(target_tbt=1.0, long_tokens=5000)
+    scheduler.add(_request(0, 50_000))
+    scheduler.add(_request(1, 100))
+    scheduler.add(_request(2, 100))
+
+    plan = scheduler.plan(0.0)
+
+    assert _sizes(plan) == {0: 576, 1: 100, 2: 100}  # 600 of 1000 tokens, in multiples of 32
+
+
+def test_a_long_prompt_that_is_late_gives_nothing_up():
+    scheduler = _scheduler(target_tbt=1.0, long_tokens=5000)
+    scheduler.add(_request(0, 50_000))
+    scheduler.add(_request(1, 100, arrival_s=60.0))
+
+    plan = scheduler.plan(now_s=60.0)
+
+    assert _sizes(plan) == {0: 992}
+
+
+def test_two_long_prompts_never_share_a_step():
+    scheduler = _scheduler(target_tbt=1.0, long_tokens=500)
+    for request_id in range(3):
+        scheduler.add(_request(request_id, 50_000, arrival_s=float(request_id)))
+
+    assert set(_sizes(scheduler.plan(3.0))) == {0}
+
+
+def test_a_preempted_prompt_goes_on_where_it_stopped():
+    scheduler = _scheduler(chunk=256, policy="edf")
+    scheduler.add(_request(0, 1000, deadline_s=100.0))
+    scheduler.complete(scheduler.plan(0.0))
+    pages = scheduler.allocator.num_used
+    scheduler.add(_request(1, 256, deadline_s=1.0, arrival_s=1.0))
+
+    preempting = scheduler.plan(1.0)
+    scheduler.complete(preempting)
+    resumed = scheduler.plan(2.0)
+
+    assert _sizes(preempting) == {1: 256}
+    assert [(c.request_id, c.start) for c in resumed.chunks if not c.is_decode] == [(0, 256)]
+    assert scheduler.allocator.num_used > pages
+
+
+def test_a_lower_priority_number_goes_first_under_every_policy():
+    for policy in POLICIES:
+        scheduler = _scheduler(chunk=256, policy=policy)
+        scheduler.add(_request(0, 300, deadline_s=1.0, priority=1))
+        scheduler.add(_request(1, 300, deadline_s=1000.0, arrival_s=5.0))
+
+        assert list(_sizes(scheduler.plan(5.0))) == [1]
+
+
+def test_the_table_adds_up_chunks_and_interpolates():
+    table = PrefillTable(lambda start, size: 0.1 + 1e-3 * size, min_chunk=32, max_chunk=1024)
+
+    assert table.seconds(0, 1024) == pytest.approx(1.124)
+    assert table.seconds(0, 2048) == pytest.approx(2 * 1.124)
+    assert table.seconds(512, 1024) == pytest.approx(1.124 / 2)
+    assert table.seconds(2048, 2048) == 0.0
+
+
+def test_the_table_follows_a_machine_that_becomes_slower():
+    speed = [1.0]
+    table = PrefillTable(lambda start, size: speed[0] * size, min_chunk=32, max_chunk=1024)
+    before = table.seconds(0, 3000)
+
+    speed[0] = 2.0
+
+    assert table.seconds(0, 3000) == pytest.approx(2 * before)
