@@ -1,0 +1,115 @@
+"""Text to token ids and back, by the tokenizer.json of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from mnemosyne.serve.chat import ChatTemplate, Message
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint and its chat templates.
+
+    Args:
+        backend: the tokenizer proper; its truncation and padding are turned off.
+        chat: None if the checkpoint has no chat template.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, chat: ChatTemplate | None = None) -> None:
+        # Many files carry a truncation left over from training; prompts must stay whole.
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._chat = chat
+        self.special_ids = frozenset(
+            token_id
+            for token_id, token in backend.get_added_tokens_decoder().items()
+            if token.special
+        )
+
+    @classmethod
+    def from_dir(cls, path: Path | str) -> Tokenizer | None:
+        """Read tokenizer.json and the chat template of a Hugging Face directory.
+
+        Returns:
+            None if there is no tokenizer.json; the model then takes token ids only.
+
+        Raises:
+            ValueError: if a file is there but cannot be read.
+        """
+        file = Path(path) / "tokenizer.json"
+        if not file.is_file():
+            return None
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(
+                f"{file} must be a tokenizer of the tokenizers library, got an error: {error}; "
+                "download it again or upgrade the library"
+            ) from error
+        return cls(backend, ChatTemplate.from_dir(path))
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> np.ndarray:
+        """Text to token ids.
+
+        Args:
+            text: valid Unicode.
+            add_special_tokens: put the tokens around it that the model expects, such as a begin
+                token; off for text that a chat template made.
+
+        Returns:
+            int64 ids.
+
+        Raises:
+            ValueError: if the text holds half a surrogate pair.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"prompt must be valid Unicode, got {error}; replace lone surrogates"
+            ) from error
+        ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return np.array(ids, dtype=np.int64)
+
+    def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
+        """Token ids to text; ids that are no tokens (padding of the vocabulary) give none.
+
+        Text is not cleaned up afterwards: a space before a full stop stays.
+        """
+        return self._backend.decode(
+            [int(token_id) for token_id in ids], skip_special_tokens=skip_special_tokens
+        )
+
+    def is_text(self, token_id: int, *, skip_special_tokens: bool = True) -> bool:
+        """Whether a token has any part in the decoded text."""
+        if skip_special_tokens and token_id in self.special_ids:
+            return False
+        return self._backend.id_to_token(token_id) is not None
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Messages to prompt text; see ``ChatTemplate.render``.
+
+        Raises:
+            ValueError: if the checkpoint has no chat template, or it refuses the messages.
+        """
+        if self._chat is None:
+            raise ValueError(
+                "chat_template must be in tokenizer_config.json or chat_template.jinja, got "
+                "neither; send a plain prompt or add the file"
+            )
+        return self._chat.render(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=variables
+        )

@@ -1,0 +1,275 @@
+"""Text to ids and back, and chat templates, as transformers does them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from mnemosyne.serve.tokenizer import Tokenizer
+from tests.serve.made_tokenizers import BEGIN, END, TEXTS, byte_fallback_bpe, byte_level_bpe
+
+LLAMA_STYLE = """\
+{{- bos_token }}
+{%- if custom_tools is defined %}{%- set tools = custom_tools %}{%- endif %}
+{%- if not date_string is defined %}{%- set date_string = strftime_now("%d %b %Y") %}{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content'] | trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|header|>system<|/header|>\\n\\nToday: " + date_string + "\\n" }}
+{%- if tools is not none %}
+    {%- for t in tools %}
+        {{- t | tojson(indent=4) }}
+        {{- "\\n\\n" }}
+    {%- endfor %}
+{%- endif %}
+{{- system_message + eos_token }}
+{%- for message in messages %}
+    {%- if message.role not in ['user', 'assistant', 'tool'] %}
+        {{- raise_exception("Unknown role: " + message.role) }}
+    {%- endif %}
+    {%- if 'tool_calls' in message %}
+        {%- if message.tool_calls | length != 1 %}
+            {{- raise_exception("Only one call at a time!") }}
+        {%- endif %}
+        {%- set call = message.tool_calls[0].function %}
+        {{- '<|header|>assistant<|/header|>\\n\\n{"name": "' + call.name + '", ' }}
+        {{- '"parameters": ' + (call.arguments | tojson) + "}" + eos_token }}
+    {%- else %}
+        {{- '<|header|>' + message['role'] + '<|/header|>\\n\\n' }}
+        {%- generation %}{{- message['content'] | trim + eos_token }}{%- endgeneration %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|header|>assistant<|/header|>\\n\\n' }}{%- endif %}
+"""
+
+QWEN_STYLE = """\
+{%- if tools %}
+    {{- '<|im_start|>system\\n' }}
+    {%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
+    {{- "# Tools\\n<tools>" }}
+    {%- for tool in tools %}{{- "\\n" + tool | tojson }}{%- endfor %}
+    {{- "\\n</tools><|im_end|>\\n" }}
+{%- elif messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- set ns = namespace(multi_step=true, last=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.multi_step and message.role == "user" and message.content is string %}
+        {%- set ns.multi_step = false %}
+        {%- set ns.last = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == "system" %}{%- continue %}{%- endif %}
+    {%- set content = message.content if message.content is string else '' %}
+    {%- if message.role == "assistant" and '</think>' in content %}
+        {%- if loop.index0 < ns.last %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + content }}
+    {%- for tool_call in message.tool_calls or [] %}
+        {{- '\\n<tool_call>\\n{"name": "' + tool_call.function.name + '", "arguments": ' }}
+        {{- tool_call.function.arguments | tojson }}
+        {{- '}\\n</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "Wetter <heute> & morgen, für 'Köln'",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
+CALL = {"function": {"name": "weather", "arguments": {"city": "Köln", "days": 2}}}
+CHATS = [
+    [{"role": "user", "content": "  Hello <b>world</b>  "}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Grüße 👋"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nhello"},
+        {"role": "user", "content": "and again"},
+    ],
+    [
+        {"role": "user", "content": "What is the weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "rain"},
+    ],
+]
+
+
+def write_checkpoint(path: Path, template: object = None, **entries: object) -> Path:
+    """A directory with a tokenizer and this ``chat_template``."""
+    path.mkdir(exist_ok=True)
+    byte_level_bpe().save(str(path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BEGIN, "eos_token": END}
+    config |= {"chat_template": template} if template is not None else {}
+    (path / "tokenizer_config.json").write_text(json.dumps(config | entries))
+    return path
+
+
+def load(path: Path) -> Tokenizer:
+    tokenizer = Tokenizer.from_dir(path)
+    assert tokenizer is not None
+    return tokenizer
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "", " ", "\n\n\t a  b", "<s>inside</s>"])
+def test_ids_and_text_are_those_of_transformers(tmp_path: Path, text: str) -> None:
+    path = write_checkpoint(tmp_path)
+    tokenizer, oracle = load(path), PreTrainedTokenizerFast.from_pretrained(path)
+
+    ids = tokenizer.encode(text)
+    plain = tokenizer.encode(text, add_special_tokens=False)
+
+    assert ids.dtype == np.int64
+    assert ids.tolist() == oracle.encode(text)
+    assert plain.tolist() == oracle.encode(text, add_special_tokens=False)
+    assert tokenizer.decode(ids) == oracle.decode(ids, skip_special_tokens=True)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == oracle.decode(ids)
+
+
+def test_a_truncation_left_in_the_file_does_not_cut_prompts(tmp_path: Path) -> None:
+    backend = byte_level_bpe()
+    backend.enable_truncation(4)
+    backend.enable_padding(length=32)
+    backend.save(str(tmp_path / "tokenizer.json"))
+
+    ids = load(tmp_path).encode("the cat sat on the mat " * 20)
+
+    assert load(tmp_path).decode(ids) == "the cat sat on the mat " * 20
+
+
+def test_without_a_tokenizer_file_there_is_no_tokenizer(tmp_path: Path) -> None:
+    assert Tokenizer.from_dir(tmp_path) is None
+
+
+def test_a_broken_tokenizer_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"version": ')
+
+    with pytest.raises(ValueError, match=r"tokenizer\.json must be a tokenizer"):
+        Tokenizer.from_dir(tmp_path)
+
+
+def test_half_a_surrogate_pair_is_refused() -> None:
+    with pytest.raises(ValueError, match="prompt must be valid Unicode"):
+        Tokenizer(byte_level_bpe()).encode("half \ud83d")
+
+
+def test_special_and_unknown_ids_are_no_text() -> None:
+    backend = byte_fallback_bpe()
+    tokenizer = Tokenizer(backend)
+
+    assert not tokenizer.is_text(backend.token_to_id(END))
+    assert tokenizer.is_text(backend.token_to_id(END), skip_special_tokens=False)
+    assert tokenizer.is_text(backend.token_to_id("ab"))
+    assert not tokenizer.is_text(10_000)
+    assert tokenizer.decode([backend.token_to_id("ab"), 10_000]) == "ab"
+
+
+@pytest.mark.parametrize("template", [LLAMA_STYLE, QWEN_STYLE], ids=["llama", "qwen"])
+@pytest.mark.parametrize("messages", CHATS, ids=["user", "system", "tool"])
+@pytest.mark.parametrize("tools", [None, TOOLS], ids=["plain", "tools"])
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_chats_are_rendered_as_by_transformers(
+    tmp_path: Path,
+    template: str,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    add_generation_prompt: bool,
+) -> None:
+    path = write_checkpoint(tmp_path, template)
+    oracle = PreTrainedTokenizerFast.from_pretrained(path)
+
+    text = load(path).apply_chat_template(
+        messages, tools=tools, add_generation_prompt=add_generation_prompt
+    )
+
+    assert text == oracle.apply_chat_template(
+        messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False
+    )
+
+
+def test_further_variables_reach_the_template(tmp_path: Path) -> None:
+    tokenizer = load(write_checkpoint(tmp_path, QWEN_STYLE))
+
+    text = tokenizer.apply_chat_template(CHATS[0], variables={"enable_thinking": False})
+
+    assert text.endswith("<think>\n\n</think>\n\n")
+
+
+def test_a_template_file_comes_before_the_config(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, "from the config")
+    (path / "chat_template.jinja").write_text("from the file {{ bos_token }}")
+
+    assert load(path).apply_chat_template(CHATS[0]) == f"from the file {BEGIN}"
+
+
+def test_requests_with_tools_take_the_template_made_for_them(tmp_path: Path) -> None:
+    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
+    tokenizer = load(write_checkpoint(tmp_path, named))
+
+    assert tokenizer.apply_chat_template(CHATS[0]) == "plain"
+    assert tokenizer.apply_chat_template(CHATS[0], tools=TOOLS) == "tools"
+
+
+def test_special_tokens_may_be_objects(tmp_path: Path) -> None:
+    entry = {"content": "<s>", "lstrip": False, "special": True}
+    tokenizer = load(write_checkpoint(tmp_path, "{{ bos_token }}{{ pad_token }}", bos_token=entry))
+
+    assert tokenizer.apply_chat_template(CHATS[0]) == "<s>"
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "says"),
+    [
+        (LLAMA_STYLE, [{"role": "wizard", "content": "x"}], "Unknown role: wizard"),
+        (LLAMA_STYLE, [], "no element 0"),
+        (LLAMA_STYLE, [{"role": "user", "content": object()}], "must be plain JSON data"),
+        ("{% if %}", CHATS[0], "must fit the model's chat template"),
+        ("{{ messages.__class__.__mro__ }}", CHATS[0], "unsafe"),
+        ("{{ messages.append(1) }}", CHATS[0], "unsafe|not safely callable"),
+        ([{"name": "rag", "template": "x"}], CHATS[0], "no template is named default, only rag"),
+    ],
+)
+def test_messages_that_do_not_fit_are_refused(
+    tmp_path: Path, template: object, messages: list[dict[str, Any]], says: str
+) -> None:
+    tokenizer = load(write_checkpoint(tmp_path, template))
+
+    with pytest.raises(ValueError, match=says):
+        tokenizer.apply_chat_template(messages)
+
+
+def test_a_model_without_chat_template_says_so(tmp_path: Path) -> None:
+    tokenizer = load(write_checkpoint(tmp_path))
+
+    with pytest.raises(ValueError, match="chat_template must be in"):
+        tokenizer.apply_chat_template(CHATS[0])
+
+
+@pytest.mark.parametrize("template", [7, {"a": "b"}, [{"name": "default"}], ["text"]])
+def test_malformed_templates_are_refused(tmp_path: Path, template: object) -> None:
+    with pytest.raises(ValueError, match=r"chat_template in .* must be a string or a list"):
+        Tokenizer.from_dir(write_checkpoint(tmp_path, template))
