@@ -1,0 +1,136 @@
+"""Reading config.json so that no entry goes unnoticed: used, known to be neutral, or refused."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Mapping
+from math import inf
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+# Bookkeeping, training, generation defaults (read elsewhere): none of it enters the forward pass.
+NEUTRAL = frozenset(
+    """
+    _attn_implementation_autoset _commit_hash _name_or_path attention_dropout attn_implementation
+    bos_token_id chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype
+    early_stopping eos_token_id exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id id2label initializer_range is_llama_config label2id
+    length_penalty max_length max_new_tokens max_sequence_length min_length min_p model_max_length
+    no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
+    output_attentions output_hidden_states output_scores pad_token_id prefix problem_type
+    repetition_penalty return_dict return_dict_in_generate sep_token_id task_specific_params
+    temperature tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
+    transformers_version typical_p unsloth_fixed unsloth_version use_cache
+    """.split()  # noqa: SIM905  # a name per line would bury the code
+)
+
+
+class Family(NamedTuple):
+    """What a family of models decides beyond the sizes that all of them name alike."""
+
+    windows: tuple[int | None, ...]  # one per layer; None sees everything
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    head_dim: int | None = None  # where config.json is silent; None is width / heads
+
+
+class Config:
+    """Entries of a config.json that remember which of them were read.
+
+    Every method raises ValueError, naming the entry, for a value that breaks its rule.
+    """
+
+    def __init__(self, entries: Mapping[str, Any], section: str = "") -> None:
+        self._entries = entries
+        self._section = section
+        self._read: set[str] = set()
+
+    def value(self, name: str, absent: Any = None) -> Any:
+        """The raw entry; ``absent`` only if there is none, so that null stays None."""
+        self._read.add(name)
+        return self._entries.get(name, absent)
+
+    def integer(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+        """A whole number; ``default`` stands in for absent and null, and None makes it required."""
+        value = self.value(name)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            self.refuse(name, f"be a whole number >= {least}", value)
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A positive finite number; ``default`` as for ``integer``."""
+        value = self.value(name)
+        value = default if value is None else value
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < inf:
+            self.refuse(name, "be a positive number", value)
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or false; ``default`` stands in for absent and null."""
+        value = self.value(name)
+        value = default if value is None else value
+        self.require(isinstance(value, bool), name, "be true or false", value)
+        return bool(value)
+
+    def section(self, name: str) -> Config | None:
+        """A nested object as a Config of its own; None for absent, null and empty ones."""
+        value = self.value(name)
+        self.require(value is None or isinstance(value, dict), name, "be an object", value)
+        return Config(value, section=f"{self._section}{name}.") if value else None
+
+    def same_entries(self, other: Config) -> bool:
+        """Whether both hold the same names and values."""
+        return self._entries == other._entries
+
+    def require(self, holds: bool, name: str, rule: str, value: object, remedy: str = "") -> None:
+        """Refuse the entry unless ``holds``."""
+        if not holds:
+            self.refuse(name, rule, value, remedy)
+
+    def refuse(self, name: str, rule: str, value: object, remedy: str = "") -> NoReturn:
+        """Raise ValueError worded *name* must *rule*, got *value*; *remedy*."""
+        remedy = remedy or "correct the file or use another model"
+        shown = reprlib.repr(value)
+        raise ValueError(f"{self._section}{name} in config.json must {rule}, got {shown}; {remedy}")
+
+    def refuse_rest(self, neutral: frozenset[str] = frozenset()) -> None:
+        """Refuse every entry that nobody read, is not neutral and is not null, false or empty."""
+        for name, value in self._entries.items():
+            harmless = value is None or value is False or value in ({}, [], "")
+            self.require(
+                harmless or name in self._read or name in neutral,
+                name,
+                "be absent or null",
+                value,
+                "it is not implemented; remove it only if the model computes the same without it",
+            )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The entries of ``path/config.json``.
+
+    Raises:
+        ValueError: if the path does not exist, is not a checkpoint directory, or the file is not
+            a JSON object.
+    """
+    if not path.exists():
+        raise ValueError(f"model must be a path that exists, got {str(path)!r}; check the spelling")
+    file = path / "config.json"
+    if not file.is_file():
+        raise ValueError(
+            f"model must be a Hugging Face checkpoint, a directory with config.json, "
+            f"got {str(path)!r}, which is not a checkpoint; point at the directory of the model"
+        )
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{file} must be valid JSON, got an error: {error}; download the file again"
+        ) from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {reprlib.repr(entries)}; replace it")
+    return entries

@@ -1,0 +1,146 @@
+"""What a dense decoder is: the numbers that fix its mathematics, read from config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mnemosyne.model_zoo.config import NEUTRAL, Config, Family, read_config
+from mnemosyne.model_zoo.llama import llama
+from mnemosyne.model_zoo.mistral import mistral
+from mnemosyne.model_zoo.qwen import qwen2, qwen3
+from mnemosyne.model_zoo.rope import RopeSpec, read_rope
+
+FAMILIES: dict[str, tuple[str, Callable[[Config], Family]]] = {
+    "LlamaForCausalLM": ("llama", llama),
+    "MistralForCausalLM": ("mistral", mistral),
+    "Qwen2ForCausalLM": ("qwen2", qwen2),
+    "Qwen3ForCausalLM": ("qwen3", qwen3),
+}
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """Sizes and switches of a decoder: RMSNorm, rotary attention, SwiGLU, in that order."""
+
+    family: str  # llama, mistral, qwen2 or qwen3
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int
+    norm_eps: float
+    rope: RopeSpec
+    tied: bool  # the head is the embedding
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over each head of q and k, before the rotation
+    windows: tuple[int | None, ...]  # per layer: w sees keys above p - w, None all up to p
+    max_positions: int  # prompt and output together
+    dtype: str  # of the checkpoint, by its torch name
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            "num_heads",
+            f"be a multiple of num_kv_heads {self.num_kv_heads}",
+            self.num_heads,
+        )
+        _require(self.head_dim % 2 == 0, "head_dim", "be even", self.head_dim)
+        _require(self.rope.dim == self.head_dim, "rope.dim", "be head_dim", self.rope.dim)
+        _require(
+            len(self.windows) == self.num_layers,
+            "windows",
+            f"hold one entry for each of {self.num_layers} layers",
+            self.windows,
+        )
+
+
+def _require(holds: bool, name: str, rule: str, value: object) -> None:
+    if not holds:
+        raise ValueError(f"{name} must {rule}, got {value!r}; correct config.json")
+
+
+def read_spec(path: Path | str) -> ModelSpec:
+    """Read the config.json of a Hugging Face checkpoint; no weight is touched.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        ValueError: if there is no checkpoint at ``path``, its architecture is unknown, or an
+            entry of config.json that changes the mathematics is not implemented.
+    """
+    config = Config(read_config(Path(path)))
+    name, family = _family(config)
+    activation = config.value("hidden_act", absent="silu")
+    config.require(activation in ("silu", "swish"), "hidden_act", "be silu", activation)
+    width, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    head_dim = config.integer("head_dim", family.head_dim or width // num_heads)
+    max_positions = config.integer("max_position_embeddings")
+    rope = read_rope(config, head_dim, max_positions)
+    spec = ModelSpec(
+        family=name,
+        vocab_size=config.integer("vocab_size"),
+        width=width,
+        num_layers=config.integer("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=config.integer("num_key_value_heads", num_heads),
+        head_dim=head_dim,
+        mlp_width=config.integer("intermediate_size"),
+        norm_eps=config.number("rms_norm_eps", 1e-6),
+        rope=rope,
+        tied=config.flag("tie_word_embeddings", False),
+        qkv_bias=family.qkv_bias,
+        o_bias=family.o_bias,
+        mlp_bias=family.mlp_bias,
+        qk_norm=family.qk_norm,
+        windows=family.windows,
+        max_positions=_reach(rope, max_positions),
+        dtype=_dtype(config),
+    )
+    config.refuse_rest(NEUTRAL)
+    return spec
+
+
+def _family(config: Config) -> tuple[str, Family]:
+    """The family by ``architectures``, or by ``model_type`` where the file names none."""
+    by_type = {model_type: name for name, (model_type, _) in FAMILIES.items()}
+    model_type = config.value("model_type")
+    architectures = config.value("architectures") or [by_type.get(model_type, model_type)]
+    known = ", ".join(FAMILIES)
+    config.require(
+        isinstance(architectures, list)
+        and len(architectures) == 1
+        and architectures[0] in FAMILIES,
+        "architectures",
+        f"be one of {known}",
+        architectures,
+        "use a model of these families",
+    )
+    name, read_family = FAMILIES[architectures[0]]
+    config.require(
+        model_type in (None, name), "model_type", f"be {name} for {architectures[0]}", model_type
+    )
+    return name, read_family(config)
+
+
+def _dtype(config: Config) -> str:
+    """The dtype of the weights; float32 where the file is silent, as its readers assume."""
+    name = config.value("dtype") or config.value("torch_dtype") or "float32"
+    config.require(name in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", name)
+    return str(name)
+
+
+def _reach(rope: RopeSpec, max_positions: int) -> int:
+    """Positions the model can use: files keep the length before linear or yarn stretching."""
+    if rope.kind == "linear":
+        return max(max_positions, int(max_positions * rope.factor))
+    if rope.kind == "yarn":
+        return max(max_positions, int(rope.original_max_positions * rope.factor))
+    return max_positions
