@@ -1,1 +1,7 @@
-"""Model architectures, and the specs read from Hugging Face checkpoints."""
+"""Dense decoders in the Hugging Face format: what they are, their layers, their weights' names."""
+
+from mnemosyne.model_zoo.decoder import Decoder
+from mnemosyne.model_zoo.rope import RopeSpec
+from mnemosyne.model_zoo.spec import ModelSpec, read_spec
+
+__all__ = ["Decoder", "ModelSpec", "RopeSpec", "read_spec"]

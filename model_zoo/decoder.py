@@ -1,0 +1,125 @@
+"""The decoder: all layers of a model, or the run of them that one pipeline stage holds."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mnemosyne.attention.segments import Attend
+from mnemosyne.model_zoo.layers import DecoderLayer, norm
+from mnemosyne.model_zoo.rope import rotary_cos_sin
+from mnemosyne.model_zoo.spec import ModelSpec
+
+HUGGING_FACE_MODULES = {
+    "attn_norm": "input_layernorm",
+    "attn.wq": "self_attn.q_proj",
+    "attn.wk": "self_attn.k_proj",
+    "attn.wv": "self_attn.v_proj",
+    "attn.wo": "self_attn.o_proj",
+    "attn.q_norm": "self_attn.q_norm",
+    "attn.k_norm": "self_attn.k_norm",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}
+
+
+class Decoder(nn.Module):
+    """A dense decoder over packed tokens, for inference only: no parameter asks for a gradient.
+
+    Args:
+        spec: sizes and switches.
+        layers: consecutive layers to hold; None is all. The embedding comes with layer 0, the
+            final norm and the head with the last layer.
+        dtype: dtype of parameters and activations.
+        device: where the parameters are allocated, unset; ``"meta"`` allocates nothing.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        layers: range | None = None,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__()
+        every = range(spec.num_layers)
+        held = every if layers is None else layers
+        assert held.step == 1
+        assert held[0] in every
+        assert held[-1] in every
+        self.spec = spec
+        self.dtype = dtype
+        self.is_first = held[0] == 0
+        self.is_last = held[-1] == every[-1]
+        # On the meta device modules initialise nothing: values come from a file or a seed.
+        with torch.device("meta"):
+            self._build(held)
+        self.to(dtype).to_empty(device=device).requires_grad_(False)
+
+    def _build(self, held: range) -> None:
+        spec = self.spec
+        self.embed = nn.Embedding(spec.vocab_size, spec.width) if self.is_first else None
+        # Keyed by the index in the whole model: parameter names are the same on every stage.
+        self.layers = nn.ModuleDict({str(index): DecoderLayer(spec) for index in held})
+        self.norm = norm(spec.width, spec) if self.is_last else None
+        # A tied head far from its embedding owns a copy of it.
+        owns_head = self.is_last and not (spec.tied and self.is_first)
+        self.head = nn.Linear(spec.width, spec.vocab_size, bias=False) if owns_head else None
+
+    def forward(self, x: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+        """Run the held layers over the packed tokens of a step.
+
+        Args:
+            x: token ids, int64 [T], on the first stage; hidden states [T, E] on the others.
+            positions_T: position of each row in its own sequence, int64 [T].
+            attend: stores K and V and attends; called with the layer's index among those held.
+
+        Returns:
+            ``hidden_TE``, after the final norm on the last stage.
+        """
+        hidden_TE = x if self.embed is None else self.embed(x)
+        rotary = rotary_cos_sin(positions_T, self.spec.rope, self.dtype)
+        for index, layer in enumerate(self.layers.values()):
+            hidden_TE = layer(hidden_TE, rotary, index, attend)
+        return hidden_TE if self.norm is None else self.norm(hidden_TE)
+
+    def logits(self, hidden_BE: Tensor) -> Tensor:
+        """Logits [B, V] of chosen rows of the last stage's output.
+
+        Returns:
+            float32; float64 for a float64 model. On CUDA a half-precision product is written in
+            float32 as it was accumulated. The CPU has no such product, and a float32 copy of the
+            head takes several times as long as the whole product: there the logits carry the
+            rounding of the model's dtype.
+        """
+        assert self.is_last
+        owner = self.embed if self.head is None else self.head
+        assert owner is not None
+        wide = torch.promote_types(self.dtype, torch.float32)
+        if hidden_BE.is_cuda and self.dtype != wide:
+            return torch.mm(hidden_BE, owner.weight.t(), out_dtype=wide)
+        return F.linear(hidden_BE, owner.weight).to(wide)
+
+    def checkpoint_names(self) -> dict[str, str]:
+        """Hugging Face tensor name of each parameter held here, by our name."""
+        return {name: self._checkpoint_name(name) for name, _ in self.named_parameters()}
+
+    def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor of the whole model, whichever layers are held here."""
+        whole = Decoder(self.spec, dtype=self.dtype, device="meta")
+        names = whole.checkpoint_names()
+        return {names[ours]: tuple(p.shape) for ours, p in whole.named_parameters()}
+
+    def _checkpoint_name(self, name: str) -> str:
+        module, _, kind = name.rpartition(".")
+        if module.startswith("layers."):
+            _, index, module = module.split(".", 2)
+            return f"model.layers.{index}.{HUGGING_FACE_MODULES[module]}.{kind}"
+        if module == "norm":
+            return f"model.norm.{kind}"
+        is_output = module == "head" and not self.spec.tied
+        return f"lm_head.{kind}" if is_output else f"model.embed_tokens.{kind}"

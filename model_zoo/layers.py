@@ -1,0 +1,76 @@
+"""The pieces of a decoder layer. They know neither pages nor ranks: inputs arrive as arguments."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mnemosyne.attention.segments import Attend
+from mnemosyne.model_zoo.rope import rotate
+from mnemosyne.model_zoo.spec import ModelSpec
+
+
+def norm(width: int, spec: ModelSpec) -> nn.RMSNorm:
+    """RMSNorm over the last dim; torch computes it in float32 or wider and rounds once."""
+    return nn.RMSNorm(width, eps=spec.norm_eps)
+
+
+class Attention(nn.Module):
+    """Project, rotate, attend, project back."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.head_dim = spec.head_dim
+        q_width = spec.num_heads * spec.head_dim
+        kv_width = spec.num_kv_heads * spec.head_dim
+        self.wq = nn.Linear(spec.width, q_width, bias=spec.qkv_bias)
+        self.wk = nn.Linear(spec.width, kv_width, bias=spec.qkv_bias)
+        self.wv = nn.Linear(spec.width, kv_width, bias=spec.qkv_bias)
+        self.wo = nn.Linear(q_width, spec.width, bias=spec.o_bias)
+        self.q_norm = norm(spec.head_dim, spec) if spec.qk_norm else None
+        self.k_norm = norm(spec.head_dim, spec) if spec.qk_norm else None
+
+    def forward(
+        self, x_TE: Tensor, rotary: tuple[Tensor, Tensor], layer: int, attend: Attend
+    ) -> Tensor:
+        """Attention output [T, E] of the normed input; ``rotary`` is this step's cos and sin."""
+        # The head count is read off the projection: under tp it is the local one.
+        q_THD = self.wq(x_TE).unflatten(-1, (-1, self.head_dim))
+        k_TKD = self.wk(x_TE).unflatten(-1, (-1, self.head_dim))
+        v_TKD = self.wv(x_TE).unflatten(-1, (-1, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_THD, k_TKD = self.q_norm(q_THD), self.k_norm(k_TKD)
+        out_THD = attend(layer, rotate(q_THD, *rotary), rotate(k_TKD, *rotary), v_TKD)
+        return self.wo(out_THD.flatten(1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.gate = nn.Linear(spec.width, spec.mlp_width, bias=spec.mlp_bias)
+        self.up = nn.Linear(spec.width, spec.mlp_width, bias=spec.mlp_bias)
+        self.down = nn.Linear(spec.mlp_width, spec.width, bias=spec.mlp_bias)
+
+    def forward(self, x_TE: Tensor) -> Tensor:
+        """MLP output [T, E] of the normed input."""
+        return self.down(F.silu(self.gate(x_TE)) * self.up(x_TE))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each on a normed copy of the residual stream."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.attn_norm = norm(spec.width, spec)
+        self.attn = Attention(spec)
+        self.mlp_norm = norm(spec.width, spec)
+        self.mlp = MLP(spec)
+
+    def forward(
+        self, hidden_TE: Tensor, rotary: tuple[Tensor, Tensor], layer: int, attend: Attend
+    ) -> Tensor:
+        """The residual stream after this layer, [T, E]."""
+        hidden_TE = hidden_TE + self.attn(self.attn_norm(hidden_TE), rotary, layer, attend)
+        return hidden_TE + self.mlp(self.mlp_norm(hidden_TE))
