@@ -173,7 +173,7 @@ def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
         cos_TD: [T, D/2] from ``rotary_cos_sin``.
         sin_TD: likewise.
     """
-    first, second = x_THD.to(cos_TD.dtype).chunk(2, dim=-1)  # [T, H, D/2] each
+    first, second = x_THD.chunk(2, dim=-1)  # [T, H, D/2] each; products take the wider dtype
     cos, sin = cos_TD[:, None], sin_TD[:, None]
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.to(x_THD.dtype)
