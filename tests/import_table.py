@@ -41,6 +41,9 @@ class Breach:
 
 
 _PAGELESS = Rule(("config", "cache.allocator", "cache.layout"), ("numpy",), itself=False)
+_DEMO = Rule(
+    ("cli", "llm", "request", "config", "metrics", "plot", "model_zoo.haystack"), ("rich",)
+)
 _CORE = ("torch", "numpy", "safetensors", "tokenizers", "jinja2")
 
 # The longest name that a module falls under decides. `config` is free of torch and knows no room,
@@ -50,7 +53,10 @@ TABLE = {
     "": Rule(("llm", "request", "config", "serve")),
     "llm": Rule(("build", "config", "metrics", "request", "serve"), ("numpy",)),
     "__main__": Rule(("cli",)),
-    "cli": Rule(("build", "config"), ("hydra", "omegaconf", "rich")),
+    # design.md gives it build and config; what it serves with is the offline API beside build
+    "cli": Rule(("build", "llm", "request", "config"), ("hydra", "omegaconf", "rich")),
+    "cli.demo": _DEMO,
+    "cli.demo_view": _DEMO,
     "build": Rule(
         (
             *("config", "request", "metrics", "schedule", "cache", "attention", "kernels"),
@@ -58,6 +64,7 @@ TABLE = {
         ),
         _CORE,
     ),
+    "plot": Rule(("metrics",), ("matplotlib", "numpy")),
     "config": Rule(),
     "request": Rule(("config",), ("numpy",)),
     "metrics": Rule(("config",), ("numpy",)),

@@ -17,7 +17,6 @@ SHIPPED = ("mnemosyne", "kernels", "model_zoo", "conf", "pyproject.toml", "READM
 # Started with -I -S: the installed copy of the package, if any, must not answer instead.
 USE_IT = """
 import site, sys
-from importlib import resources
 from pathlib import Path
 
 site.addsitedir(sys.argv[1])
@@ -25,7 +24,9 @@ sys.path += sys.argv[3:]
 import mnemosyne.kernels, mnemosyne.model_zoo
 
 assert Path(mnemosyne.__file__).is_relative_to(sys.argv[2]), mnemosyne.__file__
-assert (resources.files("mnemosyne.conf") / "generate.yaml").is_file()
+from hydra import compose, initialize_config_module
+with initialize_config_module("mnemosyne.conf", version_base="1.3"):
+    compose("generate", ["schedule=fixed"])
 """
 
 

@@ -1,0 +1,183 @@
+"""``mnemosyne COMMAND key=value ...``: the only room that knows Hydra, and that prints."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
+
+from mnemosyne.cli.arguments import describe_type, key_types, nearest, prepare
+from mnemosyne.config import DemoConfig, EngineConfig, GenerateConfig
+
+OK, FAILED, INTERRUPTED = 0, 2, 130  # exit statuses
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One word after ``mnemosyne``; its primary config has the same name."""
+
+    summary: str
+    config: type[EngineConfig]
+    run: Callable[[Any], int]  # takes the config, returns the exit status
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the words after ``mnemosyne``; unset: those of this process.
+
+    Returns:
+        The exit status: 0 if all went well, 2 after an error (one line on standard error), 130
+        after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if not words or words[0] in ("-h", "--help"):
+            print(usage())
+            return OK if words else FAILED
+        with logging_to_stderr():
+            return run_command(words[0], words[1:])
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (ValueError, OSError) as error:
+        return complain(error)
+
+
+def usage() -> str:
+    """What ``mnemosyne --help`` prints."""
+    lines = [f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        (
+            "Usage: mnemosyne COMMAND [key=value ...]",
+            "",
+            "Exact long-context serving of language models.",
+            "",
+            "Commands:",
+            *lines,
+            "",
+            "mnemosyne COMMAND --help lists the keys of a command, with examples.",
+        )
+    )
+
+
+def run_command(name: str, arguments: Sequence[str]) -> int:
+    """Let Hydra compose the config of a command, once or for each run of a sweep, and run it.
+
+    Raises:
+        ValueError: for an unknown command, key or option, naming the nearest one.
+    """
+    if name not in COMMANDS:
+        raise ValueError(
+            f"command must be one of {', '.join(COMMANDS)}, got {name!r}; "
+            f"did you mean {nearest(name, COMMANDS)}?"
+        )
+    command = COMMANDS[name]
+    flags, words = prepare(arguments, command.config)
+    statuses = []
+
+    def job(composed: DictConfig) -> None:
+        # One run of a sweep may be refused; the others are not affected.
+        try:
+            statuses.append(command.run(to_config(composed, command.config)))
+        except (ValueError, OSError) as error:
+            statuses.append(complain(error))
+
+    run = hydra.main(config_path="pkg://mnemosyne.conf", config_name=name, version_base="1.3")(job)
+    # A sweep leaves a record of itself somewhere; the caller's folder stays clean.
+    with (
+        tempfile.TemporaryDirectory(prefix="mnemosyne-") as scratch,
+        process_arguments(f"mnemosyne {name}", *flags, f"hydra.sweep.dir={scratch}", *words),
+    ):
+        try:
+            run()
+        except SystemExit as stop:  # after --help, or what Hydra itself refuses
+            return int(stop.code or OK)
+    return max(statuses, default=OK)
+
+
+@contextmanager
+def process_arguments(*arguments: str) -> Iterator[None]:
+    """Stand in for what the shell said: Hydra reads nothing else."""
+    said, sys.argv = sys.argv, list(arguments)
+    try:
+        yield
+    finally:
+        sys.argv = said
+
+
+def to_config(composed: DictConfig, kind: type[EngineConfig]) -> Any:
+    """The typed and checked config that the rest of the package sees.
+
+    Raises:
+        ValueError: if a value is missing, of the wrong type, or out of its range.
+    """
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), composed))
+    except MissingMandatoryValue as error:
+        raise ValueError(f"{error.full_key} must be set; add {error.full_key}=...") from error
+    except OmegaConfBaseException as error:
+        key, types = error.full_key, key_types(kind)
+        if not isinstance(error, ValidationError) or key not in types:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{key or 'config'}: {reason}; see --help") from error
+        value = OmegaConf.select(composed, key)
+        raise ValueError(
+            f"{key} must be {describe_type(types[key])}, got {value!r}; see --help"
+        ) from error
+
+
+def complain(error: Exception) -> int:
+    """Print an error that a user can act on; return the exit status that goes with it."""
+    print(f"error: {error}", file=sys.stderr)
+    return FAILED
+
+
+class StderrHandler(logging.Handler):
+    """Writes to what is standard error at the moment: a live display may stand in for it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def logging_to_stderr() -> Iterator[None]:
+    """Show what the package logs while a command runs."""
+    handler = StderrHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    package = logging.getLogger("mnemosyne")
+    level = package.level
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
+
+
+def _generate(config: GenerateConfig) -> int:
+    # Imported late: help and --cfg need no torch.
+    from mnemosyne.cli.generate import generate
+
+    return generate(config)
+
+
+def _demo(config: DemoConfig) -> int:
+    from mnemosyne.cli.demo import demo
+
+    return demo(config)
+
+
+COMMANDS = {
+    "generate": Command("prompts in, tokens out", GenerateConfig, _generate),
+    "demo": Command("a passkey in a long text, short requests beside it", DemoConfig, _demo),
+}
