@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mnemosyne.cache.layout import pages_for
+from mnemosyne.cache.layout import Placement, Shard, pages_for
 from mnemosyne.request import SamplingParams
 from mnemosyne.schedule.plan import Admission, Chunk, Executor, Plan
 from mnemosyne.schedule.predictor import StepWork, WorkModel
@@ -88,6 +88,7 @@ def _plans(shape: Shape, limits: Limits) -> list[Plan] | None:
     admitted = []
     for index in range(len(shape)):
         first = index * pages_each
+        shard = Shard(0, np.arange(first, first + pages_each, dtype=np.int64))
         admitted.append(
             Admission(
                 request_id=_request_id(index),
@@ -95,7 +96,7 @@ def _plans(shape: Shape, limits: Limits) -> list[Plan] | None:
                 params=SamplingParams(max_tokens=2, temperature=0.0),
                 seed=0,
                 end_token_ids=(),
-                pages=np.arange(first, first + pages_each, dtype=np.int64),
+                placement=Placement((shard,), room),
             )
         )
     chunks = tuple(

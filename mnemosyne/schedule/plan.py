@@ -7,19 +7,20 @@ from typing import Protocol
 
 import numpy as np
 
+from mnemosyne.cache.layout import Placement
 from mnemosyne.request import Logprobs, Sampled, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Admission:
-    """A request that starts: its prompt and the pages reserved for its whole life."""
+    """A request that starts: its prompt, how to sample, where its cache lives."""
 
     request_id: int
     prompt_ids: np.ndarray  # int64 [num_prompt_tokens]
     params: SamplingParams  # resolved: no sampling field is None but top-level switches
     seed: int
     end_token_ids: tuple[int, ...]
-    pages: np.ndarray  # int64, in key order
+    placement: Placement  # pages for its whole life
 
 
 @dataclass(frozen=True, slots=True)

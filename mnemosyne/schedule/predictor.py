@@ -150,7 +150,8 @@ class LinearPredictor:
     def observe(self, work: StepWork, seconds: float) -> None:
         self._samples.append((work.features(), seconds))
         self._num_observed += 1
-        if not self._coefficients or self._num_observed % REFIT_EVERY == 0:
+        is_young = self._num_observed < REFIT_EVERY and not self._calibration
+        if is_young or self._num_observed % REFIT_EVERY == 0:
             self._refit()
         else:
             self._follow(work.features(), seconds)

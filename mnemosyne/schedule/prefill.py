@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
+from mnemosyne.cache.layout import Placement
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request
 from mnemosyne.schedule.chunking import solve_chunk, solve_lone_chunk
@@ -20,7 +19,7 @@ class Running:
     """An admitted request, as far as planning needs it: counts, never token values."""
 
     request: Request
-    pages: np.ndarray  # int64
+    placement: Placement  # pages for its whole life
     total_s: float  # predicted time of its prefill, alone
     deadline_s: float  # for its first token, after arrival
     num_planned: int = 0  # tokens in this and earlier plans
@@ -32,6 +31,12 @@ class Running:
     def num_remaining(self) -> int:
         """Prompt tokens not yet planned."""
         return self.request.num_prompt_tokens - self.num_planned
+
+    @property
+    def num_chunkable(self) -> int:
+        """Prompt tokens that the next chunk may hold: it never crosses into another shard."""
+        boundary = self.placement.next_boundary(self.num_planned)
+        return min(self.num_remaining, boundary - self.num_planned)
 
     @property
     def is_prefilling(self) -> bool:
@@ -64,19 +69,19 @@ class PrefillPlanner:
         self.predictor = predictor
         self.work_model = work_model
         self._policy = POLICIES[config.policy]
-        self._table = PrefillTable(
+        self.table = PrefillTable(
             self._prefill_step_s, min_chunk=config.min_chunk, max_chunk=config.max_chunk
         )
 
-    def start(self, request: Request, pages: np.ndarray) -> Running:
+    def start(self, request: Request, placement: Placement) -> Running:
         """A request as it is admitted, with its predicted work and its deadline."""
-        total_s = self._table.seconds(0, request.num_prompt_tokens)
+        total_s = self.table.seconds(0, request.num_prompt_tokens)
         deadline_s = request.deadline_s
         if deadline_s is None:
             deadline_s = max(self.slo.ttft_min, self.slo.ttft_scale * total_s)
         return Running(
             request,
-            pages,
+            placement,
             total_s=total_s,
             deadline_s=deadline_s,
             num_known=request.num_prompt_tokens,
@@ -109,7 +114,7 @@ class PrefillPlanner:
             arrival_s=running.request.arrival_s,
             deadline_s=running.deadline_s,
             total_s=running.total_s,
-            remaining_s=self._table.seconds(running.num_planned, running.request.num_prompt_tokens),
+            remaining_s=self.table.seconds(running.num_planned, running.request.num_prompt_tokens),
         )
 
     def _fixed_chunks(self, prefills: list[Running]) -> Iterable[Chunk]:
@@ -118,7 +123,7 @@ class PrefillPlanner:
         for running in prefills:
             if budget == 0:
                 break
-            chunk = self._chunk(running, min(budget, running.num_remaining))
+            chunk = self._chunk(running, min(budget, running.num_chunkable))
             budget -= chunk.num_tokens
             chunks.append(chunk)
         return chunks
@@ -127,7 +132,7 @@ class PrefillPlanner:
         """Nobody waits for this step but the prompt itself: take the chunk that ends soonest."""
         size = solve_lone_chunk(
             lambda num_tokens: self._prefill_step_s(running.num_planned, num_tokens),
-            remaining=running.num_remaining,
+            remaining=running.num_chunkable,
             min_chunk=self.config.min_chunk,
             max_chunk=self.config.max_chunk,
         )
@@ -145,7 +150,7 @@ class PrefillPlanner:
         chunks: list[Chunk] = []
         num_left, has_long = self.config.max_chunk, False
         for index, running in enumerate(prefills):
-            is_long = running.request.num_prompt_tokens > self.config.long_tokens
+            is_long = running.request.num_prompt_tokens > int(self.config.long_tokens)
             if num_left < self.config.min_chunk or (is_long and has_long):
                 continue
             budget_s = self.config.target_tbt
@@ -153,7 +158,7 @@ class PrefillPlanner:
                 budget_s -= self._given_up_s(running, budget_s, work, now_s)
             size = self._solve(running, work, num_left, budget_s)
             if size == 0 and not chunks:
-                size = min(self.config.min_chunk, running.num_remaining)
+                size = min(self.config.min_chunk, running.num_chunkable)
             if size == 0:
                 continue
             chunk = self._chunk(running, size)
@@ -175,7 +180,7 @@ class PrefillPlanner:
 
         return solve_chunk(
             predict,
-            remaining=running.num_remaining,
+            remaining=running.num_chunkable,
             budget_s=budget_s,
             min_chunk=self.config.min_chunk,
             max_chunk=num_left,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from mnemosyne.cache.allocator import PageAllocator
-from mnemosyne.cache.layout import pages_for
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request
 from mnemosyne.schedule.plan import Admission, Chunk, Plan
 from mnemosyne.schedule.predictor import Predictor, WorkModel
 from mnemosyne.schedule.prefill import PrefillPlanner, Running
+from mnemosyne.schedule.routing import Router
 
 
 class Scheduler:
@@ -22,8 +21,7 @@ class Scheduler:
     Args:
         config: chunk rule, policy, target time between tokens, limits.
         slo: when a first token is due.
-        allocator: the pages of the cache.
-        page_size: tokens per page.
+        router: places requests on the pages of the cache.
         predictor: step time; decides sizes only when ``config.chunk`` is "adaptive".
         work_model: counts the work of a chunk.
     """
@@ -33,14 +31,12 @@ class Scheduler:
         config: ScheduleConfig,
         slo: SloConfig,
         *,
-        allocator: PageAllocator,
-        page_size: int,
+        router: Router,
         predictor: Predictor,
         work_model: WorkModel,
     ) -> None:
         self.config = config
-        self.allocator = allocator
-        self.page_size = page_size
+        self.router = router
         self.predictor = predictor
         self.work_model = work_model
         self._prefill = PrefillPlanner(config, slo, predictor, work_model)
@@ -62,14 +58,18 @@ class Scheduler:
         """Whether executors still hold state of requests that are gone."""
         return bool(self._released)
 
+    def prefill_s(self, num_tokens: int) -> float:
+        """Predicted time of prefilling a prompt of ``num_tokens`` tokens alone."""
+        return self._prefill.table.seconds(0, num_tokens)
+
     def check_fits(self, request: Request) -> None:
         """Refuse a request that no empty cache could hold.
 
         Raises:
             ValueError: with the tokens asked, the tokens that fit, and what would help.
         """
-        capacity = self.allocator.num_pages * self.page_size
-        if pages_for(request.max_tokens, self.page_size) > self.allocator.num_pages:
+        capacity = self.router.max_request_tokens()
+        if request.max_tokens > capacity:
             raise ValueError(
                 f"prompt and max_tokens must fit the cache of {capacity} tokens, got "
                 f"{request.num_prompt_tokens} + {request.params.max_tokens} = "
@@ -143,18 +143,18 @@ class Scheduler:
     def _forget(self, running: Running) -> None:
         request_id = running.request.request_id
         del self._running[request_id]
-        self.allocator.release(running.pages)
+        self.router.release(running.placement)
         self._released.append(request_id)
 
     def _admit(self) -> list[Admission]:
         admitted = []
         while self._waiting and len(self._running) < self.config.max_sequences:
             request = next(iter(self._waiting.values()))
-            pages = self.allocator.allocate(pages_for(request.max_tokens, self.page_size))
-            if pages is None:
+            placement = self.router.place(request.max_tokens, self._running.values())
+            if placement is None:
                 break
             del self._waiting[request.request_id]
-            self._running[request.request_id] = self._prefill.start(request, pages)
+            self._running[request.request_id] = self._prefill.start(request, placement)
             admitted.append(
                 Admission(
                     request_id=request.request_id,
@@ -162,7 +162,7 @@ class Scheduler:
                     params=request.params,
                     seed=request.seed,
                     end_token_ids=request.end_token_ids,
-                    pages=pages,
+                    placement=placement,
                 )
             )
         return admitted

@@ -8,6 +8,7 @@ from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request, SamplingParams
 from mnemosyne.schedule.policy import POLICIES, PrefillTable, Urgency
 from mnemosyne.schedule.predictor import StepWork, WorkModel
+from mnemosyne.schedule.routing import Router
 from mnemosyne.schedule.scheduler import Scheduler
 
 
@@ -49,8 +50,7 @@ def _scheduler(**config) -> Scheduler:
     return Scheduler(
         ScheduleConfig(**config),
         SloConfig(ttft_scale=2.0, ttft_min=1.0),
-        allocator=PageAllocator(2000),
-        page_size=64,
+        router=Router([PageAllocator(2000)], page_size=64, max_tokens_per_group=2000 * 64),
         predictor=MillisecondPerToken(),
         work_model=WorkModel([None]),
     )
@@ -104,7 +104,7 @@ def test_a_preempted_prompt_goes_on_where_it_stopped():
     scheduler = _scheduler(chunk=256, policy="edf")
     scheduler.add(_request(0, 1000, deadline_s=100.0))
     scheduler.complete(scheduler.plan(0.0))
-    pages = scheduler.allocator.num_used
+    pages = scheduler.router.num_used
     scheduler.add(_request(1, 256, deadline_s=1.0, arrival_s=1.0))
 
     preempting = scheduler.plan(1.0)
@@ -113,7 +113,7 @@ def test_a_preempted_prompt_goes_on_where_it_stopped():
 
     assert _sizes(preempting) == {1: 256}
     assert [(c.request_id, c.start) for c in resumed.chunks if not c.is_decode] == [(0, 256)]
-    assert scheduler.allocator.num_used > pages
+    assert scheduler.router.num_used > pages
 
 
 def test_a_lower_priority_number_goes_first_under_every_policy():

@@ -9,6 +9,7 @@ from mnemosyne.cache.allocator import PageAllocator
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request, SamplingParams
 from mnemosyne.schedule.predictor import StepWork, WorkModel
+from mnemosyne.schedule.routing import Router
 from mnemosyne.schedule.scheduler import Scheduler
 
 
@@ -26,8 +27,7 @@ def _scheduler(num_pages: int = 1000, **config) -> Scheduler:
     return Scheduler(
         ScheduleConfig(**{"policy": "fcfs", **config}),
         SloConfig(),
-        allocator=PageAllocator(num_pages),
-        page_size=4,
+        router=Router([PageAllocator(num_pages)], page_size=4, max_tokens_per_group=4 * num_pages),
         predictor=FixedRates(),
         work_model=WorkModel([None]),
     )
@@ -138,7 +138,7 @@ def test_a_cancelled_request_gives_its_pages_back_at_once():
 
     scheduler.release(0)
 
-    assert scheduler.allocator.num_used == 0
+    assert scheduler.router.num_used == 0
     assert scheduler.plan(0.0) is None
 
 
@@ -149,9 +149,9 @@ def test_pages_of_a_step_in_flight_are_kept_until_it_is_back():
 
     scheduler.release(0)
 
-    assert scheduler.allocator.num_used == 8
+    assert scheduler.router.num_used == 8
     scheduler.complete(plan)
-    assert scheduler.allocator.num_used == 0
+    assert scheduler.router.num_used == 0
 
 
 def test_a_prompt_is_planned_again_before_its_last_chunk_is_back():
@@ -191,7 +191,7 @@ def test_every_token_is_computed_once_and_every_page_comes_back(lengths, chunk, 
                 scheduler.release(c.request_id)
 
     assert scheduler.num_running == scheduler.num_waiting == 0
-    assert scheduler.allocator.num_used == 0
+    assert scheduler.router.num_used == 0
     for request_id, (num_prompt_tokens, max_tokens) in enumerate(lengths):
         if request_id not in cancelled:
             assert sampled[request_id] == max_tokens

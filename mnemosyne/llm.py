@@ -1,0 +1,267 @@
+"""The offline API: a model in, prompts in, outputs out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+
+from mnemosyne.build import Progress, build_engine
+from mnemosyne.config import CacheConfig, EngineConfig, MeshConfig, MetricsConfig, ScheduleConfig
+from mnemosyne.metrics import StepLog, StepRecord
+from mnemosyne.request import Piece, RequestMetrics, RequestOutput, SamplingParams
+from mnemosyne.serve.engine import Engine
+from mnemosyne.serve.intake import Prompt
+from mnemosyne.serve.tokenizer import Tokenizer
+
+Config = TypeVar("Config", MeshConfig, ScheduleConfig, CacheConfig, MetricsConfig)
+
+
+class LLM:
+    """A model ready to generate, exactly, at any length its cache holds.
+
+    Args:
+        model: a Hugging Face directory, ``"needle"`` or ``"bench"``.
+        dtype: ``"auto"`` (as the checkpoint says), float64, float32, bfloat16 or float16.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+        attention: ``"auto"``, ``"reference"``, ``"flex"`` or ``"cpu"``.
+        schedule: a ``ScheduleConfig`` or its fields, e.g. ``{"chunk": 512}``.
+        cache: a ``CacheConfig`` or its fields, e.g. ``{"max_tokens": "1M"}``.
+        mesh: a ``MeshConfig`` or its fields.
+        metrics: a ``MetricsConfig`` or its fields, e.g. ``{"path": "steps.jsonl"}``.
+        on_step: called with the ``StepRecord`` of each step.
+        progress: called with (bytes read, bytes in all) while weights are read.
+
+    Raises:
+        ValueError: naming the value, the rule and the remedy, before any weight is read where
+            the config alone shows it.
+
+    Example:
+        >>> with LLM("needle") as llm:
+        ...     output = llm.generate(["the door code is"], SamplingParams(max_tokens=4))[0]
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        attention: str = "auto",
+        schedule: ScheduleConfig | Mapping[str, Any] | None = None,
+        cache: CacheConfig | Mapping[str, Any] | None = None,
+        mesh: MeshConfig | Mapping[str, Any] | None = None,
+        metrics: MetricsConfig | Mapping[str, Any] | None = None,
+        on_step: Callable[[StepRecord], None] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        config = EngineConfig(
+            model=str(model),
+            dtype=dtype,
+            device=device,
+            attention=attention,
+            schedule=_typed("schedule", ScheduleConfig, schedule),
+            cache=_typed("cache", CacheConfig, cache),
+            mesh=_typed("mesh", MeshConfig, mesh),
+            metrics=_typed("metrics", MetricsConfig, metrics),
+        )
+        self._open(config, on_step, progress)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: EngineConfig,
+        *,
+        on_step: Callable[[StepRecord], None] | None = None,
+        progress: Progress | None = None,
+    ) -> Self:
+        """The same from a whole config, as the command line makes it."""
+        llm = cls.__new__(cls)
+        llm._open(config, on_step, progress)
+        return llm
+
+    def _open(
+        self,
+        config: EngineConfig,
+        on_step: Callable[[StepRecord], None] | None,
+        progress: Progress | None,
+    ) -> None:
+        self.config = config
+        self._step_log = StepLog(config.metrics.path) if config.metrics.path else None
+        self._on_step = on_step
+        self._engine: Engine | None = build_engine(config, on_step=self._record, progress=progress)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine underneath: ``add``, ``step``, ``cancel``.
+
+        Raises:
+            ValueError: after ``close``.
+        """
+        if self._engine is None:
+            raise ValueError("LLM must be open, got one that was closed; make a new LLM")
+        return self._engine
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of the checkpoint, None if it has none."""
+        return self.engine.intake.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Serve prompts together and wait for all.
+
+        Args:
+            prompts: texts or token ids; a single one counts as a list of one.
+            params: one for all, or one per prompt.
+            progress: show a progress bar on the terminal.
+
+        Returns:
+            One output per prompt, in order. A prompt that was refused has ``finish_reason``
+            "error" and says why in ``error``; the others are not affected.
+
+        Raises:
+            ValueError: if the numbers of prompts and params differ.
+        """
+        outputs = self._add(prompts, params)
+        if progress:
+            from mnemosyne.serve.progress import ProgressBars
+
+            with ProgressBars(outputs) as bars:
+                for piece in self._pieces():
+                    bars.update(piece)
+        else:
+            for _ in self._pieces():
+                pass
+        return outputs
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[tuple[int, Piece]]:
+        """Serve prompts together and yield what each step brings.
+
+        Args:
+            prompts: as for ``generate``.
+            params: as for ``generate``.
+
+        Yields:
+            ``(index, piece)``: which prompt, and its new tokens and text, or how far its prompt
+            is computed. The last piece of a prompt has a ``finish_reason``. Closing the iterator
+            early cancels what still runs.
+        """
+        outputs = self._add(prompts, params)
+        index_of = {
+            sample.request_id: index
+            for index, output in enumerate(outputs)
+            for sample in (output, *output.samples)
+        }
+        for index, output in enumerate(outputs):
+            if output.error is not None:
+                yield index, Piece(output.request_id, finish_reason="error", error=output.error)
+        for piece in self._pieces():
+            yield index_of[piece.request_id], piece
+
+    def close(self) -> None:
+        """Release model and cache; unfinished requests are cancelled."""
+        if self._engine is not None:
+            self._engine.abort("cancelled")
+        self._engine = None
+        if self._step_log is not None:
+            self._step_log.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _record(self, record: StepRecord) -> None:
+        if self._step_log is not None:
+            self._step_log.write(record)
+        if self._on_step is not None:
+            self._on_step(record)
+
+    def _add(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[RequestOutput]:
+        listed = _as_list(prompts)
+        if params is None:
+            params = SamplingParams()
+        each = [params] * len(listed) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(listed):
+            raise ValueError(
+                f"params must be one SamplingParams or one per prompt, got {len(each)} for "
+                f"{len(listed)} prompts; pass a single one to share it"
+            )
+        return [self._accept(p, s) for p, s in zip(listed, each, strict=True)]
+
+    def _accept(self, prompt: Prompt, params: SamplingParams) -> RequestOutput:
+        try:
+            samples = self.engine.add(prompt, params)
+        except ValueError as error:
+            return _refused(prompt, str(error))
+        if len(samples) > 1:
+            samples[0].samples = samples
+        return samples[0]
+
+    def _pieces(self) -> Iterator[Piece]:
+        """Step until nothing is left; whatever interrupts it ends the requests that still run."""
+        engine = self.engine
+        try:
+            while engine.has_work:
+                yield from engine.step()
+        except BaseException:
+            engine.abort("cancelled")
+            raise
+
+
+def _typed(name: str, kind: type[Config], value: Config | Mapping[str, Any] | None) -> Config:
+    if isinstance(value, kind):
+        return value
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(
+            f"{name} must be a {kind.__name__} or a dict of its fields, got {value!r}; "
+            f"write {name}={{...}}"
+        )
+    fields = dict(value or {})
+    known = list(kind.__dataclass_fields__)
+    for key in fields:
+        if key not in known:
+            raise ValueError(f"{name} must have keys among {', '.join(known)}, got {key!r}")
+    return kind(**fields)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, np.ndarray):
+        return [prompts] if prompts.ndim <= 1 else list(prompts)
+    is_flat = len(prompts) > 0 and all(isinstance(item, int | np.integer) for item in prompts[:8])
+    return [prompts] if is_flat else list(prompts)  # type: ignore[arg-type, list-item]
+
+
+def _refused(prompt: Prompt, reason: str) -> RequestOutput:
+    ids = np.empty(0, dtype=np.int64) if isinstance(prompt, str) else np.asarray(prompt)
+    return RequestOutput(
+        request_id=None,
+        prompt_token_ids=ids,
+        finish_reason="error",
+        error=reason,
+        metrics=RequestMetrics(arrival_s=0.0),
+    )

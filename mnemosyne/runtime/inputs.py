@@ -1,0 +1,171 @@
+"""A plan becomes tensors: packed ids, positions, slots, and what each row may see."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mnemosyne.attention.segments import AttentionBatch, Segment
+from mnemosyne.cache.layout import Placement, slots_of
+from mnemosyne.runtime.sampler import SamplerState
+from mnemosyne.schedule.plan import Admission, Chunk, Plan
+
+SMALLEST_MULTIPLE = 8  # powers of two below it
+BUCKETS_PER_DOUBLING = 32  # at most 1/32 of a long step is padding
+
+
+@dataclass(slots=True, eq=False)
+class SequenceState:
+    """What a rank knows of one admitted request."""
+
+    tokens: np.ndarray  # int64 [prompt + max_tokens], filled up to num_tokens
+    num_prompt_tokens: int
+    num_tokens: int
+    placement: Placement
+    sampler: SamplerState
+    prompt_logprobs: int | None  # how many per prompt position, if asked for
+    is_finite: bool = True  # its logits never held a nan
+
+    @classmethod
+    def start(cls, admission: Admission) -> SequenceState:
+        num_prompt_tokens = len(admission.prompt_ids)
+        tokens = np.empty(num_prompt_tokens + admission.params.max_tokens, dtype=np.int64)
+        tokens[:num_prompt_tokens] = admission.prompt_ids
+        return cls(
+            tokens=tokens,
+            num_prompt_tokens=num_prompt_tokens,
+            num_tokens=num_prompt_tokens,
+            placement=admission.placement,
+            sampler=SamplerState(
+                admission.params, admission.prompt_ids, admission.end_token_ids, admission.seed
+            ),
+            prompt_logprobs=admission.params.prompt_logprobs,
+        )
+
+    def append(self, token: int) -> None:
+        self.tokens[self.num_tokens] = token
+        self.num_tokens += 1
+        self.sampler.append(token)
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedChunk:
+    """A chunk of the plan that this rank computes, and where its rows are."""
+
+    chunk: Chunk
+    first_row: int
+
+    @property
+    def last_row(self) -> int:
+        """The row of its last token, which is the one that samples."""
+        return self.first_row + self.chunk.num_tokens - 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepInputs:
+    """Tensors of one step, T rows with padding; padding rows write to the pool's spare page."""
+
+    token_ids_T: Tensor  # int64
+    positions_T: Tensor  # int64
+    slots_T: Tensor  # int64, where each row's K and V go
+    batch: AttentionBatch
+    chunks: tuple[PlacedChunk, ...]  # those of the plan that this group takes part in
+
+
+def bucket_size(num_tokens: int) -> int:
+    """Rows that a step of ``num_tokens`` tokens is padded to: few shapes, little waste."""
+    power = 1 << (num_tokens - 1).bit_length()
+    if power <= SMALLEST_MULTIPLE:
+        return power
+    multiple = max(SMALLEST_MULTIPLE, power // 2 // BUCKETS_PER_DOUBLING)
+    return -(-num_tokens // multiple) * multiple
+
+
+def build_inputs(
+    plan: Plan,
+    sequences: Mapping[int, SequenceState],
+    *,
+    group: int,
+    page_size: int,
+    padding_slot: int,
+    device: torch.device,
+) -> StepInputs:
+    """Pack the chunks of a plan that one group takes part in.
+
+    The last active group of a request stores the K and V of its rows; earlier ones attend to what
+    they hold and store nothing.
+
+    Args:
+        plan: the step.
+        sequences: state of every request in it.
+        group: index on the kvp axis.
+        page_size: tokens per page.
+        padding_slot: where rows write that store nothing here.
+        device: where the tensors go.
+    """
+    views = [_local_view(chunk, sequences[chunk.request_id], group) for chunk in plan.chunks]
+    num_tokens = sum(view.chunk.num_tokens for view in views if view)
+    num_rows = bucket_size(max(num_tokens, 1))
+    packed = np.zeros((3, num_rows), dtype=np.int64)  # ids, positions, slots
+    packed[2] = padding_slot
+    segments, chunks, row = [], [], 0
+    for view in views:
+        if view is None:
+            continue
+        chunk, tokens = view.chunk, view.sequence.tokens
+        rows = slice(row, row + chunk.num_tokens)
+        packed[0, rows] = tokens[chunk.start : chunk.stop]
+        packed[1, rows] = np.arange(chunk.start, chunk.stop)
+        if view.stores:
+            first = chunk.start - view.positions.start
+            packed[2, rows] = slots_of(view.pages, first, chunk.num_tokens, page_size)
+        segments.append(
+            Segment(
+                first_row=row,
+                num_rows=chunk.num_tokens,
+                first_position=chunk.start,
+                num_keys=len(view.positions),
+                pages=view.pages,
+                first_key=view.positions.start,
+            )
+        )
+        chunks.append(PlacedChunk(chunk, row))
+        row += chunk.num_tokens
+    ids, positions, slots = torch.from_numpy(packed).to(device).unbind()
+    return StepInputs(
+        token_ids_T=ids,
+        positions_T=positions,
+        slots_T=slots,
+        batch=AttentionBatch(segments=tuple(segments), num_rows=num_rows, page_size=page_size),
+        chunks=tuple(chunks),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _LocalView:
+    """What one group has to do with a chunk."""
+
+    chunk: Chunk
+    sequence: SequenceState
+    pages: np.ndarray  # int64
+    positions: range  # that the group holds once the chunk is computed
+    stores: bool  # whether the chunk's own keys are among them
+
+
+def _local_view(chunk: Chunk, sequence: SequenceState, group: int) -> _LocalView | None:
+    assert chunk.stop <= sequence.num_tokens, "a chunk holds only tokens that exist"
+    placement = sequence.placement
+    shard, num_active = placement.shard_in(group), placement.num_active(chunk.stop)
+    if shard is None or shard >= num_active:
+        return None
+    return _LocalView(
+        chunk=chunk,
+        sequence=sequence,
+        pages=placement.shards[shard].pages,
+        positions=placement.positions(shard, chunk.stop),
+        stores=shard == num_active - 1,
+    )

@@ -1,0 +1,152 @@
+"""The real executor: keeps sequences and pages of one rank, runs plans on the model."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mnemosyne.attention.segments import AttentionBackend
+from mnemosyne.cache.pages import PagePool
+from mnemosyne.request import Logprobs, Sampled
+from mnemosyne.runtime.inputs import PlacedChunk, SequenceState, StepInputs, build_inputs
+from mnemosyne.runtime.sampler import sample, token_logprobs
+from mnemosyne.runtime.step import Model, PagedAttention, forward
+from mnemosyne.schedule.plan import Plan, StepResult
+
+LOGPROB_ROWS = 256  # rows of prompt logits that exist at a time
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What the attention of the local layers needs to know of the model."""
+
+    windows: Sequence[int | None]  # per local layer
+    scale: float
+
+
+class Worker:
+    """Runs steps on one device.
+
+    Args:
+        model: the decoder, weights loaded.
+        layers: windows of its layers and the scale of its scores.
+        pool: the KV cache.
+        backend: how attention is computed.
+        device: where inputs go.
+        group: index on the kvp axis.
+    """
+
+    depth = 1  # steps that may be in flight
+
+    def __init__(
+        self,
+        model: Model,
+        layers: LayerShape,
+        *,
+        pool: PagePool,
+        backend: AttentionBackend,
+        device: torch.device,
+        group: int = 0,
+    ) -> None:
+        self._model = model
+        self._layers = layers
+        self._pool = pool
+        self._backend = backend
+        self._device = device
+        self._group = group
+        self._sequences: dict[int, SequenceState] = {}
+        self._results: deque[StepResult] = deque()
+
+    def submit(self, plan: Plan) -> None:
+        """Run a step; ``collect`` gives its result."""
+        self._apply(plan)
+        if not plan.chunks:
+            self._results.append(StepResult(plan.index))
+            return
+        inputs = build_inputs(
+            plan,
+            self._sequences,
+            group=self._group,
+            page_size=self._pool.page_size,
+            padding_slot=self._pool.padding_slot,
+            device=self._device,
+        )
+        attend = PagedAttention(
+            self._pool,
+            self._backend,
+            inputs,
+            windows=self._layers.windows,
+            scale=self._layers.scale,
+        )
+        hidden_TE = forward(self._model, inputs, attend)
+        prompt_logprobs = self._prompt_logprobs(inputs, hidden_TE)
+        sampled = self._sample(inputs, hidden_TE)
+        self._results.append(StepResult(plan.index, sampled, prompt_logprobs))
+
+    def collect(self) -> StepResult:
+        """The result of the oldest step not yet collected."""
+        return self._results.popleft()
+
+    def _apply(self, plan: Plan) -> None:
+        """Follow the changes that the plan carries; released pages may be handed out anew."""
+        for request_id in plan.released:
+            gone = self._sequences.pop(request_id, None)
+            if gone is not None and not gone.is_finite:
+                self._clear(gone)
+        for admission in plan.admitted:
+            self._sequences[admission.request_id] = SequenceState.start(admission)
+
+    def _clear(self, sequence: SequenceState) -> None:
+        """Zero what a request with nans left behind, before the pages are handed out anew."""
+        shard = sequence.placement.shard_in(self._group)
+        if shard is not None:
+            self._pool.clear(sequence.placement.shards[shard].pages)
+
+    @torch.inference_mode()
+    def _sample(self, inputs: StepInputs, hidden_TE: Tensor) -> dict[int, Sampled]:
+        sampling = [placed for placed in inputs.chunks if placed.chunk.samples]
+        if not sampling:
+            return {}
+        rows = [placed.last_row for placed in sampling]
+        request_ids = [placed.chunk.request_id for placed in sampling]
+        sequences = [self._sequences[request_id] for request_id in request_ids]
+        index_B = torch.tensor(rows, dtype=torch.int64, device=hidden_TE.device)
+        logits_BV = self._model.logits(hidden_TE[index_B])
+        results = sample(logits_BV, [sequence.sampler for sequence in sequences])
+        for sequence, result in zip(sequences, results, strict=True):
+            if result.error is None:
+                sequence.append(result.token_id)
+            else:
+                sequence.is_finite = False
+        return dict(zip(request_ids, results, strict=True))
+
+    def _prompt_logprobs(self, inputs: StepInputs, hidden_TE: Tensor) -> dict[int, list[Logprobs]]:
+        found = {}
+        for placed in inputs.chunks:
+            request_id = placed.chunk.request_id
+            asked = self._sequences[request_id].prompt_logprobs is not None
+            if asked and not placed.chunk.is_decode:
+                found[request_id] = self._chunk_logprobs(placed, hidden_TE)
+        return found
+
+    @torch.inference_mode()
+    def _chunk_logprobs(self, placed: PlacedChunk, hidden_TE: Tensor) -> list[Logprobs]:
+        """Log-probabilities of the prompt tokens that follow the rows of a chunk."""
+        chunk = placed.chunk
+        sequence = self._sequences[chunk.request_id]
+        assert sequence.prompt_logprobs is not None
+        stop = min(chunk.stop, sequence.num_prompt_tokens - 1)
+        found: list[Logprobs] = []
+        for start in range(chunk.start, stop, LOGPROB_ROWS):
+            end = min(start + LOGPROB_ROWS, stop)
+            row = placed.first_row + start - chunk.start
+            logits_BV = self._model.logits(hidden_TE[row : row + end - start])
+            targets = torch.from_numpy(sequence.tokens[start + 1 : end + 1])
+            found += token_logprobs(
+                logits_BV, targets.to(logits_BV.device), sequence.prompt_logprobs
+            )
+        return found

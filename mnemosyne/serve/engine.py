@@ -1,0 +1,242 @@
+"""The loop: take requests, plan a step, run it, hand out tokens. One loop for every executor."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from mnemosyne.metrics import StepRecord
+from mnemosyne.request import Piece, Request, RequestMetrics, RequestOutput, Sampled, SamplingParams
+from mnemosyne.schedule.plan import Chunk, Executor, Plan, StepResult
+from mnemosyne.schedule.scheduler import Scheduler
+from mnemosyne.serve.intake import Intake, Prompt
+from mnemosyne.serve.stream import TextStream
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Active:
+    """A request between acceptance and its last token."""
+
+    request: Request
+    output: RequestOutput
+    text: TextStream | None
+    last_token_s: float | None = None
+    prefilled: int = 0
+
+
+class Engine:
+    """Admit, plan, step, sample, stream.
+
+    Args:
+        scheduler: decides what a step holds.
+        executor: runs it.
+        intake: checks prompts and parameters.
+        on_step: called with the record of each finished step.
+        clock: seconds; the simulator brings its own.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        intake: Intake,
+        *,
+        on_step: Callable[[StepRecord], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.scheduler = scheduler
+        self.intake = intake
+        self.on_step = on_step
+        self.clock = clock
+        self._executor = executor
+        self._active: dict[int, Active] = {}
+        self._in_flight: deque[tuple[Plan, float]] = deque()
+        self._started_s = clock()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._active)
+
+    def add(self, prompt: Prompt, params: SamplingParams) -> list[RequestOutput]:
+        """Accept a prompt; its tokens come with the next steps.
+
+        Args:
+            prompt: text or token ids.
+            params: how to sample; ``params.n`` requests are made.
+
+        Returns:
+            One output per sample. They fill as the engine steps.
+
+        Raises:
+            ValueError: if the prompt is refused; nothing else is affected.
+        """
+        requests = self.intake.requests(prompt, params, self.clock())
+        for request in requests:
+            self.scheduler.check_fits(request)
+        return [self._accept(request) for request in requests]
+
+    def cancel(self, request_id: int) -> None:
+        """End a request now; its pages are free at the next step. Unknown ids are ignored."""
+        active = self._active.get(request_id)
+        if active is not None:
+            self._finish(active, "cancelled")
+
+    def step(self) -> list[Piece]:
+        """Run one step.
+
+        Returns:
+            What each request of the step got: tokens, or how far its prompt is computed.
+        """
+        while len(self._in_flight) < self._executor.depth:
+            planned_s = self.clock()
+            plan = self.scheduler.plan(planned_s)
+            if plan is None:
+                break
+            self._in_flight.append((plan, planned_s))
+            self._executor.submit(plan)
+        if not self._in_flight:
+            return []
+        plan, planned_s = self._in_flight[0]
+        result = self._executor.collect()
+        while result.index != plan.index:  # left over from a step that was interrupted
+            result = self._executor.collect()
+        self._in_flight.popleft()
+        self.scheduler.complete(plan)
+        pieces = [
+            self._advance(self._active[chunk.request_id], chunk, result)
+            for chunk in plan.chunks
+            if chunk.request_id in self._active
+        ]
+        self._record(plan, planned_s)
+        return pieces
+
+    def abort(self, reason: str, error: str | None = None) -> None:
+        """End every request after a step was interrupted or failed, and be ready for new ones."""
+        while self._in_flight:
+            self.scheduler.complete(self._in_flight.popleft()[0])
+        for active in list(self._active.values()):
+            active.output.error = error
+            self._finish(active, reason)
+
+    def _accept(self, request: Request) -> RequestOutput:
+        output = RequestOutput(
+            request_id=request.request_id,
+            prompt_token_ids=request.prompt_ids,
+            logprobs=None if request.params.logprobs is None else [],
+            prompt_logprobs=None if request.params.prompt_logprobs is None else [None],
+            metrics=RequestMetrics(arrival_s=request.arrival_s),
+        )
+        tokenizer = self.intake.tokenizer
+        text = (
+            None
+            if tokenizer is None
+            else TextStream(
+                tokenizer, stop=request.params.stop, min_tokens=request.params.min_tokens
+            )
+        )
+        self._active[request.request_id] = Active(request, output, text)
+        self.scheduler.add(request)
+        return output
+
+    def _advance(self, active: Active, chunk: Chunk, result: StepResult) -> Piece:
+        """Enter what a step brought for one request."""
+        output = active.output
+        if not chunk.is_decode:
+            active.prefilled = chunk.stop
+            output.metrics.chunks.append(chunk.num_tokens)
+        if output.prompt_logprobs is not None:
+            output.prompt_logprobs += result.prompt_logprobs.get(chunk.request_id, [])
+        if not chunk.samples:
+            return self._piece(active)
+        sampled = result.sampled[chunk.request_id]
+        if sampled.error is not None:
+            output.error = sampled.error
+            self._finish(active, "error")
+            return self._piece(active)
+        return self._take_token(active, sampled)
+
+    def _take_token(self, active: Active, sampled: Sampled) -> Piece:
+        output = active.output
+        self._time_token(active)
+        output.token_ids.append(sampled.token_id)
+        if output.logprobs is not None and sampled.logprobs is not None:
+            output.logprobs.append(sampled.logprobs)
+        reason = self._finish_reason(active, sampled.token_id)
+        text = ""
+        if active.text is not None:
+            # the token that ends a request is no part of its text
+            text = active.text.push(() if reason == "stop" else (sampled.token_id,))
+            if reason is not None:
+                text += active.text.close()
+            if active.text.matched is not None:
+                reason, output.stop_reason = "stop", active.text.matched
+            output.text += text
+        if reason is not None:
+            if reason == "stop" and output.stop_reason is None:
+                output.stop_reason = sampled.token_id
+            self._finish(active, reason)
+        logprobs = () if sampled.logprobs is None else (sampled.logprobs,)
+        piece = self._piece(active)
+        return replace(piece, token_ids=(sampled.token_id,), text=text, logprobs=logprobs)
+
+    @staticmethod
+    def _finish_reason(active: Active, token_id: int) -> str | None:
+        params, num_output = active.request.params, len(active.output.token_ids)
+        is_end = token_id in params.stop_token_ids or (
+            not params.ignore_eos and token_id in active.request.end_token_ids
+        )
+        if is_end and num_output >= params.min_tokens:
+            return "stop"
+        return "length" if num_output >= params.max_tokens else None
+
+    def _time_token(self, active: Active) -> None:
+        now_s, metrics = self.clock(), active.output.metrics
+        if active.last_token_s is None:
+            metrics.ttft_s = now_s - metrics.arrival_s
+        else:
+            metrics.tbt_s.append(now_s - active.last_token_s)
+        active.last_token_s = now_s
+
+    def _finish(self, active: Active, reason: str) -> None:
+        active.output.finish_reason = reason
+        active.output.metrics.finished_s = self.clock()
+        del self._active[active.request.request_id]
+        self.scheduler.release(active.request.request_id)
+
+    @staticmethod
+    def _piece(active: Active) -> Piece:
+        return Piece(
+            request_id=active.request.request_id,
+            finish_reason=active.output.finish_reason,
+            error=active.output.error,
+            prefilled=active.prefilled,
+            num_prompt_tokens=active.request.num_prompt_tokens,
+        )
+
+    def _record(self, plan: Plan, planned_s: float) -> None:
+        """Measure the step from its planning to here, learn from it, report it."""
+        actual_s = self.clock() - planned_s
+        self.scheduler.learn(plan, actual_s)
+        if self.on_step is None:
+            return
+        self.on_step(
+            StepRecord(
+                index=plan.index,
+                time_s=planned_s - self._started_s,
+                num_decodes=sum(chunk.is_decode for chunk in plan.chunks),
+                chunks=tuple(
+                    (c.request_id, c.start, c.num_tokens) for c in plan.chunks if not c.is_decode
+                ),
+                predicted_s=plan.predicted_s,
+                actual_s=actual_s,
+                pages_used=self.scheduler.router.num_used,
+                num_pages=self.scheduler.router.num_pages,
+                num_running=self.scheduler.num_running,
+                num_waiting=self.scheduler.num_waiting,
+            )
+        )

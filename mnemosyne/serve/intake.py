@@ -1,0 +1,115 @@
+"""Prompts and parameters in, checked requests out. Nothing that is wrong passes this door."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mnemosyne.request import NUM_SEEDS, Request, SamplingParams
+from mnemosyne.serve.defaults import GenerationDefaults
+from mnemosyne.serve.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | np.ndarray
+
+
+@dataclass(kw_only=True, slots=True)
+class Intake:
+    """What is known of the model at the door.
+
+    Args:
+        vocab_size: ids must be below it.
+        max_positions: positions the model was made for.
+        defaults: end tokens and sampling defaults of the checkpoint.
+        tokenizer: None if the checkpoint has none; prompts must then be ids.
+        model: what the checkpoint is called in errors.
+    """
+
+    vocab_size: int
+    max_positions: int
+    defaults: GenerationDefaults
+    tokenizer: Tokenizer | None
+    model: str
+    _next_id: int = 0
+
+    def requests(self, prompt: Prompt, params: SamplingParams, arrival_s: float) -> list[Request]:
+        """One request per sample that ``params.n`` asks for.
+
+        Args:
+            prompt: text, or token ids (a list or an integer array).
+            params: as the client wrote them.
+            arrival_s: seconds on the engine's clock.
+
+        Raises:
+            ValueError: if the prompt is empty, holds an id the model does not have, or is longer
+                with its output than the model allows; if it is text and there is no tokenizer.
+        """
+        prompt_ids = self._ids(prompt)
+        self._check_ids(prompt_ids, params)
+        resolved = self.defaults.resolve(params)
+        seed = params.seed if params.seed is not None else secrets.randbelow(NUM_SEEDS)
+        requests = []
+        for sample in range(params.n):
+            request_id, self._next_id = self._next_id, self._next_id + 1
+            requests.append(
+                Request(
+                    request_id=request_id,
+                    prompt_ids=prompt_ids,
+                    params=resolved,
+                    seed=_sample_seed(seed, sample),
+                    end_token_ids=self.defaults.end_token_ids,
+                    arrival_s=arrival_s,
+                )
+            )
+        return requests
+
+    def _ids(self, prompt: Prompt) -> np.ndarray:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError(
+                    f"prompt must be token ids for {self.model}, which has no tokenizer.json, "
+                    f"got text {prompt[:40]!r}; add the file or pass ids"
+                )
+            return self.tokenizer.encode(prompt)
+        ids = np.asarray(prompt)
+        if ids.size and (ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer)):
+            raise ValueError(
+                "prompt must be text or a flat list of integer ids, got "
+                f"{ids.dtype} of shape {ids.shape}; flatten it or decode it first"
+            )
+        return ids.astype(np.int64)
+
+    def _check_ids(self, ids: np.ndarray, params: SamplingParams) -> None:
+        if len(ids) == 0:
+            raise ValueError("prompt must hold at least one token, got none; write something")
+        wrong = np.flatnonzero((ids < 0) | (ids >= self.vocab_size))
+        if len(wrong):
+            raise ValueError(
+                f"prompt ids must lie in [0, {self.vocab_size}), got {ids[wrong[0]]} at index "
+                f"{wrong[0]}; encode with the tokenizer of {self.model}"
+            )
+        num_tokens = len(ids) + params.max_tokens
+        if num_tokens > self.max_positions:
+            raise ValueError(
+                f"prompt and max_tokens must fit the model's {self.max_positions} positions, got "
+                f"{len(ids)} + {params.max_tokens} = {num_tokens}; shorten one of them"
+            )
+        if params.stop and self.tokenizer is None:
+            raise ValueError(
+                f"stop must be empty for {self.model}, which has no tokenizer.json and makes no "
+                f"text, got {list(params.stop)}; use stop_token_ids"
+            )
+        beyond = [t for t in params.logit_bias if not 0 <= t < self.vocab_size]
+        if beyond:
+            raise ValueError(
+                f"logit_bias ids must lie in [0, {self.vocab_size}), got {beyond[0]}; drop it"
+            )
+
+
+def _sample_seed(seed: int, sample: int) -> int:
+    """Seed of the n-th sample; the first one is the seed itself."""
+    if sample == 0:
+        return seed
+    return int(np.random.SeedSequence([seed, sample]).generate_state(1, np.uint64)[0] >> 1)
