@@ -80,6 +80,10 @@ class Router:
         for shard in placement.shards:
             self.allocators[shard.group].release(shard.pages)
 
+    def reset(self) -> None:
+        """Take every page back, whoever holds it."""
+        self.allocators = tuple(PageAllocator(a.num_pages) for a in self.allocators)
+
     def _shard_pages(self, num_tokens: int) -> list[int]:
         full, rest = divmod(num_tokens, self.max_tokens_per_group)
         full_pages = self.max_tokens_per_group // self.page_size

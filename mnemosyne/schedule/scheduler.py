@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request
@@ -96,6 +97,19 @@ class Scheduler:
         running.is_released = True
         if running.num_in_flight == 0:
             self._forget(running)
+
+    def reset(self, lost: Iterable[Plan] = ()) -> None:
+        """Forget every request, in whatever state an interruption left them; all pages are free.
+
+        Args:
+            lost: plans whose steps are given up; an executor may not have seen what they released.
+        """
+        for plan in lost:
+            self._released += plan.released
+        self._released += self._running
+        self._waiting.clear()
+        self._running.clear()
+        self.router.reset()
 
     def plan(self, now_s: float) -> Plan | None:
         """The next step, or None if nothing can run.

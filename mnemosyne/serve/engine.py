@@ -117,11 +117,12 @@ class Engine:
 
     def abort(self, reason: str, error: str | None = None) -> None:
         """End every request after a step was interrupted or failed, and be ready for new ones."""
-        while self._in_flight:
-            self.scheduler.complete(self._in_flight.popleft()[0])
-        for active in list(self._active.values()):
+        self.scheduler.reset([plan for plan, _ in self._in_flight])
+        self._in_flight.clear()
+        for active in self._active.values():
             active.output.error = error
-            self._finish(active, reason)
+            self._end(active.output, reason)
+        self._active.clear()
 
     def _accept(self, request: Request) -> RequestOutput:
         output = RequestOutput(
@@ -203,10 +204,13 @@ class Engine:
         active.last_token_s = now_s
 
     def _finish(self, active: Active, reason: str) -> None:
-        active.output.finish_reason = reason
-        active.output.metrics.finished_s = self.clock()
+        self._end(active.output, reason)
         del self._active[active.request.request_id]
         self.scheduler.release(active.request.request_id)
+
+    def _end(self, output: RequestOutput, reason: str) -> None:
+        output.finish_reason = reason
+        output.metrics.finished_s = self.clock()
 
     @staticmethod
     def _piece(active: Active) -> Piece:
