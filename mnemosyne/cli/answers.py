@@ -32,18 +32,20 @@ class Answer:
 
 
 def print_answers(answers: Sequence[Answer], *, has_text: bool) -> None:
-    """Print every sample, labelled where there are several, and what went wrong.
+    """Print every sample in the order of the prompts, labelled where there are several.
 
     Args:
         answers: of all prompts, in order.
         has_text: whether the model has a tokenizer; token ids are printed if not.
     """
-    num_samples = sum(len(answer.samples) for answer in answers)
+    is_labelled = len(answers) > 1 or any(len(answer.samples) > 1 for answer in answers)
     for answer in answers:
         for index, sample in enumerate(answer.samples, start=1):
+            if sample.finish_reason == "cancelled" and not sample.token_ids:
+                continue  # Ctrl-C came before its first token
             label = f"{answer.number}.{index}" if len(answer.samples) > 1 else f"{answer.number}"
             text = sample.text if has_text else " ".join(map(str, sample.token_ids))
-            print(f"[{label}] {text}" if num_samples > 1 else text)
+            print(f"[{label}] {text}" if is_labelled else text)
 
 
 def summary(answers: Sequence[Answer], seconds: float) -> str:

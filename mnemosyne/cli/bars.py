@@ -13,10 +13,14 @@ from mnemosyne.request import Piece, RequestOutput
 
 
 class Bars:
-    """Progress bars that leave nothing behind; silent where standard error is no terminal."""
+    """Progress bars that leave nothing behind; silent where the console is no terminal.
 
-    def __init__(self) -> None:
-        console = Console(stderr=True)
+    Args:
+        console: unset: standard error.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        console = console or Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description:>8}"),
             BarColumn(),
@@ -33,8 +37,8 @@ class Bars:
     def read_weights(self, num_read: int, num_bytes: int) -> None:
         """Show how much of the weights is read, in bytes."""
         if self._weights is None:
-            self._weights = self._progress.add_task("weights", total=None, unit="MB")
-        self._progress.update(self._weights, completed=num_read / 1e6, total=num_bytes / 1e6)
+            self._weights = self._progress.add_task("weights", total=num_bytes / 1e6, unit="MB")
+        self._progress.update(self._weights, completed=num_read / 1e6)
 
     def expect(self, outputs: Sequence[RequestOutput]) -> None:
         """Show bars for requests that are about to run."""
