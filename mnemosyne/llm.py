@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -13,7 +14,7 @@ from mnemosyne.config import CacheConfig, EngineConfig, MeshConfig, MetricsConfi
 from mnemosyne.metrics import StepLog, StepRecord
 from mnemosyne.request import Piece, RequestMetrics, RequestOutput, SamplingParams
 from mnemosyne.serve.engine import Engine
-from mnemosyne.serve.intake import Prompt
+from mnemosyne.serve.intake import Prompt, as_array
 from mnemosyne.serve.tokenizer import Tokenizer
 
 Config = TypeVar("Config", MeshConfig, ScheduleConfig, CacheConfig, MetricsConfig)
@@ -91,7 +92,12 @@ class LLM:
         self.config = config
         self._step_log = StepLog(config.metrics.path) if config.metrics.path else None
         self._on_step = on_step
-        self._engine: Engine | None = build_engine(config, on_step=self._record, progress=progress)
+        self._engine: Engine | None = None
+        try:
+            self._engine = build_engine(config, on_step=self._record, progress=progress)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def engine(self) -> Engine:
@@ -128,18 +134,19 @@ class LLM:
             "error" and says why in ``error``; the others are not affected.
 
         Raises:
-            ValueError: if the numbers of prompts and params differ.
+            ValueError: if the numbers of prompts and params differ, or a stream is not at its end.
         """
-        outputs = self._add(prompts, params)
-        if progress:
-            from mnemosyne.serve.progress import ProgressBars
+        with self._idle_engine() as engine:
+            outputs = self._add(prompts, params)
+            if progress:
+                from mnemosyne.serve.progress import ProgressBars
 
-            with ProgressBars(outputs) as bars:
-                for piece in self._pieces():
-                    bars.update(piece)
-        else:
-            for _ in self._pieces():
-                pass
+                with ProgressBars(outputs) as bars:
+                    while engine.has_work:
+                        for piece in engine.step():
+                            bars.update(piece)
+            while engine.has_work:
+                engine.step()
         return outputs
 
     def stream(
@@ -157,18 +164,23 @@ class LLM:
             ``(index, piece)``: which prompt, and its new tokens and text, or how far its prompt
             is computed. The last piece of a prompt has a ``finish_reason``. Closing the iterator
             early cancels what still runs.
+
+        Raises:
+            ValueError: as ``generate`` does, when the first piece is asked for.
         """
-        outputs = self._add(prompts, params)
-        index_of = {
-            sample.request_id: index
-            for index, output in enumerate(outputs)
-            for sample in (output, *output.samples)
-        }
-        for index, output in enumerate(outputs):
-            if output.error is not None:
-                yield index, Piece(output.request_id, finish_reason="error", error=output.error)
-        for piece in self._pieces():
-            yield index_of[piece.request_id], piece
+        with self._idle_engine() as engine:
+            outputs = self._add(prompts, params)
+            index_of = {
+                sample.request_id: index
+                for index, output in enumerate(outputs)
+                for sample in (output, *output.samples)
+            }
+            for index, output in enumerate(outputs):
+                if output.error is not None:
+                    yield index, Piece(None, finish_reason="error", error=output.error)
+            while engine.has_work:
+                for piece in engine.step():
+                    yield index_of[piece.request_id], piece
 
     def close(self) -> None:
         """Release model and cache; unfinished requests are cancelled."""
@@ -220,12 +232,17 @@ class LLM:
             samples[0].samples = samples
         return samples[0]
 
-    def _pieces(self) -> Iterator[Piece]:
-        """Step until nothing is left; whatever interrupts it ends the requests that still run."""
+    @contextmanager
+    def _idle_engine(self) -> Iterator[Engine]:
+        """The engine, for one call at a time; whatever interrupts it ends what still runs."""
         engine = self.engine
+        if engine.has_work:
+            raise ValueError(
+                "LLM must be idle when new prompts come, got one with requests that still run; "
+                "exhaust or close their stream first, or use AsyncEngine"
+            )
         try:
-            while engine.has_work:
-                yield from engine.step()
+            yield engine
         except BaseException:
             engine.abort("cancelled")
             raise
@@ -257,10 +274,11 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def _refused(prompt: Prompt, reason: str) -> RequestOutput:
-    ids = np.empty(0, dtype=np.int64) if isinstance(prompt, str) else np.asarray(prompt)
+    ids = np.empty(0) if isinstance(prompt, str) else as_array(prompt)
+    is_ids = ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer)
     return RequestOutput(
         request_id=None,
-        prompt_token_ids=ids,
+        prompt_token_ids=ids.astype(np.int64) if is_ids else np.empty(0, dtype=np.int64),
         finish_reason="error",
         error=reason,
         metrics=RequestMetrics(arrival_s=0.0),

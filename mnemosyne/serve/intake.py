@@ -73,7 +73,7 @@ class Intake:
                     f"got text {prompt[:40]!r}; add the file or pass ids"
                 )
             return self.tokenizer.encode(prompt)
-        ids = np.asarray(prompt)
+        ids = as_array(prompt)
         if ids.size and (ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer)):
             raise ValueError(
                 "prompt must be text or a flat list of integer ids, got "
@@ -106,6 +106,14 @@ class Intake:
             raise ValueError(
                 f"logit_bias ids must lie in [0, {self.vocab_size}), got {beyond[0]}; drop it"
             )
+
+
+def as_array(ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Whatever was given as ids, as an array; of objects where its parts differ in length."""
+    try:
+        return np.asarray(ids)
+    except ValueError:
+        return np.array(None)
 
 
 def _sample_seed(seed: int, sample: int) -> int:

@@ -1,0 +1,304 @@
+"""The offline API: what may be given, what comes back, and what is left behind."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mnemosyne.config import CacheConfig, ScheduleConfig
+from mnemosyne.llm import LLM
+from mnemosyne.metrics import StepRecord, read_steps
+from mnemosyne.model_zoo.haystack import cycle, haystack, text_of
+from mnemosyne.model_zoo.needle import write_needle
+from mnemosyne.request import SamplingParams
+from tests.engines import WrappedExecutor, greedy, open_tiny, pages_used, random_prompts
+from tests.model_zoo.tiny import tiny_checkpoint
+
+DAYS, PLANETS = cycle("days", 6), cycle("planets", 6)
+PROMPTS = random_prompts((5, 30, 12))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("llm") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def needle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_needle(tmp_path_factory.mktemp("llm") / "needle")
+
+
+@pytest.fixture(scope="module")
+def reciter(needle: Path) -> Iterator[LLM]:
+    """The needle model, which answers texts."""
+    with LLM(
+        str(needle), dtype="float32", schedule={"chunk": 64}, cache={"max_tokens": "4K"}
+    ) as llm:
+        yield llm
+
+
+@pytest.fixture
+def llm(checkpoint: Path) -> Iterator[LLM]:
+    with open_tiny(checkpoint) as llm:
+        yield llm
+
+
+def test_texts_lists_and_arrays_are_prompts_and_answers_come_in_their_order(reciter: LLM) -> None:
+    prompts = [
+        haystack(200).prompt_ids,
+        text_of(DAYS.prompt_ids),
+        DAYS.prompt_ids.tolist(),
+        PLANETS.prompt_ids.astype(np.int32),
+        tuple(PLANETS.prompt_ids.tolist()),
+    ]
+
+    outputs = reciter.generate(prompts, greedy(6))
+
+    answers = [haystack(200).answer_ids[:6], *[DAYS.answer_ids] * 2, *[PLANETS.answer_ids] * 2]
+    assert [output.token_ids for output in outputs] == [answer.tolist() for answer in answers]
+    assert [output.text.split() for output in outputs] == [text_of(a).split() for a in answers]
+    for output, ids in zip(
+        outputs[1:], [DAYS.prompt_ids] * 2 + [PLANETS.prompt_ids] * 2, strict=True
+    ):
+        np.testing.assert_array_equal(output.prompt_token_ids, ids)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [text_of(DAYS.prompt_ids), DAYS.prompt_ids.tolist(), DAYS.prompt_ids],
+    ids=["text", "list", "array"],
+)
+def test_a_single_prompt_counts_as_a_list_of_one(reciter: LLM, prompt: object) -> None:
+    (output,) = reciter.generate(prompt, greedy(6))
+
+    assert output.token_ids == DAYS.answer_ids.tolist()
+
+
+def test_rows_of_a_matrix_are_prompts(llm: LLM) -> None:
+    rows = np.stack(random_prompts((8, 8)))
+
+    outputs = llm.generate(rows, greedy(3))
+
+    assert [o.token_ids for o in outputs] == [llm.generate(r, greedy(3))[0].token_ids for r in rows]
+
+
+def test_no_prompts_give_no_outputs(llm: LLM) -> None:
+    assert llm.generate([], greedy(3)) == []
+    assert list(llm.stream([])) == []
+
+
+def test_each_prompt_may_have_its_own_params(llm: LLM) -> None:
+    outputs = llm.generate(PROMPTS, [greedy(n) for n in (3, 1, 5)])
+
+    assert [len(output.token_ids) for output in outputs] == [3, 1, 5]
+
+
+def test_without_params_the_defaults_apply(llm: LLM) -> None:
+    (output,) = llm.generate(PROMPTS[0])
+
+    assert len(output.token_ids) == SamplingParams().max_tokens
+
+
+@pytest.mark.parametrize("num_params", [0, 2, 4])
+def test_params_and_prompts_of_different_number_are_refused(llm: LLM, num_params: int) -> None:
+    with pytest.raises(ValueError, match=rf"one per prompt, got {num_params} for 3 prompts; pass"):
+        llm.generate(PROMPTS, [greedy(2)] * num_params)
+
+    assert not llm.engine.has_work
+
+
+def test_a_stream_brings_what_generate_brings(llm: LLM) -> None:
+    outputs = llm.generate(PROMPTS, greedy(5))
+
+    pieces = list(llm.stream(PROMPTS, greedy(5)))
+
+    for index, output in enumerate(outputs):
+        own = [piece for i, piece in pieces if i == index]
+        assert [t for piece in own for t in piece.token_ids] == output.token_ids
+        assert own[-1].finish_reason == "length"
+    assert {index for index, _ in pieces} == {0, 1, 2}
+
+
+def test_a_stream_says_which_prompt_was_refused(llm: LLM) -> None:
+    prompts = [PROMPTS[0], [], PROMPTS[1], [10**6]]
+
+    pieces = list(llm.stream(prompts, greedy(2)))
+
+    refused = {index: piece for index, piece in pieces if piece.error is not None}
+    assert sorted(refused) == [1, 3]
+    assert {piece.finish_reason for piece in refused.values()} == {"error"}
+    assert "must hold at least one token" in refused[1].error
+    assert "got 1000000 at index 0" in refused[3].error
+    assert {index for index, piece in pieces if piece.finish_reason == "length"} == {0, 2}
+
+
+@pytest.mark.parametrize("num_pieces", [1, 4, 9])
+def test_closing_a_stream_early_cancels_what_still_runs(llm: LLM, num_pieces: int) -> None:
+    expected = llm.generate(PROMPTS, greedy(5))
+    pieces = llm.stream([[], *PROMPTS], greedy(5))
+    for _ in range(num_pieces):
+        next(pieces)
+
+    pieces.close()
+
+    assert not llm.engine.has_work
+    assert pages_used(llm.engine) == 0
+    assert [o.token_ids for o in llm.generate(PROMPTS, greedy(5))] == [
+        o.token_ids for o in expected
+    ]
+
+
+def test_leaving_the_loop_over_a_stream_cancels_what_still_runs(llm: LLM) -> None:
+    for _ in llm.stream(PROMPTS, greedy(5)):
+        break
+
+    assert not llm.engine.has_work
+
+
+def test_new_prompts_while_a_stream_is_open_are_refused(llm: LLM) -> None:
+    pieces = llm.stream(PROMPTS, greedy(5))
+    next(pieces)
+
+    with pytest.raises(ValueError, match=r"LLM must be idle .* exhaust or close their stream"):
+        llm.generate(PROMPTS, greedy(5))
+    with pytest.raises(ValueError, match="LLM must be idle"):
+        next(llm.stream(PROMPTS, greedy(5)))
+
+    assert sum(piece.finish_reason == "length" for _, piece in pieces) == 3
+
+
+def test_samples_of_one_prompt_come_together(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=6, temperature=1.0, seed=3, n=3)
+
+    first, second = llm.generate(PROMPTS[:2], params)
+    pieces = list(llm.stream(PROMPTS[0], params))
+
+    assert first.samples[0] is first
+    assert [len(output.samples) for output in (first, second)] == [3, 3]
+    assert len({tuple(sample.token_ids) for sample in first.samples}) == 3
+    assert {index for index, _ in pieces} == {0}
+    assert len({piece.request_id for _, piece in pieces}) == 3
+
+
+def test_closing_releases_the_cache_and_the_model(checkpoint: Path) -> None:
+    with open_tiny(checkpoint) as llm:
+        llm.generate(PROMPTS, greedy(3))
+        executor = llm.engine._executor
+        alive = [weakref.ref(part) for part in (executor._pool, executor._model, llm.engine)]
+        del executor
+        gc.disable()
+
+    try:
+        assert [reference() for reference in alive] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_a_closed_llm_refuses_prompts(checkpoint: Path) -> None:
+    llm = open_tiny(checkpoint)
+    pieces = llm.stream(PROMPTS, greedy(5))
+    next(pieces)
+    llm.close()
+    llm.close()
+
+    with pytest.raises(ValueError, match="LLM must be open, got one that was closed"):
+        llm.generate(PROMPTS, greedy(3))
+    with pytest.raises(ValueError, match="LLM must be open"):
+        _ = llm.tokenizer
+    assert len(list(pieces)) == 1  # what the last step had brought
+
+
+def test_an_interruption_while_prompts_are_added_leaves_none_behind(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = llm.engine.add
+
+    def interrupted_add(prompt: object, params: SamplingParams) -> object:
+        if prompt is PROMPTS[2]:
+            raise KeyboardInterrupt
+        return add(prompt, params)
+
+    monkeypatch.setattr(llm.engine, "add", interrupted_add)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPTS, greedy(3))
+
+    assert not llm.engine.has_work
+
+
+def test_a_failure_in_the_middle_reaches_the_caller(llm: LLM) -> None:
+    def fail(plan: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    WrappedExecutor(llm.engine, before=fail)
+
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        llm.generate(PROMPTS, greedy(3))
+
+    assert not llm.engine.has_work
+
+
+def test_configs_may_be_dataclasses_or_dicts(checkpoint: Path) -> None:
+    expected = None
+    for schedule, cache in (
+        (ScheduleConfig(chunk=5), CacheConfig(max_tokens="1K", page_size=16)),
+        ({"chunk": 5}, {"max_tokens": 1024, "page_size": 16}),
+    ):
+        with LLM(str(checkpoint), dtype="float64", schedule=schedule, cache=cache) as llm:
+            output = llm.generate(PROMPTS[1], greedy(3))[0]
+            assert llm.engine.scheduler.router.num_pages == 64
+            assert llm.config.schedule == ScheduleConfig(chunk=5)
+        assert output.metrics.chunks == [5] * 6
+        assert expected in (None, output.token_ids)
+        expected = output.token_ids
+
+
+@pytest.mark.parametrize("name", ["schedule", "cache", "mesh", "metrics"])
+def test_an_unknown_key_of_a_dict_is_named(checkpoint: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} must have keys among .*, got 'shunk'"):
+        LLM(str(checkpoint), **{name: {"shunk": 5}})
+
+
+def test_steps_are_written_where_metrics_path_says(checkpoint: Path, tmp_path: Path) -> None:
+    path, records = tmp_path / "steps.jsonl", []
+    with open_tiny(checkpoint, metrics={"path": str(path)}, on_step=records.append) as llm:
+        llm.generate(PROMPTS, greedy(5))
+        num_written = len(read_steps(path))
+
+    assert num_written == len(records) > 5
+    assert read_steps(path) == records
+    assert all(isinstance(record, StepRecord) for record in records)
+
+
+def test_a_progress_bar_is_shown_and_changes_nothing(
+    llm: LLM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = llm.generate(PROMPTS, greedy(5))
+    capsys.readouterr()
+
+    outputs = llm.generate([*PROMPTS, []], greedy(5), progress=True)
+
+    shown = capsys.readouterr().out
+    assert [o.token_ids for o in outputs[:3]] == [o.token_ids for o in expected]
+    assert outputs[3].finish_reason == "error"
+    assert f"{sum(map(len, PROMPTS))}/{sum(map(len, PROMPTS))}" in shown
+    assert "3/3" in shown
+
+
+def test_reading_weights_reports_bytes(checkpoint: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    with LLM(
+        str(checkpoint),
+        schedule={"chunk": 8},
+        cache={"max_tokens": 256},
+        progress=lambda done, total: seen.append((done, total)),
+    ):
+        pass
+
+    done, totals = zip(*seen, strict=True)
+    assert list(done) == sorted(done)
+    assert set(totals) == {done[-1]}
