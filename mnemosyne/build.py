@@ -256,6 +256,7 @@ def _fit(
     )
     started_s = time.perf_counter()
     samples = calibrate(worker, work_model, limits, clock=time.perf_counter)
-    predictor.fit(samples)
+    if samples:
+        predictor.fit(samples)
     seconds = time.perf_counter() - started_s
     log.info("step times fitted from %d steps in %.1f s", len(samples), seconds)

@@ -46,8 +46,10 @@ class SequenceState:
             prompt_logprobs=admission.params.prompt_logprobs,
         )
 
-    def append(self, token: int) -> None:
-        self.tokens[self.num_tokens] = token
+    def append(self, token: int, position: int) -> None:
+        """Take a token that a decode brings; it was sampled by whichever rank has the head."""
+        assert position == self.num_tokens, "tokens come one after the other"
+        self.tokens[position] = token
         self.num_tokens += 1
         self.sampler.append(token)
 

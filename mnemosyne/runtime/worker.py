@@ -99,6 +99,9 @@ class Worker:
                 self._clear(gone)
         for admission in plan.admitted:
             self._sequences[admission.request_id] = SequenceState.start(admission)
+        for chunk in plan.chunks:
+            if chunk.token_id is not None:
+                self._sequences[chunk.request_id].append(chunk.token_id, chunk.start)
 
     def _clear(self, sequence: SequenceState) -> None:
         """Zero what a request with nans left behind, before the pages are handed out anew."""
@@ -118,10 +121,7 @@ class Worker:
         logits_BV = self._model.logits(hidden_TE[index_B])
         results = sample(logits_BV, [sequence.sampler for sequence in sequences])
         for sequence, result in zip(sequences, results, strict=True):
-            if result.error is None:
-                sequence.append(result.token_id)
-            else:
-                sequence.is_finite = False
+            sequence.is_finite = sequence.is_finite and result.error is None
         return dict(zip(request_ids, results, strict=True))
 
     def _prompt_logprobs(self, inputs: StepInputs, hidden_TE: Tensor) -> dict[int, list[Logprobs]]:

@@ -51,7 +51,7 @@ def calibrate(
         clock: seconds.
 
     Returns:
-        ``(work, seconds)`` of each step, at least one.
+        ``(work, seconds)`` of each step that fits; none if the cache is tiny.
     """
     samples: list[tuple[StepWork, float]] = []
     for family in _families():
@@ -59,9 +59,8 @@ def calibrate(
             plans = _plans(shape, limits)
             if plans is None:
                 continue
-            chunks = plans[0].chunks
             seconds = [_time(executor, plan, clock) for plan in plans][1]
-            samples.append((work_model.batch(chunks), seconds))
+            samples.append((work_model.batch(plans[1].chunks), seconds))
             if seconds > limits.step_s:
                 break
     return samples
@@ -86,29 +85,36 @@ def _plans(shape: Shape, limits: Limits) -> list[Plan] | None:
     if pages_each * len(shape) > limits.num_pages or room > limits.max_positions:
         return None
     admitted = []
-    for index in range(len(shape)):
+    for index, (context, tokens, is_decode) in enumerate(shape):
         first = index * pages_each
         shard = Shard(0, np.arange(first, first + pages_each, dtype=np.int64))
+        num_prompt_tokens = context if is_decode else context + tokens
         admitted.append(
             Admission(
                 request_id=_request_id(index),
-                prompt_ids=np.arange(room - 2, dtype=np.int64) % limits.vocab_size,
+                prompt_ids=np.arange(num_prompt_tokens, dtype=np.int64) % limits.vocab_size,
                 params=SamplingParams(max_tokens=2, temperature=0.0),
                 seed=0,
                 end_token_ids=(),
                 placement=Placement((shard,), room),
             )
         )
-    chunks = tuple(
-        Chunk(_request_id(index), context, tokens, samples=is_decode, is_decode=is_decode)
-        for index, (context, tokens, is_decode) in enumerate(shape)
-    )
     ids = tuple(admission.request_id for admission in admitted)
     return [
-        Plan(index=0, chunks=chunks, admitted=tuple(admitted)),
-        Plan(index=1, chunks=chunks),
+        Plan(index=0, chunks=_chunks(shape, 0), admitted=tuple(admitted)),
+        Plan(index=1, chunks=_chunks(shape, 1)),
         Plan(index=2, chunks=(), released=ids),
     ]
+
+
+def _chunks(shape: Shape, repeat: int) -> tuple[Chunk, ...]:
+    """The chunks of a shape; a decode moves on by a token each time, a prefill runs again."""
+    return tuple(
+        Chunk(_request_id(index), context + repeat, 1, samples=True, token_id=0)
+        if is_decode
+        else Chunk(_request_id(index), context, tokens, samples=False)
+        for index, (context, tokens, is_decode) in enumerate(shape)
+    )
 
 
 def _request_id(index: int) -> int:

@@ -31,7 +31,11 @@ class Chunk:
     start: int  # position of the first token
     num_tokens: int
     samples: bool  # the last row is sampled
-    is_decode: bool
+    token_id: int | None = None  # of a decode: the token to compute, sampled in an earlier step
+
+    @property
+    def is_decode(self) -> bool:
+        return self.token_id is not None
 
     @property
     def stop(self) -> int:

@@ -24,6 +24,7 @@ class Running:
     deadline_s: float  # for its first token, after arrival
     num_planned: int = 0  # tokens in this and earlier plans
     num_known: int = 0  # prompt and output tokens that exist
+    last_token: int | None = None  # the newest of them, once one was sampled
     num_in_flight: int = 0  # steps that hold a chunk of it
     is_released: bool = False
 
@@ -129,14 +130,21 @@ class PrefillPlanner:
         return chunks
 
     def _lone_chunk(self, running: Running) -> Chunk:
-        """Nobody waits for this step but the prompt itself: take the chunk that ends soonest."""
-        size = solve_lone_chunk(
+        """Nobody waits for this step but the prompt itself: take the chunk that ends soonest.
+
+        It is never smaller than beside decodes: where measurements are noisy, small chunks may
+        look as fast as large ones, and a step of ``target_tbt`` delays no new arrival too long.
+        """
+        limits = {"min_chunk": self.config.min_chunk, "max_chunk": self.config.max_chunk}
+        soonest = solve_lone_chunk(
             lambda num_tokens: self._prefill_step_s(running.num_planned, num_tokens),
             remaining=running.num_chunkable,
-            min_chunk=self.config.min_chunk,
-            max_chunk=self.config.max_chunk,
+            **limits,
         )
-        return self._chunk(running, size)
+        within_target = self._solve(
+            running, StepWork(), self.config.max_chunk, self.config.target_tbt
+        )
+        return self._chunk(running, max(soonest, within_target))
 
     def _adaptive_chunks(
         self, prefills: list[Running], work: StepWork, now_s: float
@@ -204,5 +212,4 @@ class PrefillPlanner:
             start=running.num_planned,
             num_tokens=num_tokens,
             samples=num_tokens == running.num_remaining,
-            is_decode=False,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request
@@ -140,13 +140,19 @@ class Scheduler:
             predicted_s=predicted_s,
         )
 
-    def complete(self, plan: Plan) -> None:
-        """Take note that a step is back; each row that sampled is one more known token."""
+    def complete(self, plan: Plan, tokens: Mapping[int, int]) -> None:
+        """Take note that a step is back.
+
+        Args:
+            plan: the step.
+            tokens: what it sampled, by request; each is one more known token.
+        """
         for chunk in plan.chunks:
             running = self._running[chunk.request_id]
             running.num_in_flight -= 1
             if chunk.samples:
                 running.num_known += 1
+                running.last_token = tokens[chunk.request_id]
             if running.is_released and running.num_in_flight == 0:
                 self._forget(running)
 
@@ -192,5 +198,5 @@ class Scheduler:
             start=running.num_planned,
             num_tokens=1,
             samples=True,
-            is_decode=True,
+            token_id=running.last_token,
         )

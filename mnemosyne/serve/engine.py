@@ -106,7 +106,8 @@ class Engine:
         while result.index != plan.index:  # left over from a step that was interrupted
             result = self._executor.collect()
         self._in_flight.popleft()
-        self.scheduler.complete(plan)
+        tokens = {request_id: sampled.token_id for request_id, sampled in result.sampled.items()}
+        self.scheduler.complete(plan, tokens)
         pieces = [
             self._advance(self._active[chunk.request_id], chunk, result)
             for chunk in plan.chunks

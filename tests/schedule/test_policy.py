@@ -56,6 +56,10 @@ def _scheduler(**config) -> Scheduler:
     )
 
 
+def _tokens(plan):
+    return {chunk.request_id: 7 for chunk in plan.chunks if chunk.samples}
+
+
 def _request(request_id: int, num_prompt_tokens: int, **fields) -> Request:
     return Request(
         request_id=request_id,
@@ -103,12 +107,13 @@ def test_two_long_prompts_never_share_a_step():
 def test_a_preempted_prompt_goes_on_where_it_stopped():
     scheduler = _scheduler(chunk=256, policy="edf")
     scheduler.add(_request(0, 1000, deadline_s=100.0))
-    scheduler.complete(scheduler.plan(0.0))
+    first = scheduler.plan(0.0)
+    scheduler.complete(first, _tokens(first))
     pages = scheduler.router.num_used
     scheduler.add(_request(1, 256, deadline_s=1.0, arrival_s=1.0))
 
     preempting = scheduler.plan(1.0)
-    scheduler.complete(preempting)
+    scheduler.complete(preempting, _tokens(preempting))
     resumed = scheduler.plan(2.0)
 
     assert _sizes(preempting) == {1: 256}

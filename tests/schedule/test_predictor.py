@@ -106,7 +106,7 @@ def test_pairs_are_the_keys_that_rows_see(window, start, num_tokens):
 
 
 def test_layers_of_different_windows_are_averaged():
-    work = WorkModel([None, 4]).batch([Chunk(0, 99, 1, samples=True, is_decode=True)])
+    work = WorkModel([None, 4]).batch([Chunk(0, 99, 1, samples=True, token_id=5)])
 
     assert work.decode_keys == (100 + 4) / 2
     assert (work.num_tokens, work.num_sequences, work.num_sampled) == (1, 1, 1)

@@ -33,6 +33,10 @@ def _scheduler(num_pages: int = 1000, **config) -> Scheduler:
     )
 
 
+def _tokens(plan):
+    return {chunk.request_id: 7 for chunk in plan.chunks if chunk.samples}
+
+
 def _request(request_id: int, num_prompt_tokens: int, max_tokens: int = 4) -> Request:
     return Request(
         request_id=request_id,
@@ -46,7 +50,7 @@ def _request(request_id: int, num_prompt_tokens: int, max_tokens: int = 4) -> Re
 
 def _run(scheduler: Scheduler):
     plan = scheduler.plan(0.0)
-    scheduler.complete(plan)
+    scheduler.complete(plan, _tokens(plan))
     return plan
 
 
@@ -150,7 +154,7 @@ def test_pages_of_a_step_in_flight_are_kept_until_it_is_back():
     scheduler.release(0)
 
     assert scheduler.router.num_used == 8
-    scheduler.complete(plan)
+    scheduler.complete(plan, _tokens(plan))
     assert scheduler.router.num_used == 0
 
 
@@ -181,7 +185,7 @@ def test_every_token_is_computed_once_and_every_page_comes_back(lengths, chunk, 
         plan = scheduler.plan(0.0)
         if plan is None:
             break
-        scheduler.complete(plan)
+        scheduler.complete(plan, _tokens(plan))
         for c in plan.chunks:
             assert c.start == computed[c.request_id]
             computed[c.request_id] = c.stop
