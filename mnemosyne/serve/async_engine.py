@@ -7,10 +7,11 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
-from mnemosyne.request import Piece, RequestOutput, SamplingParams
+from mnemosyne.request import Piece, SamplingParams
 from mnemosyne.serve.engine import Engine
 from mnemosyne.serve.intake import Prompt
 
@@ -42,6 +43,7 @@ class AsyncEngine:
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
+        self._is_stopping, self._failure = False, None
         self._thread = threading.Thread(target=self._run, name="mnemosyne-engine", daemon=True)
         self._thread.start()
         return self
@@ -76,33 +78,34 @@ class AsyncEngine:
             RuntimeError: if the engine failed or was stopped.
         """
         queue: asyncio.Queue[Piece] = asyncio.Queue()
-        outputs = await self._call(lambda: self._accept(prompt, params, queue))
-        running = {output.request_id for output in outputs}
+        is_done = False
         try:
-            while running:
+            num_running = await self._call(lambda: self._accept(prompt, params, queue))
+            while num_running:
                 piece = await queue.get()
-                if piece.finish_reason is not None:
-                    running.discard(piece.request_id)
+                num_running -= piece.finish_reason is not None
+                is_done = num_running == 0
                 yield piece
         finally:
-            if running and not self._is_stopping:
-                self._post(lambda: self._drop(running))
+            # by the queue: a submitter may leave before it knows the ids of its requests
+            if not is_done:
+                self._post_if_running(lambda: self._drop(queue))
 
     def cancel(self, request_id: int) -> None:
         """End a request; its stream ends with a piece whose ``finish_reason`` is "cancelled"."""
-        self._post(lambda: self._cancel(request_id))
+        self._post_if_running(lambda: self._cancel(request_id))
 
-    async def _call(self, function: Callable[[], list[RequestOutput]]) -> list[RequestOutput]:
+    async def _call(self, function: Callable[[], int]) -> int:
         """Run a function on the engine's thread, between two steps, and wait for its value."""
-        future: asyncio.Future[list[RequestOutput]] = self._loop.create_future()
+        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
         def run() -> None:
             try:
                 value = function()
-            except (ValueError, RuntimeError) as error:
-                self._loop.call_soon_threadsafe(_fail, future, error)
+            except Exception as error:  # noqa: BLE001  # whoever asked gets it, whatever it is
+                self._to_loop(_fail, future, error)
             else:
-                self._loop.call_soon_threadsafe(_fulfil, future, value)
+                self._to_loop(_fulfil, future, value)
 
         self._post(run)
         return await future
@@ -119,24 +122,32 @@ class AsyncEngine:
             self._calls.append(call)
         self._wake.set()
 
-    def _accept(
-        self, prompt: Prompt, params: SamplingParams, queue: asyncio.Queue[Piece]
-    ) -> list[RequestOutput]:
+    def _post_if_running(self, call: Callable[[], None]) -> None:
+        """The same for calls that have nothing to do once the engine has stopped."""
+        with suppress(RuntimeError):
+            self._post(call)
+
+    def _to_loop(self, call: Callable[..., None], *arguments: object) -> None:
+        with suppress(RuntimeError):  # the loop was closed, nobody listens any more
+            self._loop.call_soon_threadsafe(call, *arguments)
+
+    def _accept(self, prompt: Prompt, params: SamplingParams, queue: asyncio.Queue[Piece]) -> int:
+        """Add a prompt; the number of its requests, whose pieces go to the queue from now on."""
         self._check_runs()
         outputs = self._engine.add(prompt, params)
         for output in outputs:
             assert output.request_id is not None
             self._queues[output.request_id] = queue
-        return outputs
+        return len(outputs)
 
     def _cancel(self, request_id: int) -> None:
         self._engine.cancel(request_id)
         self._deliver(Piece(request_id, finish_reason="cancelled"))
 
-    def _drop(self, request_ids: set[int | None]) -> None:
-        for request_id in request_ids:
-            assert request_id is not None
-            self._queues.pop(request_id, None)
+    def _drop(self, queue: asyncio.Queue[Piece]) -> None:
+        """Cancel the requests of a submitter who left."""
+        for request_id in [i for i, own in self._queues.items() if own is queue]:
+            del self._queues[request_id]
             self._engine.cancel(request_id)
 
     def _deliver(self, piece: Piece) -> None:
@@ -146,7 +157,7 @@ class AsyncEngine:
             return
         if piece.finish_reason is not None:
             del self._queues[piece.request_id]
-        self._loop.call_soon_threadsafe(queue.put_nowait, piece)
+        self._to_loop(queue.put_nowait, piece)
 
     def _run(self) -> None:
         try:
@@ -176,11 +187,11 @@ class AsyncEngine:
             self._deliver(Piece(request_id, finish_reason=reason, error=error))
 
 
-def _fail(future: asyncio.Future[list[RequestOutput]], error: Exception) -> None:
+def _fail(future: asyncio.Future[int], error: Exception) -> None:
     if not future.done():
         future.set_exception(error)
 
 
-def _fulfil(future: asyncio.Future[list[RequestOutput]], value: list[RequestOutput]) -> None:
+def _fulfil(future: asyncio.Future[int], value: int) -> None:
     if not future.done():
         future.set_result(value)

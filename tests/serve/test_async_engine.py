@@ -1,0 +1,305 @@
+"""The engine behind an event loop: streams side by side, leaving early, refusals, failures."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from mnemosyne.llm import LLM
+from mnemosyne.request import Piece, SamplingParams
+from mnemosyne.schedule.plan import Plan
+from mnemosyne.serve.async_engine import AsyncEngine
+from tests.engines import WrappedExecutor, greedy, open_tiny, pages_used, random_prompts
+from tests.model_zoo.tiny import tiny_checkpoint
+
+T = TypeVar("T")
+PROMPTS = random_prompts((20, 33, 8))
+FOREVER = greedy(900)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("async") / "tiny")
+
+
+@pytest.fixture
+def llm(checkpoint: Path) -> Iterator[LLM]:
+    with open_tiny(checkpoint, max_tokens=4096) as llm:
+        yield llm
+
+
+def run(coroutine: Awaitable[T], timeout_s: float = 60) -> T:
+    """Run to the end; a deadlock is an error, and so is a thread that stays."""
+
+    async def bounded() -> T:
+        return await asyncio.wait_for(coroutine, timeout_s)
+
+    result = asyncio.run(bounded())
+    assert not [t for t in threading.enumerate() if t.name == "mnemosyne-engine"]
+    return result
+
+
+async def collect(engine: AsyncEngine, prompt: Any, params: SamplingParams) -> list[Piece]:
+    return [piece async for piece in engine.submit(prompt, params)]
+
+
+def tokens_of(pieces: list[Piece]) -> list[int]:
+    return [token for piece in pieces for token in piece.token_ids]
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    while not holds():
+        await asyncio.sleep(0.001)
+
+
+def test_streams_interleave_and_bring_the_tokens_of_lone_runs(llm: LLM) -> None:
+    expected = [output.token_ids for output in llm.generate(PROMPTS, greedy(30))]
+    arrivals: list[int] = []
+
+    async def follow(engine: AsyncEngine, index: int) -> list[Piece]:
+        pieces = []
+        async for piece in engine.submit(PROMPTS[index], greedy(30)):
+            arrivals.append(index)
+            pieces.append(piece)
+        return pieces
+
+    async def main() -> list[list[Piece]]:
+        async with AsyncEngine(llm.engine) as engine:
+            return await asyncio.gather(*(follow(engine, index) for index in range(3)))
+
+    streams = run(main())
+
+    assert [tokens_of(pieces) for pieces in streams] == expected
+    assert [pieces[-1].finish_reason for pieces in streams] == ["length"] * 3
+    first_end = min(len(arrivals) - arrivals[::-1].index(i) for i in range(3))
+    assert set(arrivals[:first_end]) == {0, 1, 2}, "each began before any ended"
+
+
+def test_samples_of_one_prompt_share_a_stream(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=4, temperature=1.0, seed=1, n=3)
+
+    async def main() -> list[Piece]:
+        async with AsyncEngine(llm.engine) as engine:
+            return await collect(engine, PROMPTS[0], params)
+
+    pieces = run(main())
+
+    by_request: dict[int | None, list[Piece]] = {}
+    for piece in pieces:
+        by_request.setdefault(piece.request_id, []).append(piece)
+    expected = [sample.token_ids for sample in llm.generate(PROMPTS[0], params)[0].samples]
+    assert [tokens_of(own) for own in by_request.values()] == expected
+
+
+def test_breaking_out_of_the_loop_frees_the_pages(llm: LLM) -> None:
+    expected = llm.generate(PROMPTS[1], greedy(40))[0].token_ids
+
+    async def leave_early(engine: AsyncEngine) -> None:
+        async for piece in engine.submit(PROMPTS[0], FOREVER):
+            if piece.token_ids:
+                break
+
+    async def main() -> list[Piece]:
+        async with AsyncEngine(llm.engine) as engine:
+            await leave_early(engine)
+            pieces = await collect(engine, PROMPTS[1], greedy(40))
+            await until(lambda: pages_used(llm.engine) == 0)
+            return pieces
+
+    assert tokens_of(run(main())) == expected
+
+
+def test_cancelling_the_task_frees_the_pages(llm: LLM) -> None:
+    async def main() -> int:
+        async with AsyncEngine(llm.engine) as engine:
+            task = asyncio.create_task(collect(engine, PROMPTS[0], FOREVER))
+            await until(lambda: pages_used(llm.engine) > 0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await until(lambda: pages_used(llm.engine) == 0)
+            return len(await collect(engine, PROMPTS[2], greedy(3)))
+
+    assert run(main()) == 4
+
+
+def test_a_task_cancelled_before_its_prompt_is_accepted_leaves_no_request(llm: LLM) -> None:
+    is_stepping, may_go_on = threading.Event(), threading.Event()
+
+    def hold(plan: Plan) -> None:
+        if plan.index == 2:
+            is_stepping.set()
+            assert may_go_on.wait(30)
+
+    WrappedExecutor(llm.engine, before=hold)
+    added: list[int] = []
+    add = llm.engine.add
+    llm.engine.add = lambda *given: added.append(1) or add(*given)  # type: ignore[method-assign]
+
+    async def main() -> None:
+        async with AsyncEngine(llm.engine) as engine:
+            first = asyncio.create_task(collect(engine, PROMPTS[0], greedy(20)))
+            await until(is_stepping.is_set)
+            second = asyncio.create_task(collect(engine, PROMPTS[1], FOREVER))
+            await asyncio.sleep(0)  # it waits to be accepted
+            second.cancel()
+            await asyncio.gather(second, return_exceptions=True)
+            may_go_on.set()
+            await first
+            await until(lambda: not llm.engine.has_work)
+
+    run(main())
+
+    assert len(added) == 2, "it was accepted, and then dropped"
+
+
+def test_a_request_cancelled_by_id_ends_its_stream(llm: LLM) -> None:
+    async def main() -> list[Piece]:
+        pieces = []
+        async with AsyncEngine(llm.engine) as engine:
+            async for piece in engine.submit(PROMPTS[0], FOREVER):
+                pieces.append(piece)
+                if len(pieces) == 5:
+                    engine.cancel(piece.request_id)
+                    engine.cancel(999)
+            assert pages_used(llm.engine) == 0
+        engine.cancel(piece.request_id)  # nothing to do any more
+        return pieces
+
+    pieces = run(main())
+
+    assert pieces[-1].finish_reason == "cancelled"
+    assert len(pieces) < 100
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ([], "at least one token"),
+        ([-1], r"got -1"),
+        ("text", "token ids for"),
+        ([5] * 2000, "1024"),
+    ],
+)
+def test_a_refused_prompt_raises_in_its_submitter_only(llm: LLM, prompt: Any, said: str) -> None:
+    expected = llm.generate(PROMPTS[0], greedy(20))[0].token_ids
+
+    async def main() -> list[Piece]:
+        async with AsyncEngine(llm.engine) as engine:
+            other = asyncio.create_task(collect(engine, PROMPTS[0], greedy(20)))
+            with pytest.raises(ValueError, match=said):
+                await collect(engine, prompt, greedy(2))
+            return await other
+
+    assert tokens_of(run(main())) == expected
+
+
+def test_nonsense_raises_in_its_submitter_only(llm: LLM) -> None:
+    async def main() -> int:
+        async with AsyncEngine(llm.engine) as engine:
+            with pytest.raises(AttributeError):
+                await collect(engine, PROMPTS[0], None)  # type: ignore[arg-type]
+            return len(tokens_of(await collect(engine, PROMPTS[0], greedy(3))))
+
+    assert run(main()) == 3
+
+
+def test_a_failed_executor_ends_every_stream_with_an_error(
+    llm: LLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(plan: Plan) -> None:
+        if plan.index == 9:
+            raise MemoryError("no room for the step")
+
+    WrappedExecutor(llm.engine, before=fail)
+
+    async def main() -> list[list[Piece]]:
+        async with AsyncEngine(llm.engine) as engine:
+            streams = await asyncio.gather(*(collect(engine, p, FOREVER) for p in PROMPTS))
+            with pytest.raises(RuntimeError, match="the engine failed: no room for the step"):
+                await collect(engine, PROMPTS[0], greedy(3))
+        async with engine:  # a new start
+            assert len(tokens_of(await collect(engine, PROMPTS[0], greedy(3)))) == 3
+        return streams
+
+    streams = run(main())
+
+    for pieces in streams:
+        assert pieces[-1].finish_reason == "error"
+        assert pieces[-1].error == "the engine failed: no room for the step"
+    assert [record.message for record in caplog.records] == [
+        "the engine failed; all its requests end"
+    ]
+    assert pages_used(llm.engine) == 0
+
+
+def test_leaving_the_engine_ends_running_streams(llm: LLM) -> None:
+    async def main() -> list[Piece]:
+        async with AsyncEngine(llm.engine) as engine:
+            task = asyncio.create_task(collect(engine, PROMPTS[0], FOREVER))
+            await until(lambda: pages_used(llm.engine) > 0)
+        return await task
+
+    pieces = run(main())
+
+    assert pieces[-1].finish_reason == "cancelled"
+    assert not llm.engine.has_work
+    assert pages_used(llm.engine) == 0
+
+
+def test_submitting_outside_the_engine_is_refused(llm: LLM) -> None:
+    async def main() -> None:
+        engine = AsyncEngine(llm.engine)
+        with pytest.raises(RuntimeError, match="submit inside `async with AsyncEngine`"):
+            await collect(engine, PROMPTS[0], greedy(3))
+        async with engine:
+            pass
+        with pytest.raises(RuntimeError, match="submit inside `async with AsyncEngine`"):
+            await collect(engine, PROMPTS[0], greedy(3))
+
+    run(main())
+
+
+def test_an_error_in_the_body_still_stops_the_engine(llm: LLM) -> None:
+    async def main() -> None:
+        async with AsyncEngine(llm.engine) as engine:
+            task = asyncio.create_task(collect(engine, PROMPTS[0], FOREVER))
+            await until(lambda: pages_used(llm.engine) > 0)
+            try:
+                raise LookupError("in the body")
+            finally:
+                task.cancel()
+
+    with pytest.raises(LookupError):
+        run(main())
+
+    assert not llm.engine.has_work
+
+
+def test_many_submitters_that_come_and_go_leave_nothing(llm: LLM) -> None:
+    expected = [output.token_ids for output in llm.generate(PROMPTS, greedy(10))]
+
+    async def come_and_go(engine: AsyncEngine, index: int) -> list[int] | None:
+        await asyncio.sleep(0.002 * (index % 7))
+        if index % 3:
+            return tokens_of(await collect(engine, PROMPTS[index % 3], greedy(10)))
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(collect(engine, PROMPTS[0], FOREVER), 0.005 * (index % 5))
+        return None
+
+    async def main() -> list[list[int] | None]:
+        async with AsyncEngine(llm.engine) as engine:
+            found = await asyncio.gather(*(come_and_go(engine, index) for index in range(24)))
+            await until(lambda: not llm.engine.has_work)
+            assert not engine._queues
+            return found
+
+    found = run(main())
+
+    assert found == [expected[i % 3] if i % 3 else None for i in range(24)]
+    assert pages_used(llm.engine) == 0
