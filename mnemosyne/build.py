@@ -21,9 +21,11 @@ from mnemosyne.model_zoo.bench import bench_spec, init_random
 from mnemosyne.model_zoo.decoder import Decoder
 from mnemosyne.model_zoo.needle import write_needle
 from mnemosyne.model_zoo.spec import ModelSpec, read_spec
+from mnemosyne.runtime.executor import LocalExecutor
 from mnemosyne.runtime.weights import load_weights
 from mnemosyne.runtime.worker import LayerShape, Worker
 from mnemosyne.schedule.calibrate import Limits, calibrate
+from mnemosyne.schedule.plan import Executor
 from mnemosyne.schedule.predictor import LinearPredictor, Predictor, WorkModel
 from mnemosyne.schedule.routing import Router
 from mnemosyne.schedule.scheduler import Scheduler
@@ -86,11 +88,12 @@ def build_engine(
     )
     layers = LayerShape(windows=spec.windows, scale=spec.head_dim**-0.5)
     worker = Worker(model.decoder, layers, pool=pool, backend=backend, device=device)
+    executor = LocalExecutor(worker)
     work_model = WorkModel(spec.windows)
     if predictor is None:
         predictor = LinearPredictor()
         if config.schedule.is_adaptive:
-            _fit(predictor, worker, work_model, config, spec, num_pages)
+            _fit(predictor, executor, work_model, config, spec, num_pages)
     scheduler = Scheduler(
         config.schedule,
         config.slo,
@@ -111,7 +114,7 @@ def build_engine(
     )
     log.info("%s, %s on %s, %s attention", model.name, dtype, device, backend.name)
     log.info("%s", describe_cache(num_pages, config.cache.page_size, spec, dtype))
-    return Engine(scheduler, worker, intake, on_step=on_step)
+    return Engine(scheduler, executor, intake, on_step=on_step)
 
 
 def check_mesh(mesh: MeshConfig) -> None:
@@ -241,7 +244,7 @@ def _token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
 
 def _fit(
     predictor: LinearPredictor,
-    worker: Worker,
+    executor: Executor,
     work_model: WorkModel,
     config: EngineConfig,
     spec: ModelSpec,
@@ -255,7 +258,7 @@ def _fit(
         step_s=2 * config.schedule.target_tbt,
     )
     started_s = time.perf_counter()
-    samples = calibrate(worker, work_model, limits, clock=time.perf_counter)
+    samples = calibrate(executor, work_model, limits, clock=time.perf_counter)
     if samples:
         predictor.fit(samples)
     seconds = time.perf_counter() - started_s

@@ -188,7 +188,7 @@ def test_samples_of_one_prompt_come_together(llm: LLM) -> None:
 def test_closing_releases_the_cache_and_the_model(checkpoint: Path) -> None:
     with open_tiny(checkpoint) as llm:
         llm.generate(PROMPTS, greedy(3))
-        executor = llm.engine._executor
+        executor = llm.engine._executor.worker
         alive = [weakref.ref(part) for part in (executor._pool, executor._model, llm.engine)]
         del executor
         gc.disable()

@@ -9,49 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mnemosyne.attention.rows import SharedRows, WideRows
 from mnemosyne.attention.segments import AttentionBatch, Segment
-from mnemosyne.cache.layout import Placement, slots_of
-from mnemosyne.runtime.sampler import SamplerState
-from mnemosyne.schedule.plan import Admission, Chunk, Plan
+from mnemosyne.cache.layout import slots_of
+from mnemosyne.runtime.sequences import SequenceState
+from mnemosyne.schedule.plan import Chunk, Plan
 
 SMALLEST_MULTIPLE = 8  # powers of two below it
 BUCKETS_PER_DOUBLING = 32  # at most 1/32 of a long step is padding
-
-
-@dataclass(slots=True, eq=False)
-class SequenceState:
-    """What a rank knows of one admitted request."""
-
-    tokens: np.ndarray  # int64 [prompt + max_tokens], filled up to num_tokens
-    num_prompt_tokens: int
-    num_tokens: int
-    placement: Placement
-    sampler: SamplerState
-    prompt_logprobs: int | None  # how many per prompt position, if asked for
-    is_finite: bool = True  # its logits never held a nan
-
-    @classmethod
-    def start(cls, admission: Admission) -> SequenceState:
-        num_prompt_tokens = len(admission.prompt_ids)
-        tokens = np.empty(num_prompt_tokens + admission.params.max_tokens, dtype=np.int64)
-        tokens[:num_prompt_tokens] = admission.prompt_ids
-        return cls(
-            tokens=tokens,
-            num_prompt_tokens=num_prompt_tokens,
-            num_tokens=num_prompt_tokens,
-            placement=admission.placement,
-            sampler=SamplerState(
-                admission.params, admission.prompt_ids, admission.end_token_ids, admission.seed
-            ),
-            prompt_logprobs=admission.params.prompt_logprobs,
-        )
-
-    def append(self, token: int, position: int) -> None:
-        """Take a token that a decode brings; it was sampled by whichever rank has the head."""
-        assert position == self.num_tokens, "tokens come one after the other"
-        self.tokens[position] = token
-        self.num_tokens += 1
-        self.sampler.append(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +41,8 @@ class StepInputs:
     slots_T: Tensor  # int64, where each row's K and V go
     batch: AttentionBatch
     chunks: tuple[PlacedChunk, ...]  # those of the plan that this group takes part in
+    shared: SharedRows | None = None  # rows that other groups compute as well
+    wide: WideRows | None = None  # how rows of all groups meet in a wide MLP
 
 
 def bucket_size(num_tokens: int) -> int:
@@ -91,7 +58,9 @@ def build_inputs(
     plan: Plan,
     sequences: Mapping[int, SequenceState],
     *,
-    group: int,
+    group: int = 0,
+    num_groups: int = 1,
+    is_wide: bool = False,
     page_size: int,
     padding_slot: int,
     device: torch.device,
@@ -105,6 +74,8 @@ def build_inputs(
         plan: the step.
         sequences: state of every request in it.
         group: index on the kvp axis.
+        num_groups: degree of the kvp axis.
+        is_wide: whether the MLP is sharded over the groups as well.
         page_size: tokens per page.
         padding_slot: where rows write that store nothing here.
         device: where the tensors go.
@@ -138,13 +109,69 @@ def build_inputs(
         chunks.append(PlacedChunk(chunk, row))
         row += chunk.num_tokens
     ids, positions, slots = torch.from_numpy(packed).to(device).unbind()
+    first_rows = {placed.chunk.request_id: placed.first_row for placed in chunks}
+    wide = _wide_rows(plan, sequences, first_rows, group, num_groups) if is_wide else None
+    shared = _shared_rows(plan, sequences, first_rows)
     return StepInputs(
         token_ids_T=ids,
         positions_T=positions,
         slots_T=slots,
         batch=AttentionBatch(segments=tuple(segments), num_rows=num_rows, page_size=page_size),
         chunks=tuple(chunks),
+        shared=shared.to(device) if shared else None,
+        wide=wide.to(device) if wide else None,
     )
+
+
+def _shared_rows(
+    plan: Plan, sequences: Mapping[int, SequenceState], first_rows: Mapping[int, int]
+) -> SharedRows | None:
+    """The rows that several groups compute, counted alike on every group; None without any."""
+    local, exchange, num_rows = [], [], 0
+    for chunk in plan.chunks:
+        if sequences[chunk.request_id].placement.num_active(chunk.stop) < 2:
+            continue
+        if chunk.request_id in first_rows:
+            local.append(_rows(first_rows[chunk.request_id], chunk))
+            exchange.append(_rows(num_rows, chunk))
+        num_rows += chunk.num_tokens
+    return SharedRows(num_rows, _joined(local), _joined(exchange)) if num_rows else None
+
+
+def _wide_rows(
+    plan: Plan,
+    sequences: Mapping[int, SequenceState],
+    first_rows: Mapping[int, int],
+    group: int,
+    num_groups: int,
+) -> WideRows:
+    """Each row is sent by the group of its request's first shard, which always computes it."""
+    num_sent = [0] * num_groups
+    owned, local, gathered = [], [], []  # gathered: (owner, rows of what the owner sends)
+    for chunk in plan.chunks:
+        owner = sequences[chunk.request_id].placement.shards[0].group
+        if chunk.request_id in first_rows:
+            rows = _rows(first_rows[chunk.request_id], chunk)
+            local.append(rows)
+            gathered.append((owner, _rows(num_sent[owner], chunk)))
+            if owner == group:
+                owned.append(rows)
+        num_sent[owner] += chunk.num_tokens
+    stride = bucket_size(max(num_sent))
+    return WideRows(
+        num_sent=stride,
+        owned_rows=_joined(owned),
+        local_rows=_joined(local),
+        gathered_rows=_joined([owner * stride + rows for owner, rows in gathered]),
+    )
+
+
+def _rows(first: int, chunk: Chunk) -> np.ndarray:
+    return np.arange(first, first + chunk.num_tokens, dtype=np.int64)
+
+
+def _joined(parts: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate([*parts, np.empty(0, dtype=np.int64)]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

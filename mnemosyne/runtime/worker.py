@@ -1,8 +1,7 @@
-"""The real executor: keeps sequences and pages of one rank, runs plans on the model."""
+"""One rank's part of every step: its sequences, its pages, its layers, its rows."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,8 +11,9 @@ from torch import Tensor
 from mnemosyne.attention.segments import AttentionBackend
 from mnemosyne.cache.pages import PagePool
 from mnemosyne.request import Logprobs, Sampled
-from mnemosyne.runtime.inputs import PlacedChunk, SequenceState, StepInputs, build_inputs
+from mnemosyne.runtime.inputs import PlacedChunk, StepInputs, build_inputs
 from mnemosyne.runtime.sampler import sample, token_logprobs
+from mnemosyne.runtime.sequences import SequenceState
 from mnemosyne.runtime.step import Model, PagedAttention, forward
 from mnemosyne.schedule.plan import Plan, StepResult
 
@@ -29,7 +29,7 @@ class LayerShape:
 
 
 class Worker:
-    """Runs steps on one device.
+    """Runs the local part of steps on one device.
 
     Args:
         model: the decoder, weights loaded.
@@ -39,8 +39,6 @@ class Worker:
         device: where inputs go.
         group: index on the kvp axis.
     """
-
-    depth = 1  # steps that may be in flight
 
     def __init__(
         self,
@@ -59,14 +57,12 @@ class Worker:
         self._device = device
         self._group = group
         self._sequences: dict[int, SequenceState] = {}
-        self._results: deque[StepResult] = deque()
 
-    def submit(self, plan: Plan) -> None:
-        """Run a step; ``collect`` gives its result."""
+    def run(self, plan: Plan) -> StepResult:
+        """Run a step and wait for it."""
         self._apply(plan)
         if not plan.chunks:
-            self._results.append(StepResult(plan.index))
-            return
+            return StepResult(plan.index)
         inputs = build_inputs(
             plan,
             self._sequences,
@@ -83,13 +79,10 @@ class Worker:
             scale=self._layers.scale,
         )
         hidden_TE = forward(self._model, inputs, attend)
+        self._mark_broken(inputs, hidden_TE)
         prompt_logprobs = self._prompt_logprobs(inputs, hidden_TE)
         sampled = self._sample(inputs, hidden_TE)
-        self._results.append(StepResult(plan.index, sampled, prompt_logprobs))
-
-    def collect(self) -> StepResult:
-        """The result of the oldest step not yet collected."""
-        return self._results.popleft()
+        return StepResult(plan.index, sampled, prompt_logprobs)
 
     def _apply(self, plan: Plan) -> None:
         """Follow the changes that the plan carries; released pages may be handed out anew."""
@@ -104,10 +97,27 @@ class Worker:
                 self._sequences[chunk.request_id].append(chunk.token_id, chunk.start)
 
     def _clear(self, sequence: SequenceState) -> None:
-        """Zero what a request with nans left behind, before the pages are handed out anew."""
+        """Zero what a broken request left behind, before the pages are handed out anew.
+
+        A backend may read slots that a row does not see, and 0 times nan is nan.
+        """
         shard = sequence.placement.shard_in(self._group)
         if shard is not None:
             self._pool.clear(sequence.placement.shards[shard].pages)
+
+    @torch.inference_mode()
+    def _mark_broken(self, inputs: StepInputs, hidden_TE: Tensor) -> None:
+        """Remember which requests hold keys or values that are not finite.
+
+        Every row sees its own key and value in every layer, so its hidden state tells. Logits
+        would not: a request that is cancelled in its prefill never has any.
+        """
+        is_finite_T = hidden_TE.sum(-1, dtype=torch.float32).isfinite().cpu()
+        if is_finite_T.all():
+            return
+        for placed in inputs.chunks:
+            if not is_finite_T[placed.first_row : placed.last_row + 1].all():
+                self._sequences[placed.chunk.request_id].is_finite = False
 
     @torch.inference_mode()
     def _sample(self, inputs: StepInputs, hidden_TE: Tensor) -> dict[int, Sampled]:
@@ -120,8 +130,6 @@ class Worker:
         index_B = torch.tensor(rows, dtype=torch.int64, device=hidden_TE.device)
         logits_BV = self._model.logits(hidden_TE[index_B])
         results = sample(logits_BV, [sequence.sampler for sequence in sequences])
-        for sequence, result in zip(sequences, results, strict=True):
-            sequence.is_finite = sequence.is_finite and result.error is None
         return dict(zip(request_ids, results, strict=True))
 
     def _prompt_logprobs(self, inputs: StepInputs, hidden_TE: Tensor) -> dict[int, list[Logprobs]]:

@@ -13,7 +13,7 @@ class Router:
     """Places requests on groups, all pages or none.
 
     A request takes as many groups as its tokens need; the groups with the least pending prefill
-    come first. Pages for its whole life are reserved at once, because growth that waits for pages
+    come first, and among equals those with the fewest pages in use. Pages for its whole life are reserved at once, because growth that waits for pages
     could deadlock.
 
     Args:
@@ -59,7 +59,8 @@ class Router:
         """
         sizes = self._shard_pages(num_tokens)
         pending = self._pending(running)
-        order = sorted(range(len(self.allocators)), key=lambda group: (pending[group], group))
+        used = [allocator.num_used for allocator in self.allocators]
+        order = sorted(range(len(used)), key=lambda group: (pending[group], used[group], group))
         chosen: list[int] = []
         for size in sizes:
             group = next(

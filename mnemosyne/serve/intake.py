@@ -72,7 +72,8 @@ class Intake:
                     f"prompt must be token ids for {self.model}, which has no tokenizer.json, "
                     f"got text {prompt[:40]!r}; add the file or pass ids"
                 )
-            return self.tokenizer.encode(prompt)
+            # a tokenizer may add a begin token to nothing, and the answer would come from nowhere
+            return self.tokenizer.encode(prompt) if prompt else np.empty(0, dtype=np.int64)
         ids = as_array(prompt)
         if ids.size and (ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer)):
             raise ValueError(

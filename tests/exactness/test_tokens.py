@@ -127,7 +127,7 @@ def _dense_logits(decoder: Any, ids: np.ndarray) -> Tensor:
 
 
 def _sampled_logits(llm: LLM, prompt: np.ndarray) -> tuple[list[int], Iterator[Tensor]]:
-    worker = llm.engine._executor
+    worker = llm.engine._executor.worker
     recording = RecordingModel(worker._model)
     worker._model = recording
     output = llm.generate(prompt, SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0))[0]
@@ -138,7 +138,7 @@ def _sampled_logits(llm: LLM, prompt: np.ndarray) -> tuple[list[int], Iterator[T
 def test_logits_are_within_1e_10_of_a_dense_forward(checkpoint, prompts, backend):
     for chunk in (7, 64, "adaptive"):
         with _llm(checkpoint, backend, chunk) as llm:
-            decoder = llm.engine._executor._model
+            decoder = llm.engine._executor.worker._model
             token_ids, logits = _sampled_logits(llm, prompts[6])
 
         ids = np.concatenate([prompts[6], token_ids])

@@ -193,7 +193,9 @@ def test_everything_finishes_in_order_in_a_cache_too_small_for_all(
 ) -> None:
     records: list[StepRecord] = []
     order = [0, 4, 2, 5, 1, 3] * 2
-    with open_tiny(checkpoint, max_tokens=6 * PAGE_SIZE, on_step=records.append) as llm:
+    with open_tiny(
+        checkpoint, max_tokens=6 * PAGE_SIZE, policy="fcfs", on_step=records.append
+    ) as llm:
         outputs = llm.generate([PROMPTS[i] for i in order], greedy(12))
 
     starts = [request_id for r in records for request_id, start, _ in r.chunks if start == 0]
@@ -321,7 +323,7 @@ def test_executors_forget_requests_even_when_the_step_that_says_so_is_interrupte
     last = add(llm.engine, PROMPTS[0], greedy(1))
     llm.engine.step()
 
-    assert list(executor.inner._sequences) == [last.request_id]
+    assert list(executor.inner.worker._sequences) == [last.request_id]
 
 
 def test_a_piece_is_yielded_for_every_request_of_a_step(llm: LLM) -> None:

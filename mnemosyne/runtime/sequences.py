@@ -1,0 +1,47 @@
+"""What a rank knows of each admitted request: its tokens, where its cache lives, how it samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mnemosyne.cache.layout import Placement
+from mnemosyne.runtime.sampler import SamplerState
+from mnemosyne.schedule.plan import Admission
+
+
+@dataclass(slots=True, eq=False)
+class SequenceState:
+    """What a rank knows of one admitted request."""
+
+    tokens: np.ndarray  # int64 [prompt + max_tokens], filled up to num_tokens
+    num_prompt_tokens: int
+    num_tokens: int
+    placement: Placement
+    sampler: SamplerState
+    prompt_logprobs: int | None  # how many per prompt position, if asked for
+    is_finite: bool = True  # its logits never held a nan
+
+    @classmethod
+    def start(cls, admission: Admission) -> SequenceState:
+        num_prompt_tokens = len(admission.prompt_ids)
+        tokens = np.empty(num_prompt_tokens + admission.params.max_tokens, dtype=np.int64)
+        tokens[:num_prompt_tokens] = admission.prompt_ids
+        return cls(
+            tokens=tokens,
+            num_prompt_tokens=num_prompt_tokens,
+            num_tokens=num_prompt_tokens,
+            placement=admission.placement,
+            sampler=SamplerState(
+                admission.params, admission.prompt_ids, admission.end_token_ids, admission.seed
+            ),
+            prompt_logprobs=admission.params.prompt_logprobs,
+        )
+
+    def append(self, token: int, position: int) -> None:
+        """Take a token that a decode brings; it was sampled by whichever rank has the head."""
+        assert position == self.num_tokens, "tokens come one after the other"
+        self.tokens[position] = token
+        self.num_tokens += 1
+        self.sampler.append(token)
