@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+import typing
 from dataclasses import dataclass, field
+from functools import cache
+from numbers import Integral, Real
+from types import UnionType
 from typing import Any
 
 SIZE_SUFFIXES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -35,6 +39,38 @@ def parse_size(value: int | str, name: str = "size") -> int:
     return int(value) if isinstance(value, int) else int(count)
 
 
+def check_types(config: Any, section: str = "") -> None:
+    """Refuse a field of a dataclass that does not hold what its annotation says.
+
+    Whole and real numbers of any library count as int and float; true and false do not.
+
+    Args:
+        config: the dataclass.
+        section: what stands before the names of its fields in errors, such as ``"cache."``.
+
+    Raises:
+        ValueError: naming the first such field.
+    """
+    kind: Any = type(config)
+    for name, (kinds, words) in _field_kinds(kind).items():
+        value = getattr(config, name)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise ValueError(f"{section}{name} must be {words}, got {value!r}; see {kind.__name__}")
+
+
+@cache
+def _field_kinds(config: type) -> dict[str, tuple[tuple[type, ...], str]]:
+    """Of each field: the classes that its value may have, and how to call them."""
+    numbers: dict[object, Any] = {int: Integral, float: Real}
+    kinds = {}
+    for name, kind in typing.get_type_hints(config).items():
+        parts = typing.get_args(kind) if isinstance(kind, UnionType) else (kind,)
+        classes = [typing.get_origin(part) or part for part in parts]
+        words = " or ".join("None" if c is type(None) else c.__name__ for c in classes)
+        kinds[name] = tuple(numbers.get(c, c) for c in classes), words
+    return kinds
+
+
 @dataclass(kw_only=True, slots=True)
 class MeshConfig:
     """Degrees of the device mesh, outermost axis first; their product is the world size."""
@@ -44,6 +80,7 @@ class MeshConfig:
     tp: int = 1  # shards of heads and MLP width
 
     def __post_init__(self) -> None:
+        check_types(self, "mesh.")
         for axis in ("pp", "kvp", "tp"):
             degree = getattr(self, axis)
             if degree < 1:
@@ -63,6 +100,7 @@ class CacheConfig:
     page_size: int = 128  # tokens per page
 
     def __post_init__(self) -> None:
+        check_types(self, "cache.")
         if self.max_tokens is not None:
             self.max_tokens = parse_size(self.max_tokens, "cache.max_tokens")
         if not 0 < self.memory_share < 1:
@@ -88,15 +126,17 @@ class ScheduleConfig:
     max_relative_slack: float = 0.4  # share of a step that a long prefill with slack gives up
 
     def __post_init__(self) -> None:
+        check_types(self, "schedule.")
         if self.chunk != "adaptive":
             self.chunk = parse_size(self.chunk, "schedule.chunk (when not 'adaptive')")
             if self.chunk < 1:
                 raise ValueError(
                     f"schedule.chunk must be >= 1 or 'adaptive', got {self.chunk}; 512 is usual"
                 )
-        if not self.target_tbt > 0:
+        if not 0 < self.target_tbt < float("inf"):
             raise ValueError(
-                f"schedule.target_tbt must be > 0 seconds, got {self.target_tbt}; 0.2 is 200 ms"
+                "schedule.target_tbt must be a positive number of seconds, got "
+                f"{self.target_tbt}; 0.2 is 200 ms"
             )
         if not 1 <= self.min_chunk <= self.max_chunk:
             raise ValueError(
@@ -134,6 +174,7 @@ class SloConfig:
     ttft_min: float = 1.0  # seconds; no deadline is shorter
 
     def __post_init__(self) -> None:
+        check_types(self, "slo.")
         for name in ("ttft_scale", "ttft_min"):
             value = getattr(self, name)
             if not 0 < value < float("inf"):
@@ -145,6 +186,9 @@ class MetricsConfig:
     """Where step records go."""
 
     path: str | None = None  # JSONL, one line per step; unset: none is written
+
+    def __post_init__(self) -> None:
+        check_types(self, "metrics.")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -162,6 +206,7 @@ class EngineConfig:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.attention not in ATTENTION_BACKENDS:

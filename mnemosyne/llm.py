@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os import PathLike, fspath
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -256,7 +257,7 @@ def _typed(name: str, kind: type[Config], value: Config | Mapping[str, Any] | No
             f"{name} must be a {kind.__name__} or a dict of its fields, got {value!r}; "
             f"write {name}={{...}}"
         )
-    fields = dict(value or {})
+    fields = {k: fspath(v) if isinstance(v, PathLike) else v for k, v in (value or {}).items()}
     known = list(kind.__dataclass_fields__)
     for key in fields:
         if key not in known:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 import numpy as np
+
+from mnemosyne.config import check_types
 
 NUM_SEEDS = 2**63  # seeds are non-negative int64
 
@@ -40,8 +43,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             self.stop = (self.stop,)
+        check_types(self)
         self._check_lengths()
         self._check_numbers()
+        self._check_tokens()
 
     def _check_lengths(self) -> None:
         _require(self.max_tokens >= 1, "max_tokens", "be >= 1", self.max_tokens, "ask for a token")
@@ -103,10 +108,29 @@ class SamplingParams:
             self.seed,
             "use None for a random one",
         )
+
+    def _check_tokens(self) -> None:
+        for name in ("logit_bias", "stop_token_ids"):
+            value = getattr(self, name)
+            _require(
+                all(isinstance(token, Integral) for token in value),
+                name,
+                "hold token ids",
+                value,
+                "encode texts first",
+            )
         for token, bias in self.logit_bias.items():
             _require(
-                math.isfinite(bias), f"logit_bias[{token}]", "be finite", bias, "use -100 to ban"
+                _is_finite(bias),
+                f"logit_bias[{token}]",
+                "be finite",
+                bias,
+                "use -100 to ban",
             )
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def _require(holds: bool, name: str, rule: str, value: object, remedy: str) -> None:

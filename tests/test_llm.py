@@ -265,7 +265,7 @@ def test_an_unknown_key_of_a_dict_is_named(checkpoint: Path, name: str) -> None:
 
 def test_steps_are_written_where_metrics_path_says(checkpoint: Path, tmp_path: Path) -> None:
     path, records = tmp_path / "steps.jsonl", []
-    with open_tiny(checkpoint, metrics={"path": str(path)}, on_step=records.append) as llm:
+    with open_tiny(checkpoint, metrics={"path": path}, on_step=records.append) as llm:
         llm.generate(PROMPTS, greedy(5))
         num_written = len(read_steps(path))
 
