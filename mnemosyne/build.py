@@ -26,9 +26,10 @@ from mnemosyne.runtime.weights import load_weights
 from mnemosyne.runtime.worker import LayerShape, Worker
 from mnemosyne.schedule.calibrate import Limits, calibrate
 from mnemosyne.schedule.plan import Executor
-from mnemosyne.schedule.predictor import LinearPredictor, Predictor, WorkModel
+from mnemosyne.schedule.predictor import LinearPredictor, Predictor
 from mnemosyne.schedule.routing import Router
 from mnemosyne.schedule.scheduler import Scheduler
+from mnemosyne.schedule.work import WorkModel
 from mnemosyne.serve.defaults import GenerationDefaults
 from mnemosyne.serve.engine import Engine
 from mnemosyne.serve.intake import Intake

@@ -10,7 +10,7 @@ import numpy as np
 from mnemosyne.cache.layout import Placement, Shard, pages_for
 from mnemosyne.request import SamplingParams
 from mnemosyne.schedule.plan import Admission, Chunk, Executor, Plan
-from mnemosyne.schedule.predictor import StepWork, WorkModel
+from mnemosyne.schedule.work import StepWork, WorkModel
 
 Shape = tuple[tuple[int, int, bool], ...]  # (context, tokens, is_decode) of each chunk
 
@@ -60,7 +60,7 @@ def calibrate(
             if plans is None:
                 continue
             seconds = [_time(executor, plan, clock) for plan in plans][1]
-            samples.append((work_model.batch(plans[1].chunks), seconds))
+            samples.append((_work(work_model, plans), seconds))
             if seconds > limits.step_s:
                 break
     return samples
@@ -115,6 +115,14 @@ def _chunks(shape: Shape, repeat: int) -> tuple[Chunk, ...]:
         else Chunk(_request_id(index), context, tokens, samples=False)
         for index, (context, tokens, is_decode) in enumerate(shape)
     )
+
+
+def _work(work_model: WorkModel, plans: list[Plan]) -> StepWork:
+    """The work of the repeated step; all of it is on the first group."""
+    work = work_model.nothing
+    for chunk, admission in zip(plans[1].chunks, plans[0].admitted, strict=True):
+        work = work_model.add(work, chunk, admission.placement)
+    return work[0]
 
 
 def _request_id(index: int) -> int:

@@ -3,99 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
-from mnemosyne.schedule.plan import Chunk
+from mnemosyne.schedule.work import StepWork
 
 MAX_SAMPLES = 256  # measured steps that a fit looks back on
 REFIT_EVERY = 16  # steps between two fits
 GAIN_WEIGHT = 0.25  # of the newest step in the running ratio of measured to predicted time
-
-
-@dataclass(frozen=True, slots=True)
-class StepWork:
-    """The physical size of a batch; what step time is linear in.
-
-    Attributes:
-        num_tokens: rows through the linear layers.
-        prefill_pairs: query-key pairs of prefill chunks, averaged over layers.
-        decode_keys: keys that decodes read, averaged over layers.
-        num_sequences: sequences in the batch.
-        num_sampled: rows through the vocabulary head.
-    """
-
-    num_tokens: int = 0
-    prefill_pairs: float = 0.0
-    decode_keys: float = 0.0
-    num_sequences: int = 0
-    num_sampled: int = 0
-
-    def __add__(self, other: StepWork) -> StepWork:
-        return StepWork(
-            self.num_tokens + other.num_tokens,
-            self.prefill_pairs + other.prefill_pairs,
-            self.decode_keys + other.decode_keys,
-            self.num_sequences + other.num_sequences,
-            self.num_sampled + other.num_sampled,
-        )
-
-    def features(self) -> tuple[float, ...]:
-        return (
-            1.0,
-            self.num_tokens,
-            self.prefill_pairs,
-            self.decode_keys,
-            self.num_sequences,
-            self.num_sampled,
-        )
-
-
-class WorkModel:
-    """Counts the work of chunks for a model whose layers may have sliding windows.
-
-    Args:
-        windows: the window of each layer in tokens, None where a layer sees everything.
-    """
-
-    def __init__(self, windows: Sequence[int | None]) -> None:
-        counts: dict[int | None, int] = {}
-        for window in windows:
-            counts[window] = counts.get(window, 0) + 1
-        self._shares = [(window, count / len(windows)) for window, count in counts.items()]
-
-    def chunk(self, start: int, num_tokens: int, *, samples: bool, is_decode: bool) -> StepWork:
-        """The work of ``num_tokens`` tokens whose first stands at position ``start``."""
-        pairs = sum(share * _pairs(start, num_tokens, window) for window, share in self._shares)
-        return StepWork(
-            num_tokens=num_tokens,
-            prefill_pairs=0.0 if is_decode else pairs,
-            decode_keys=pairs if is_decode else 0.0,
-            num_sequences=1,
-            num_sampled=int(samples),
-        )
-
-    def batch(self, chunks: Iterable[Chunk]) -> StepWork:
-        """The work of a whole step."""
-        return sum(
-            (
-                self.chunk(c.start, c.num_tokens, samples=c.samples, is_decode=c.is_decode)
-                for c in chunks
-            ),
-            StepWork(),
-        )
-
-
-def _pairs(start: int, num_tokens: int, window: int | None) -> float:
-    """Keys seen, summed over rows at positions ``start .. start + num_tokens - 1``."""
-    first, last = start + 1, start + num_tokens  # keys that the first and last row see
-    if window is None or last <= window:
-        return num_tokens * (first + last) / 2
-    growing = max(0, window - start)
-    return growing * (first + window) / 2 + (num_tokens - growing) * window
 
 
 class Predictor(Protocol):

@@ -11,7 +11,10 @@ from mnemosyne.request import Request
 from mnemosyne.schedule.chunking import solve_chunk, solve_lone_chunk
 from mnemosyne.schedule.plan import Chunk
 from mnemosyne.schedule.policy import POLICIES, PrefillTable, Urgency
-from mnemosyne.schedule.predictor import Predictor, StepWork, WorkModel
+from mnemosyne.schedule.predictor import Predictor
+from mnemosyne.schedule.work import StepWork, WorkModel
+
+Work = tuple[StepWork, ...]  # of a step, by group
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +29,7 @@ class Running:
     num_known: int = 0  # prompt and output tokens that exist
     last_token: int | None = None  # the newest of them, once one was sampled
     num_in_flight: int = 0  # steps that hold a chunk of it
+    last_planned: int = 0  # index of the newest of them
     is_released: bool = False
 
     @property
@@ -74,6 +78,10 @@ class PrefillPlanner:
             self._prefill_step_s, min_chunk=config.min_chunk, max_chunk=config.max_chunk
         )
 
+    def step_s(self, work: Work) -> float:
+        """Predicted time of a step: that of its slowest group."""
+        return max(self.predictor.predict(part) for part in work)
+
     def start(self, request: Request, placement: Placement) -> Running:
         """A request as it is admitted, with its predicted work and its deadline."""
         total_s = self.table.seconds(0, request.num_prompt_tokens)
@@ -88,21 +96,19 @@ class PrefillPlanner:
             num_known=request.num_prompt_tokens,
         )
 
-    def chunks(
-        self, prefills: list[Running], decode_work: StepWork, now_s: float
-    ) -> Iterable[Chunk]:
+    def chunks(self, prefills: list[Running], decode_work: Work, now_s: float) -> Iterable[Chunk]:
         """The chunks of a step, beside its decodes.
 
         Args:
             prefills: admitted requests whose prompts are not all planned.
-            decode_work: of the decodes of the step.
+            decode_work: of the decodes of the step, by group.
             now_s: seconds on the clock of the requests' arrivals.
         """
         if len(prefills) > 1:
             prefills = sorted(prefills, key=lambda running: self._rank(running, now_s))
         if not self.config.is_adaptive:
             return self._fixed_chunks(prefills)
-        if len(prefills) == 1 and decode_work.num_tokens == 0:
+        if len(prefills) == 1 and decode_work == self.work_model.nothing:
             return [self._lone_chunk(prefills[0])]
         return self._adaptive_chunks(prefills, decode_work, now_s)
 
@@ -142,12 +148,12 @@ class PrefillPlanner:
             **limits,
         )
         within_target = self._solve(
-            running, StepWork(), self.config.max_chunk, self.config.target_tbt
+            running, self.work_model.nothing, self.config.max_chunk, self.config.target_tbt
         )
         return self._chunk(running, max(soonest, within_target))
 
     def _adaptive_chunks(
-        self, prefills: list[Running], work: StepWork, now_s: float
+        self, prefills: list[Running], work: Work, now_s: float
     ) -> Iterable[Chunk]:
         """Chunks in order of the policy until the predicted time of the step is spent.
 
@@ -170,21 +176,22 @@ class PrefillPlanner:
             if size == 0:
                 continue
             chunk = self._chunk(running, size)
-            work = work + self.work_model.batch([chunk])
+            work = self.work_model.add(work, chunk, running.placement)
             chunks.append(chunk)
             num_left -= size
             has_long = has_long or is_long
         return chunks
 
-    def _given_up_s(self, running: Running, budget_s: float, work: StepWork, now_s: float) -> float:
+    def _given_up_s(self, running: Running, budget_s: float, work: Work, now_s: float) -> float:
         """What a long prefill with slack leaves to others, of the time the step still has."""
         slack = self._urgency(running).relative_slack(now_s)
         share = min(max(slack, 0.0), self.config.max_relative_slack)
-        return share * max(0.0, budget_s - self.predictor.predict(work))
+        return share * max(0.0, budget_s - self.step_s(work))
 
-    def _solve(self, running: Running, work: StepWork, num_left: int, budget_s: float) -> int:
+    def _solve(self, running: Running, work: Work, num_left: int, budget_s: float) -> int:
         def predict(num_tokens: int) -> float:
-            return self.predictor.predict(work + self._prefill_work(running, num_tokens))
+            chunk = self._chunk(running, num_tokens)
+            return self.step_s(self.work_model.add(work, chunk, running.placement))
 
         return solve_chunk(
             predict,
@@ -192,12 +199,6 @@ class PrefillPlanner:
             budget_s=budget_s,
             min_chunk=self.config.min_chunk,
             max_chunk=num_left,
-        )
-
-    def _prefill_work(self, running: Running, num_tokens: int) -> StepWork:
-        samples = num_tokens == running.num_remaining
-        return self.work_model.chunk(
-            running.num_planned, num_tokens, samples=samples, is_decode=False
         )
 
     def _prefill_step_s(self, start: int, num_tokens: int) -> float:

@@ -13,8 +13,8 @@ class Router:
     """Places requests on groups, all pages or none.
 
     A request takes as many groups as its tokens need; the groups with the least pending prefill
-    come first, and among equals those with the fewest pages in use. Pages for its whole life are reserved at once, because growth that waits for pages
-    could deadlock.
+    come first, and among equals those with the fewest pages in use. Pages for its whole life are
+    reserved at once, because growth that waits for pages could deadlock.
 
     Args:
         allocators: the pages of each group.

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request
 from mnemosyne.schedule.plan import Admission, Chunk, Plan
-from mnemosyne.schedule.predictor import Predictor, WorkModel
+from mnemosyne.schedule.predictor import Predictor
 from mnemosyne.schedule.prefill import PrefillPlanner, Running
 from mnemosyne.schedule.routing import Router
+from mnemosyne.schedule.work import StepWork, WorkModel
 
 
 class Scheduler:
@@ -25,6 +26,7 @@ class Scheduler:
         router: places requests on the pages of the cache.
         predictor: step time; decides sizes only when ``config.chunk`` is "adaptive".
         work_model: counts the work of a chunk.
+        depth: steps that may be in flight.
     """
 
     def __init__(
@@ -35,15 +37,18 @@ class Scheduler:
         router: Router,
         predictor: Predictor,
         work_model: WorkModel,
+        depth: int = 1,
     ) -> None:
         self.config = config
         self.router = router
         self.predictor = predictor
         self.work_model = work_model
+        self.depth = depth
         self._prefill = PrefillPlanner(config, slo, predictor, work_model)
         self._waiting: OrderedDict[int, Request] = OrderedDict()
         self._running: OrderedDict[int, Running] = OrderedDict()
         self._released: list[int] = []
+        self._works: dict[int, tuple[StepWork, ...]] = {}  # of plans not yet learned from
         self._num_plans = 0
 
     @property
@@ -109,6 +114,7 @@ class Scheduler:
         self._released += self._running
         self._waiting.clear()
         self._running.clear()
+        self._works.clear()
         self.router.reset()
 
     def plan(self, now_s: float) -> Plan | None:
@@ -118,8 +124,8 @@ class Scheduler:
             now_s: seconds on the clock of the requests' arrivals.
         """
         admitted = self._admit()
-        chunks = [self._decode_chunk(r) for r in self._running.values() if self._is_ready(r)]
-        work = self.work_model.batch(chunks)
+        chunks = self._decode_chunks()
+        work = self._work(chunks)
         prefills = [r for r in self._running.values() if r.is_prefilling and not r.is_released]
         chunks += self._prefill.chunks(prefills, work, now_s)
         if not chunks:
@@ -128,8 +134,10 @@ class Scheduler:
         for chunk in chunks:
             running = self._running[chunk.request_id]
             running.num_planned = chunk.stop
+            running.last_planned = self._num_plans
             running.num_in_flight += 1
-        predicted_s = self.predictor.predict(self.work_model.batch(chunks))
+        work = self._work(chunks)
+        self._works[self._num_plans] = work
         released, self._released = tuple(self._released), []
         self._num_plans += 1
         return Plan(
@@ -137,7 +145,7 @@ class Scheduler:
             chunks=tuple(chunks),
             admitted=tuple(admitted),
             released=released,
-            predicted_s=predicted_s,
+            predicted_s=self._prefill.step_s(work),
         )
 
     def complete(self, plan: Plan, tokens: Mapping[int, int]) -> None:
@@ -158,7 +166,8 @@ class Scheduler:
 
     def learn(self, plan: Plan, seconds: float) -> None:
         """Tell the predictor how long a step really took."""
-        self.predictor.observe(self.work_model.batch(plan.chunks), seconds)
+        work = self._works.pop(plan.index)
+        self.predictor.observe(max(work, key=self.predictor.predict), seconds)
 
     def _forget(self, running: Running) -> None:
         request_id = running.request.request_id
@@ -187,9 +196,22 @@ class Scheduler:
             )
         return admitted
 
-    @staticmethod
-    def _is_ready(running: Running) -> bool:
-        return running.can_decode and not running.is_released
+    def _decode_chunks(self) -> list[Chunk]:
+        """All decodes that are ready; where steps overlap, no more than its share of them.
+
+        Decodes that gathered in one of several steps in flight would all wait for each other.
+        """
+        decoding = [r for r in self._running.values() if not r.is_prefilling and not r.is_released]
+        share = -(-len(decoding) // self.depth)
+        ready = [running for running in decoding if running.can_decode]
+        ready.sort(key=lambda running: running.last_planned)
+        return [self._decode_chunk(running) for running in ready[:share]]
+
+    def _work(self, chunks: list[Chunk]) -> tuple[StepWork, ...]:
+        work = self.work_model.nothing
+        for chunk in chunks:
+            work = self.work_model.add(work, chunk, self._running[chunk.request_id].placement)
+        return work
 
     @staticmethod
     def _decode_chunk(running: Running) -> Chunk:

@@ -7,9 +7,9 @@ from mnemosyne.cache.allocator import PageAllocator
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request, SamplingParams
 from mnemosyne.schedule.policy import POLICIES, PrefillTable, Urgency
-from mnemosyne.schedule.predictor import StepWork, WorkModel
 from mnemosyne.schedule.routing import Router
 from mnemosyne.schedule.scheduler import Scheduler
+from mnemosyne.schedule.work import StepWork, WorkModel
 
 
 class MillisecondPerToken:

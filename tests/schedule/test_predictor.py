@@ -3,13 +3,8 @@
 import numpy as np
 import pytest
 
-from mnemosyne.schedule.plan import Chunk
-from mnemosyne.schedule.predictor import (
-    LinearPredictor,
-    StepWork,
-    WorkModel,
-    nonnegative_least_squares,
-)
+from mnemosyne.schedule.predictor import LinearPredictor, nonnegative_least_squares
+from mnemosyne.schedule.work import StepWork
 
 COSTS = np.array([2e-3, 1e-5, 3e-9, 2e-8, 1e-4, 2e-4])  # seconds per feature
 
@@ -91,22 +86,3 @@ def test_nonnegative_least_squares_meets_its_optimality_conditions(seed):
     assert x.min() >= 0
     assert gradient.max() <= 1e-9
     assert np.abs(gradient * x).max() <= 1e-9
-
-
-@pytest.mark.parametrize("window", [None, 1, 5, 40, 10**6])
-@pytest.mark.parametrize(("start", "num_tokens"), [(0, 1), (0, 33), (7, 64), (100, 1), (39, 2)])
-def test_pairs_are_the_keys_that_rows_see(window, start, num_tokens):
-    counted = sum(
-        min(position + 1, window or position + 1) for position in range(start, start + num_tokens)
-    )
-
-    work = WorkModel([window]).chunk(start, num_tokens, samples=False, is_decode=False)
-
-    assert work.prefill_pairs == counted
-
-
-def test_layers_of_different_windows_are_averaged():
-    work = WorkModel([None, 4]).batch([Chunk(0, 99, 1, samples=True, token_id=5)])
-
-    assert work.decode_keys == (100 + 4) / 2
-    assert (work.num_tokens, work.num_sequences, work.num_sampled) == (1, 1, 1)

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from mnemosyne.cache.allocator import PageAllocator
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request, SamplingParams
-from mnemosyne.schedule.predictor import StepWork, WorkModel
 from mnemosyne.schedule.routing import Router
 from mnemosyne.schedule.scheduler import Scheduler
+from mnemosyne.schedule.work import StepWork, WorkModel
 
 
 class FixedRates:

@@ -14,7 +14,7 @@ from mnemosyne.model_zoo.haystack import cycle, haystack
 from mnemosyne.model_zoo.needle import write_needle
 from mnemosyne.request import Piece, RequestOutput
 from mnemosyne.schedule.plan import Plan
-from mnemosyne.schedule.predictor import StepWork
+from mnemosyne.schedule.work import StepWork
 from tests.engines import (
     PAGE_SIZE,
     WrappedExecutor,

@@ -1,0 +1,129 @@
+"""The physical size of a step: what its time is predicted from, counted for each group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mnemosyne.cache.layout import Placement
+from mnemosyne.schedule.plan import Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """What one group has to do in a step; its time is linear in this.
+
+    Attributes:
+        num_tokens: rows through the linear layers.
+        prefill_pairs: query-key pairs of prefill chunks, averaged over layers.
+        decode_keys: keys that decodes read, averaged over layers.
+        num_sequences: sequences in the batch.
+        num_sampled: rows through the vocabulary head.
+    """
+
+    num_tokens: int = 0
+    prefill_pairs: float = 0.0
+    decode_keys: float = 0.0
+    num_sequences: int = 0
+    num_sampled: int = 0
+
+    def __add__(self, other: StepWork) -> StepWork:
+        return StepWork(
+            self.num_tokens + other.num_tokens,
+            self.prefill_pairs + other.prefill_pairs,
+            self.decode_keys + other.decode_keys,
+            self.num_sequences + other.num_sequences,
+            self.num_sampled + other.num_sampled,
+        )
+
+    def features(self) -> tuple[float, ...]:
+        return (
+            1.0,
+            self.num_tokens,
+            self.prefill_pairs,
+            self.decode_keys,
+            self.num_sequences,
+            self.num_sampled,
+        )
+
+
+class WorkModel:
+    """Counts work for a model whose layers may have sliding windows.
+
+    The groups of a step work side by side: its work is a tuple with one entry per group, and it
+    takes as long as the slowest of them.
+
+    Args:
+        windows: the window of each layer in tokens, None where a layer sees everything.
+        num_groups: degree of the kvp axis.
+    """
+
+    def __init__(self, windows: Sequence[int | None], num_groups: int = 1) -> None:
+        counts: dict[int | None, int] = {}
+        for window in windows:
+            counts[window] = counts.get(window, 0) + 1
+        self._shares = [(window, count / len(windows)) for window, count in counts.items()]
+        self.nothing = (StepWork(),) * num_groups
+
+    def chunk(
+        self,
+        start: int,
+        num_tokens: int,
+        *,
+        samples: bool,
+        is_decode: bool,
+        keys: range | None = None,
+    ) -> StepWork:
+        """The work of ``num_tokens`` rows, the first at position ``start``, over local keys.
+
+        Args:
+            start: position of the first row.
+            num_tokens: rows.
+            samples: whether the last row is sampled.
+            is_decode: whether its keys count as read by a decode.
+            keys: positions of the local keys; unset: all up to the last row.
+        """
+        local = range(start + num_tokens) if keys is None else keys
+        pairs = sum(
+            share * _pairs(start, num_tokens, local, window) for window, share in self._shares
+        )
+        return StepWork(
+            num_tokens=num_tokens,
+            prefill_pairs=0.0 if is_decode else pairs,
+            decode_keys=pairs if is_decode else 0.0,
+            num_sequences=1,
+            num_sampled=int(samples),
+        )
+
+    def add(
+        self, work: tuple[StepWork, ...], chunk: Chunk, placement: Placement
+    ) -> tuple[StepWork, ...]:
+        """The work of a step with one more chunk in it: each active group computes its rows."""
+        total = list(work)
+        for shard in range(placement.num_active(chunk.stop)):
+            group = placement.shards[shard].group
+            total[group] = total[group] + self.chunk(
+                chunk.start,
+                chunk.num_tokens,
+                samples=chunk.samples,
+                is_decode=chunk.is_decode,
+                keys=placement.positions(shard, chunk.stop),
+            )
+        return tuple(total)
+
+
+def _pairs(start: int, num_tokens: int, keys: range, window: int | None) -> float:
+    """Keys seen, summed over rows at positions ``start .. start + num_tokens - 1``."""
+    seen = _clipped_sum(start + 1, num_tokens, keys.start, keys.stop)
+    if window is None:
+        return seen - num_tokens * keys.start
+    return seen - _clipped_sum(start + 1 - window, num_tokens, keys.start, keys.stop)
+
+
+def _clipped_sum(first: int, count: int, low: int, high: int) -> float:
+    """Sum of ``first .. first + count - 1``, each clipped to [low, high]."""
+    num_low = min(max(low - first, 0), count)
+    num_high = min(max(first + count - high, 0), count - num_low)
+    num_between = count - num_low - num_high
+    between = num_between * (first + num_low) + num_between * (num_between - 1) / 2
+    return num_low * low + num_high * high + between

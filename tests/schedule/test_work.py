@@ -1,0 +1,48 @@
+"""Claims about the work that a step is counted as."""
+
+import numpy as np
+import pytest
+
+from mnemosyne.cache.layout import Placement, Shard
+from mnemosyne.schedule.plan import Chunk
+from mnemosyne.schedule.work import StepWork, WorkModel
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 40, 10**6])
+@pytest.mark.parametrize(("start", "num_tokens"), [(0, 1), (0, 33), (7, 64), (100, 1), (39, 2)])
+@pytest.mark.parametrize("keys", [None, range(0, 20), range(20, 41), range(35, 200)])
+def test_pairs_are_the_keys_that_rows_see(window, start, num_tokens, keys):
+    local = range(start + num_tokens) if keys is None else keys
+    counted = sum(
+        len([key for key in local if key <= position and (not window or key > position - window)])
+        for position in range(start, start + num_tokens)
+    )
+
+    work = WorkModel([window]).chunk(start, num_tokens, samples=False, is_decode=False, keys=keys)
+
+    assert work.prefill_pairs == counted
+
+
+def _placement(*groups: int) -> Placement:
+    pages = np.zeros(4, dtype=np.int64)
+    return Placement(tuple(Shard(group, pages) for group in groups), shard_tokens=60)
+
+
+def test_layers_of_different_windows_are_averaged():
+    model = WorkModel([None, 4])
+
+    (work,) = model.add(model.nothing, Chunk(0, 49, 1, samples=True, token_id=5), _placement(0))
+
+    assert work.decode_keys == (50 + 4) / 2
+    assert (work.num_tokens, work.num_sequences, work.num_sampled) == (1, 1, 1)
+
+
+def test_active_groups_share_the_keys_and_repeat_the_rows():
+    model = WorkModel([None], num_groups=4)
+
+    work = model.add(model.nothing, Chunk(0, 100, 10, samples=False), _placement(2, 0, 1))
+
+    assert [part.num_tokens for part in work] == [10, 0, 10, 0]
+    assert work[2].prefill_pairs == 10 * 60
+    assert work[0].prefill_pairs == sum(range(41, 51))
+    assert work[1] == work[3] == StepWork()
