@@ -61,9 +61,7 @@ def _draw_chunks(axes, records: Sequence[StepRecord]) -> None:  # type: ignore[n
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set(ylabel="prefill tokens per step")
-    axes.set_title(
-        "Chunks shrink as the context grows, so that the step keeps its time", loc="left"
-    )
+    axes.set_title("Prefill tokens and time of every step", loc="left")
 
 
 def _draw_times(  # type: ignore[no-untyped-def]
@@ -76,4 +74,4 @@ def _draw_times(  # type: ignore[no-untyped-def]
     if target_s is not None:
         axes.axhline(1e3 * target_s, color=INK, linewidth=1.2, linestyle="--", label="target")
     axes.set(ylabel="step time, ms", ylim=(0, None))
-    axes.legend(frameon=False, ncols=3, loc="upper left")
+    axes.legend(frameon=False, ncols=3, loc="lower left")
