@@ -8,8 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from mnemosyne.cache.pages import PagePool
 from mnemosyne.llm import LLM
+from mnemosyne.model_zoo.decoder import Decoder
 from mnemosyne.request import Piece, RequestOutput, SamplingParams
+from mnemosyne.runtime.executor import LocalExecutor
+from mnemosyne.runtime.worker import Worker
 from mnemosyne.schedule.plan import Executor, Plan, StepResult
 from mnemosyne.serve.engine import Engine
 from tests.model_zoo.tiny import VOCAB_SIZE
@@ -67,6 +71,23 @@ def drain(engine: Engine) -> list[list[Piece]]:
 def pages_used(engine: Engine) -> int:
     """Pages that requests hold."""
     return engine.scheduler.router.num_used
+
+
+def worker_of(llm: LLM) -> Worker:
+    """The rank that runs the steps."""
+    executor = llm.engine._executor
+    assert isinstance(executor, LocalExecutor)
+    return executor.worker
+
+
+def model_of(llm: LLM) -> Decoder:
+    model = worker_of(llm)._model
+    assert isinstance(model, Decoder)
+    return model
+
+
+def pool_of(llm: LLM) -> PagePool:
+    return worker_of(llm)._pool
 
 
 class WrappedExecutor:

@@ -16,7 +16,15 @@ from mnemosyne.metrics import StepRecord, read_steps
 from mnemosyne.model_zoo.haystack import cycle, haystack, text_of
 from mnemosyne.model_zoo.needle import write_needle
 from mnemosyne.request import SamplingParams
-from tests.engines import WrappedExecutor, greedy, open_tiny, pages_used, random_prompts
+from tests.engines import (
+    WrappedExecutor,
+    greedy,
+    model_of,
+    open_tiny,
+    pages_used,
+    pool_of,
+    random_prompts,
+)
 from tests.model_zoo.tiny import tiny_checkpoint
 
 DAYS, PLANETS = cycle("days", 6), cycle("planets", 6)
@@ -188,9 +196,7 @@ def test_samples_of_one_prompt_come_together(llm: LLM) -> None:
 def test_closing_releases_the_cache_and_the_model(checkpoint: Path) -> None:
     with open_tiny(checkpoint) as llm:
         llm.generate(PROMPTS, greedy(3))
-        executor = llm.engine._executor.worker
-        alive = [weakref.ref(part) for part in (executor._pool, executor._model, llm.engine)]
-        del executor
+        alive = [weakref.ref(part) for part in (pool_of(llm), model_of(llm), llm.engine)]
         gc.disable()
 
     try:

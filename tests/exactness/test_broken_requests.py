@@ -11,7 +11,15 @@ import torch
 
 from mnemosyne.llm import LLM
 from mnemosyne.request import SamplingParams
-from tests.engines import PAGE_SIZE, add, greedy, open_tiny, random_prompts
+from tests.engines import (
+    PAGE_SIZE,
+    add,
+    greedy,
+    model_of,
+    open_tiny,
+    pool_of,
+    random_prompts,
+)
 from tests.model_zoo.tiny import tiny_checkpoint
 
 BACKENDS = ("reference", "cpu", "flex")
@@ -41,13 +49,13 @@ def llm(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
     """A model with a broken embedding, and a cache so small that its pages go round."""
     max_tokens = 12 * PAGE_SIZE
     with open_tiny(checkpoint, max_tokens=max_tokens, attention=request.param) as llm:
-        llm.engine._executor.worker._model.embed.weight[BROKEN] = torch.nan
+        model_of(llm).embed.weight[BROKEN] = torch.nan
         yield llm
 
 
 def is_cache_finite(llm: LLM) -> bool:
     """Whether all pages but the spare one, where padding goes, hold numbers."""
-    pool = llm.engine._executor.worker._pool
+    pool = pool_of(llm)
     return all(bool(t[:, : pool.padding_slot].isfinite().all()) for t in (*pool.k, *pool.v))
 
 
@@ -122,7 +130,7 @@ def test_a_nan_that_a_request_samples_itself_ends_it_there(llm: LLM) -> None:
 def test_a_nan_beyond_the_window_is_cleared_though_the_request_ends_well(tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path / "windowed", family="mistral", window=8)
     with open_tiny(path) as llm:
-        llm.engine._executor.worker._model.embed.weight[BROKEN] = torch.nan
+        model_of(llm).embed.weight[BROKEN] = torch.nan
         output = llm.generate(BROKEN_PROMPT, greedy(4, logit_bias=NEVER))[0]
         assert not is_cache_finite(llm)
 
