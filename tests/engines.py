@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mnemosyne.cache.layout import Placement
 from mnemosyne.cache.pages import PagePool
 from mnemosyne.llm import LLM
 from mnemosyne.model_zoo.decoder import Decoder
@@ -88,6 +89,12 @@ def model_of(llm: LLM) -> Decoder:
 
 def pool_of(llm: LLM) -> PagePool:
     return worker_of(llm)._pool
+
+
+def placement_of(llm: LLM, output: RequestOutput) -> Placement:
+    """Where the cache of a running request lies."""
+    assert output.request_id is not None
+    return worker_of(llm)._sequences[output.request_id].placement
 
 
 class WrappedExecutor:
