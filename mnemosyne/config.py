@@ -13,6 +13,7 @@ from typing import Any
 SIZE_SUFFIXES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 ATTENTION_BACKENDS = ("auto", "reference", "flex", "cpu")
+FFN_LAYOUTS = ("tp", "wide")
 POLICIES = ("fcfs", "edf", "lrs", "lars")
 
 
@@ -78,6 +79,7 @@ class MeshConfig:
     pp: int = 1  # pipeline stages
     kvp: int = 1  # shards of the KV cache
     tp: int = 1  # shards of heads and MLP width
+    ffn: str = "tp"  # what shards the MLP: tp, or "wide" for kvp and tp together
 
     def __post_init__(self) -> None:
         check_types(self, "mesh.")
@@ -85,6 +87,11 @@ class MeshConfig:
             degree = getattr(self, axis)
             if degree < 1:
                 raise ValueError(f"mesh.{axis} must be >= 1, got {degree}; use 1 to turn it off")
+        if self.ffn not in FFN_LAYOUTS:
+            raise ValueError(
+                f"mesh.ffn must be one of {', '.join(FFN_LAYOUTS)}, got {self.ffn!r}; "
+                "wide shards the MLP over kvp and tp together"
+            )
 
     @property
     def world_size(self) -> int:

@@ -7,6 +7,7 @@ import os
 import pickle
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -138,6 +139,7 @@ def _run(
 ) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
+    warnings.simplefilter("error")  # as in the tests themselves
     try:
         message = (True, function(*args))
     except BaseException:  # noqa: BLE001  # the test raises it again, SystemExit as well

@@ -1,0 +1,210 @@
+"""One mesh of ranks, pp x kvp x tp: its numbers checked, its axes handed to who works on them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from mnemosyne.config import MeshConfig
+
+AXES = ("pp", "kvp", "tp")  # outermost first
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Axis:
+    """This rank's place on one axis of the mesh. An axis of degree 1 has no group."""
+
+    name: str
+    degree: int = 1
+    index: int = 0
+    group: ProcessGroup | None = None
+    device_mesh: DeviceMesh | None = None  # of this axis alone; DTensors are laid out by it
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mesh:
+    """The axes of the mesh as one rank sees them."""
+
+    pp: Axis  # pipeline stages
+    kvp: Axis  # groups of the KV cache
+    tp: Axis  # shards of heads and vocabulary
+    ffn: Axis  # shards of the MLP: tp, or kvp and tp flattened
+    rank: int = 0
+    world_size: int = 1
+    device_mesh: DeviceMesh | None = None
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the MLP is sharded over the groups as well."""
+        return self.ffn.degree > self.tp.degree
+
+    @property
+    def label(self) -> str:
+        """What this rank is called in logs and errors."""
+        return "/".join(f"{axis.name}{axis.index}" for axis in (self.pp, self.kvp, self.tp))
+
+    def rank_of(
+        self, *, pp: int | None = None, kvp: int | None = None, tp: int | None = None
+    ) -> int:
+        """The rank at the given indices; an axis that is not given keeps this rank's index."""
+        rank = 0
+        for axis, index in ((self.pp, pp), (self.kvp, kvp), (self.tp, tp)):
+            index = axis.index if index is None else index
+            assert 0 <= index < axis.degree, f"{axis.name} has no index {index}"
+            rank = rank * axis.degree + index
+        return rank
+
+
+def single_mesh() -> Mesh:
+    """The mesh of one process; torch.distributed is not touched."""
+    return Mesh(pp=Axis("pp"), kvp=Axis("kvp"), tp=Axis("tp"), ffn=Axis("ffn"))
+
+
+def init_mesh(config: MeshConfig, device_type: str) -> Mesh:
+    """Join the mesh that torchrun, or whoever set RANK and WORLD_SIZE, started.
+
+    Every rank calls it with the same config. torch.distributed is initialised from the
+    environment unless it is already; for one process it is left alone.
+
+    Args:
+        config: degrees and the layout of the MLP.
+        device_type: ``"cpu"`` takes gloo, ``"cuda"`` nccl and the GPU of LOCAL_RANK.
+
+    Raises:
+        ValueError: if the degrees do not make up the processes, or a rank has no GPU.
+    """
+    world_size = count_processes()
+    check_world_size(config, world_size)
+    if world_size == 1:
+        return single_mesh()
+    if device_type == "cuda":
+        _take_gpu()
+    if not dist.is_initialized():
+        # Named, because torch takes both where it sees a GPU, also for ranks that use none.
+        backend = "gloo" if device_type == "cpu" else f"cpu:gloo,{device_type}:nccl"
+        dist.init_process_group(backend)
+    degrees = (config.pp, config.kvp, config.tp)
+    device_mesh = init_device_mesh(device_type, degrees, mesh_dim_names=AXES)
+    pp, kvp, tp = (_axis(device_mesh[name]) for name in AXES)
+    ffn = Axis("ffn", tp.degree, tp.index, tp.group, tp.device_mesh)
+    if config.ffn == "wide" and config.kvp > 1:
+        flat = (config.pp, config.kvp * config.tp)
+        ffn = _axis(init_device_mesh(device_type, flat, mesh_dim_names=("pp", "ffn"))["ffn"])
+    return Mesh(
+        pp=pp,
+        kvp=kvp,
+        tp=tp,
+        ffn=ffn,
+        rank=dist.get_rank(),
+        world_size=world_size,
+        device_mesh=device_mesh,
+    )
+
+
+def head_mesh(mesh: Mesh, num_kv_heads: int) -> DeviceMesh:
+    """The tp axis as KV heads x copies, for more ranks than heads; all ranks call it together.
+
+    Neighbouring ranks share a head: index t of tp holds head ``t // (tp / num_kv_heads)``.
+    """
+    assert mesh.device_mesh is not None
+    copies = mesh.tp.degree // num_kv_heads
+    return init_device_mesh(
+        mesh.device_mesh.device_type,
+        (mesh.world_size // mesh.tp.degree, num_kv_heads, copies),
+        mesh_dim_names=("outer", "kv_head", "copy"),
+    )["kv_head", "copy"]
+
+
+def count_processes() -> int:
+    """Processes of this run: those of torch.distributed or of the launcher's WORLD_SIZE, or 1."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_world_size(config: MeshConfig, world_size: int) -> None:
+    """Refuse a mesh that the processes do not fill.
+
+    Raises:
+        ValueError: with the degrees and the number of processes.
+    """
+    if config.world_size != world_size:
+        raise ValueError(
+            f"mesh.pp x mesh.kvp x mesh.tp must equal the number of processes, {world_size}, "
+            f"got {config.pp} x {config.kvp} x {config.tp} = {config.world_size}; start "
+            f"{config.world_size} with torchrun --nproc-per-node, or change the degrees"
+        )
+
+
+def check_mesh(
+    config: MeshConfig,
+    *,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    mlp_width: int,
+    vocab_size: int,
+) -> None:
+    """Refuse degrees that a model cannot be cut by; nothing is loaded for it.
+
+    Heads and the MLP are cut into equal shards. Shards of the vocabulary are of
+    ``ceil(vocab_size / tp)`` words, the last one shorter.
+
+    Raises:
+        ValueError: naming the degree and the number that it does not fit.
+    """
+    pp, tp = config.pp, config.tp
+    if pp > num_layers:
+        raise ValueError(
+            f"mesh.pp must be at most the number of layers, {num_layers}, got {pp}; "
+            "a stage without a layer has nothing to do"
+        )
+    if num_heads % tp or (num_kv_heads % tp and tp % num_kv_heads):
+        fitting = [
+            str(n)
+            for n in range(1, num_heads + 1)
+            if num_heads % n == 0 and (num_kv_heads % n == 0 or n % num_kv_heads == 0)
+        ]
+        raise ValueError(
+            f"mesh.tp must divide the {num_heads} query heads, and divide the {num_kv_heads} KV "
+            f"heads or be a multiple of them, got {tp}; use one of {', '.join(fitting)}"
+        )
+    axes, degree = ("mesh.tp", tp) if config.ffn == "tp" else ("kvp x tp", config.kvp * tp)
+    if mlp_width % degree:
+        raise ValueError(
+            f"{axes} must divide the MLP width, {mlp_width}, with mesh.ffn={config.ffn}, "
+            f"got {degree}; lower the degrees"
+        )
+    if (tp - 1) * -(-vocab_size // tp) >= vocab_size:
+        raise ValueError(
+            f"mesh.tp must leave every rank some of the {vocab_size} words of the vocabulary, "
+            f"got {tp}; lower it"
+        )
+
+
+def local_kv_heads(num_kv_heads: int, tp: int) -> int:
+    """KV heads that one rank of tp holds: its share, or a copy of one."""
+    return max(1, num_kv_heads // tp)
+
+
+def _axis(device_mesh: DeviceMesh) -> Axis:
+    assert device_mesh.mesh_dim_names is not None
+    (name,), degree = device_mesh.mesh_dim_names, device_mesh.size()
+    if degree == 1:
+        return Axis(name)
+    return Axis(name, degree, device_mesh.get_local_rank(), device_mesh.get_group(), device_mesh)
+
+
+def _take_gpu() -> None:
+    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise ValueError(
+            f"every rank of a host must have a GPU of its own, got LOCAL_RANK {local_rank} and "
+            f"{num_gpus} GPUs; start fewer ranks per host or use device=cpu"
+        )
+    torch.cuda.set_device(local_rank)
