@@ -159,7 +159,7 @@ def find_model(name: str) -> tuple[ModelSpec, Path | None]:
     """The spec of a checkpoint directory, of "needle" (written if need be) or of "bench"."""
     if name == "bench":
         return bench_spec(), None
-    path = needle_path() if name == "needle" else Path(name).expanduser()
+    path = needle_path() if name == "needle" else Path(os.path.expanduser(name))
     return read_spec(path), path
 
 
@@ -192,17 +192,18 @@ def load_model(
 def count_pages(
     config: CacheConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device
 ) -> int:
-    """Pages that the memory budget holds.
+    """Pages that the memory budget holds, beside weights that are not loaded yet.
 
     Raises:
-        ValueError: if it is less than one page.
+        ValueError: if it is less than one page, or more than what the weights leave.
     """
+    free_bytes = max(0, free_memory(device) - _weight_bytes(spec, dtype))
     token_bytes = _token_bytes(spec, dtype)
     if config.max_tokens is not None:
         num_tokens, asked = int(config.max_tokens), f"cache.max_tokens={config.max_tokens}"
         num_pages = pages_for(num_tokens, config.page_size) if num_tokens else 0
     else:
-        budget = int(free_memory(device) * config.memory_share)
+        budget = int(free_bytes * config.memory_share)
         num_tokens, asked = budget // token_bytes, f"cache.memory_share={config.memory_share}"
         num_pages = num_tokens // config.page_size
     if num_pages < 1:
@@ -211,17 +212,18 @@ def count_pages(
             f"({config.page_size * token_bytes:,} bytes), got room for {num_tokens} tokens; "
             "raise it or lower cache.page_size"
         )
-    _check_memory(num_pages * config.page_size * token_bytes, asked, device)
+    pool_bytes = num_pages * config.page_size * token_bytes
+    if pool_bytes > free_bytes:
+        raise ValueError(
+            f"{asked} must fit the memory of {device} that the weights leave, "
+            f"{free_bytes / 2**30:.1f} GiB, got {pool_bytes / 2**30:.1f} GiB; lower it"
+        )
     return num_pages
 
 
-def _check_memory(num_bytes: int, asked: str, device: torch.device) -> None:
-    free_bytes = free_memory(device)
-    if num_bytes > free_bytes:
-        raise ValueError(
-            f"{asked} must fit the free memory of {device}, {free_bytes / 2**30:.1f} GiB, got "
-            f"{num_bytes / 2**30:.1f} GiB; lower it"
-        )
+def _weight_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+    decoder = Decoder(spec, dtype=dtype, device="meta")
+    return sum(parameter.numel() for parameter in decoder.parameters()) * dtype.itemsize
 
 
 def describe_cache(num_pages: int, page_size: int, spec: ModelSpec, dtype: torch.dtype) -> str:

@@ -159,7 +159,8 @@ class ScheduleConfig:
     def _check_policy(self) -> None:
         if self.policy not in POLICIES:
             raise ValueError(
-                f"schedule.policy must be one of {', '.join(POLICIES)}, got {self.policy!r}"
+                f"schedule.policy must be one of {', '.join(POLICIES)}, got {self.policy!r}; "
+                "lars is usual"
             )
         self.long_tokens = parse_size(self.long_tokens, "schedule.long_tokens")
         if not 0 <= self.max_relative_slack < 1:
@@ -185,7 +186,9 @@ class SloConfig:
         for name in ("ttft_scale", "ttft_min"):
             value = getattr(self, name)
             if not 0 < value < float("inf"):
-                raise ValueError(f"slo.{name} must be a positive number, got {value}")
+                raise ValueError(
+                    f"slo.{name} must be a positive number, got {value}; 1 to 10 is usual"
+                )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -215,10 +218,14 @@ class EngineConfig:
     def __post_init__(self) -> None:
         check_types(self)
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+            raise ValueError(
+                f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}; "
+                "auto takes that of the checkpoint"
+            )
         if self.attention not in ATTENTION_BACKENDS:
             raise ValueError(
-                f"attention must be one of {', '.join(ATTENTION_BACKENDS)}, got {self.attention!r}"
+                f"attention must be one of {', '.join(ATTENTION_BACKENDS)}, "
+                f"got {self.attention!r}; auto takes the usual one of the device"
             )
 
 

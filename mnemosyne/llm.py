@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from os import PathLike, fspath
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -261,7 +262,11 @@ def _typed(name: str, kind: type[Config], value: Config | Mapping[str, Any] | No
     known = list(kind.__dataclass_fields__)
     for key in fields:
         if key not in known:
-            raise ValueError(f"{name} must have keys among {', '.join(known)}, got {key!r}")
+            close = get_close_matches(str(key), known, n=1)
+            remedy = f"did you mean {close[0]!r}?" if close else "drop it"
+            raise ValueError(
+                f"{name} must have keys among {', '.join(known)}, got {key!r}; {remedy}"
+            )
     return kind(**fields)
 
 

@@ -102,11 +102,12 @@ class Intake:
                 f"stop must be empty for {self.model}, which has no tokenizer.json and makes no "
                 f"text, got {list(params.stop)}; use stop_token_ids"
             )
-        beyond = [t for t in params.logit_bias if not 0 <= t < self.vocab_size]
-        if beyond:
-            raise ValueError(
-                f"logit_bias ids must lie in [0, {self.vocab_size}), got {beyond[0]}; drop it"
-            )
+        for name in ("logit_bias", "stop_token_ids"):
+            beyond = [t for t in getattr(params, name) if not 0 <= t < self.vocab_size]
+            if beyond:
+                raise ValueError(
+                    f"{name} must hold ids in [0, {self.vocab_size}), got {beyond[0]}; drop it"
+                )
 
 
 def as_array(ids: Sequence[int] | np.ndarray) -> np.ndarray:
