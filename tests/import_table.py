@@ -76,6 +76,13 @@ TABLE = {
     ),
     "kernels": Rule((), ("torch", "triton")),
     "parallel": Rule(("config",), ("torch", "numpy")),
+    # plans travel, and they are free of torch
+    "parallel.codec": Rule(
+        ("schedule.plan", "request", "cache.layout"), ("msgspec", "numpy"), itself=False
+    ),
+    "parallel.control": Rule(
+        ("parallel.address", "parallel.codec", "schedule.plan"), ("zmq",), itself=False
+    ),
     "attention": Rule(("cache", "kernels", "parallel", "config"), ("torch", "numpy")),
     "model_zoo": Rule(
         ("attention", "parallel", "config"), ("torch", "numpy", "safetensors", "tokenizers")

@@ -1,0 +1,208 @@
+"""What rank 0 decides reaches the other ranks as it was, in few bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+
+from mnemosyne.cache.layout import Placement, Shard
+from mnemosyne.parallel.codec import (
+    Interrupted,
+    Outputs,
+    Stop,
+    decode,
+    decode_result,
+    encode,
+    encode_result,
+    pages_to_runs,
+    runs_to_pages,
+)
+from mnemosyne.request import Logprobs, RequestMetrics, RequestOutput, Sampled, SamplingParams
+from mnemosyne.schedule.plan import Admission, Chunk, Plan, StepResult
+
+counts = st.integers(0, 2**40)
+tokens = st.integers(0, 2**31 - 1)
+finite = st.floats(allow_nan=False)
+request_ids = st.integers(-(2**31), 2**40)  # those of the sweep at start-up are negative
+id_arrays = npst.arrays(np.int64, st.integers(0, 30), elements=st.integers(-(2**40), 2**40))
+page_arrays = npst.arrays(np.int64, st.integers(0, 12), elements=st.integers(0, 20))
+
+params = st.builds(
+    SamplingParams,
+    temperature=st.none() | st.floats(0, 2),
+    top_k=st.none() | st.integers(0, 100),
+    logit_bias=st.dictionaries(tokens, st.floats(-100, 100), max_size=3),
+    stop=st.lists(st.text(st.characters(codec="utf-8"), min_size=1), max_size=2),
+    stop_token_ids=st.lists(tokens, max_size=2),
+    seed=st.none() | st.integers(0, 2**63 - 1),
+    logprobs=st.none() | st.integers(0, 5),
+)
+placements = st.builds(
+    Placement,
+    st.lists(st.builds(Shard, st.integers(0, 63), page_arrays), max_size=3).map(tuple),
+    counts,
+)
+admissions = st.builds(
+    Admission,
+    request_ids,
+    id_arrays,
+    params,
+    st.integers(0, 2**63 - 1),
+    st.lists(tokens, max_size=3).map(tuple),
+    placements,
+)
+chunks = st.builds(Chunk, request_ids, counts, counts, st.booleans(), st.none() | tokens)
+plans = st.builds(
+    Plan,
+    counts,
+    st.lists(chunks, max_size=6).map(tuple),
+    st.lists(admissions, max_size=2).map(tuple),
+    st.lists(request_ids, max_size=3).map(tuple),
+    finite,
+)
+logprobs = st.builds(
+    Logprobs,
+    tokens,
+    finite,
+    st.integers(1, 2**20),
+    st.lists(st.tuples(tokens, finite), max_size=3).map(tuple),
+)
+results = st.builds(
+    StepResult,
+    counts,
+    st.dictionaries(
+        request_ids,
+        st.builds(Sampled, tokens, st.none() | logprobs, st.none() | st.just("not finite")),
+        max_size=4,
+    ),
+    st.dictionaries(request_ids, st.lists(logprobs, max_size=3), max_size=2),
+)
+
+
+def plain(value: Any) -> Any:
+    """Nested plain values that compare equal where the originals say the same."""
+    if isinstance(value, np.ndarray):
+        return (value.dtype, value.tolist())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [plain(getattr(value, field.name)) for field in dataclasses.fields(value)]
+        return (type(value), fields)
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+@given(plans)
+def test_a_plan_arrives_as_it_was(plan: Plan) -> None:
+    assert plain(decode(encode(plan))) == plain(plan)
+
+
+@given(results)
+def test_a_result_arrives_as_it_was(result: StepResult) -> None:
+    assert decode_result(encode_result(result)) == result
+
+
+@given(page_arrays)
+def test_any_pages_are_runs_and_back(pages: np.ndarray) -> None:
+    runs = pages_to_runs(pages)
+
+    assert runs_to_pages(runs).tolist() == pages.tolist()
+    assert runs_to_pages(runs).dtype == np.int64
+
+
+@pytest.mark.parametrize("message", [Stop(), Interrupted("ValueError", "params must fit")])
+def test_other_messages_arrive_as_they_were(message: Stop | Interrupted) -> None:
+    assert decode(encode(message)) == message
+
+
+def test_outputs_arrive_with_their_samples_and_arrays() -> None:
+    metrics = RequestMetrics(arrival_s=1.5, ttft_s=0.25, tbt_s=[0.1], chunks=[3], finished_s=2.0)
+    first, second = (
+        RequestOutput(
+            request_id=request_id,
+            prompt_token_ids=np.array([5, 2**31]),
+            token_ids=[7, 8],
+            text="héllo",
+            finish_reason="stop",
+            stop_reason=stop_reason,
+            logprobs=[Logprobs(7, -0.5, 1, ((7, -0.5), (9, -2.0)))],
+            prompt_logprobs=[None, Logprobs(5, -1.0, 2)],
+            metrics=metrics,
+        )
+        for request_id, stop_reason in ((0, 8), (1, "end"))
+    )
+    first.samples = [first, second]
+    refused = RequestOutput(
+        request_id=None,
+        prompt_token_ids=np.empty(0, dtype=np.int64),
+        finish_reason="error",
+        error="prompt must not be empty",
+        metrics=RequestMetrics(arrival_s=0.0),
+    )
+
+    message = decode(encode(Outputs([first, refused])))
+
+    assert isinstance(message, Outputs)
+    one, two = message.outputs
+    assert one.samples[0] is one
+    assert len(one.samples) == 2
+    assert plain(one.samples[1]) == plain(second)
+    assert plain(two) == plain(refused)
+    one.samples, first.samples = [], []  # an output is among its own samples
+    assert plain(one) == plain(first)
+
+
+def test_numbers_of_numpy_in_parameters_arrive_as_numbers() -> None:
+    given_params = SamplingParams(
+        logit_bias={np.int64(3): np.float64(0.5)}, stop_token_ids=[np.int32(4)]
+    )
+    admission = Admission(0, np.arange(3), given_params, 0, (), Placement((), 16))
+
+    decoded = decode(encode(Plan(0, (), (admission,))))
+
+    assert isinstance(decoded, Plan)
+    assert decoded.admitted[0].params.logit_bias == {3: 0.5}
+    assert decoded.admitted[0].params.stop_token_ids == [4]
+
+
+def test_decoded_arrays_may_be_written_to() -> None:
+    shard = Shard(0, np.arange(8))
+    admission = Admission(0, np.arange(4), SamplingParams(), 0, (), Placement((shard,), 128))
+
+    decoded = decode(encode(Plan(0, (), (admission,))))
+
+    assert isinstance(decoded, Plan)
+    (admitted,) = decoded.admitted
+    assert admitted.prompt_ids.flags.writeable
+    assert admitted.placement.shards[0].pages.flags.writeable
+
+
+@pytest.mark.parametrize("context", [1_000, 10_000_000])
+def test_a_decode_takes_few_bytes_whatever_its_context(context: int) -> None:
+    chunks = tuple(Chunk(100_000 + i, context + i, 1, True, 100_000 + i) for i in range(256))
+
+    size = len(encode(Plan(10**6, chunks, predicted_s=0.1)))
+
+    assert size <= 256 * 20
+
+
+def test_a_long_prompt_takes_four_bytes_per_token_and_its_pages_nearly_none() -> None:
+    num_tokens, page_size = 1_000_000, 128
+    pages = np.arange(num_tokens // page_size)
+    admission = Admission(
+        request_id=0,
+        prompt_ids=np.arange(num_tokens),
+        params=SamplingParams(),
+        seed=0,
+        end_token_ids=(),
+        placement=Placement((Shard(0, pages),), num_tokens),
+    )
+
+    size = len(encode(Plan(0, (), (admission,))))
+
+    assert size <= 4 * num_tokens + 1000
