@@ -81,7 +81,7 @@ TABLE = {
         ("schedule.plan", "request", "cache.layout"), ("msgspec", "numpy"), itself=False
     ),
     "parallel.control": Rule(
-        ("parallel.address", "parallel.codec", "schedule.plan"), ("zmq",), itself=False
+        ("parallel.address", "parallel.codec", "schedule.plan", "request"), ("zmq",), itself=False
     ),
     "attention": Rule(("cache", "kernels", "parallel", "config"), ("torch", "numpy")),
     "model_zoo": Rule(

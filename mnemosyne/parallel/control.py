@@ -20,7 +20,8 @@ from mnemosyne.parallel.codec import (
     encode,
     encode_result,
 )
-from mnemosyne.schedule.plan import StepResult
+from mnemosyne.request import RequestOutput
+from mnemosyne.schedule.plan import Plan, StepResult
 
 __all__ = ["DriverChannel", "FollowerChannel", "Interrupted", "Message", "Outputs", "Stop"]
 
@@ -57,18 +58,25 @@ class DriverChannel:
             self.close()
             raise
 
-    def send(self, message: Message) -> None:
-        """Send to every other rank; returns at once.
+    def send_plan(self, plan: Plan) -> None:
+        """Hand a step to every other rank; returns at once, as all of these do.
 
         Raises:
             RuntimeError: naming a rank that is gone.
         """
-        data = encode(message)
-        for identity in self._followers:
-            try:
-                self._socket.send_multipart([identity, data], copy=False)
-            except zmq.ZMQError as error:
-                raise RuntimeError(f"rank {identity.decode()} is gone: {error}") from error
+        self._send(plan)
+
+    def send_outputs(self, outputs: list[RequestOutput]) -> None:
+        """End a call that every rank made: here is what it gives."""
+        self._send(Outputs(outputs))
+
+    def send_interrupted(self, error: BaseException) -> None:
+        """End a call that every rank made with the error that ends it here."""
+        self._send(Interrupted(type(error).__name__, str(error)))
+
+    def send_stop(self) -> None:
+        """Tell every other rank that no plan will follow."""
+        self._send(Stop())
 
     def recv_result(self) -> StepResult:
         """The next result that any rank sent; waits for it."""
@@ -80,6 +88,14 @@ class DriverChannel:
     def close(self) -> None:
         """Let the last message leave, then free the port."""
         self._context.destroy(linger=int(LINGER_S * 1000))
+
+    def _send(self, message: Message) -> None:
+        data = encode(message)
+        for identity in self._followers:
+            try:
+                self._socket.send_multipart([identity, data], copy=False)
+            except zmq.ZMQError as error:
+                raise RuntimeError(f"rank {identity.decode()} is gone: {error}") from error
 
     def _await_followers(self, address: Address, timeout_s: float) -> None:
         """A message to a rank that is not connected yet would be lost, so they all say hello."""

@@ -13,7 +13,7 @@ import zmq
 from torch.distributed import HashStore
 
 from mnemosyne.parallel.address import find, listening_interface
-from mnemosyne.parallel.control import DriverChannel, FollowerChannel, Message, Stop
+from mnemosyne.parallel.control import DriverChannel, FollowerChannel, Interrupted, Message, Stop
 from mnemosyne.request import Sampled
 from mnemosyne.schedule.plan import Chunk, Plan, StepResult
 
@@ -39,10 +39,13 @@ def plan(index: int) -> Plan:
 
 
 def test_every_rank_gets_every_message_in_order_from_the_first() -> None:
-    sent: list[Message] = [*(plan(index) for index in range(2000)), Stop()]
+    plans = [plan(index) for index in range(2000)]
+    sent: list[Message] = [*plans, Interrupted("ValueError", "no"), Stop()]
     with channels(HashStore()) as (driver, followers):
-        for message in sent:
-            driver.send(message)
+        for each in plans:
+            driver.send_plan(each)
+        driver.send_interrupted(ValueError("no"))
+        driver.send_stop()
 
         received = [[follower.recv() for _ in sent] for follower in followers]
 
@@ -68,7 +71,7 @@ def test_a_channel_may_be_opened_again_over_the_same_store() -> None:
     store = HashStore()
     for index in range(2):
         with channels(store) as (driver, followers):
-            driver.send(plan(index))
+            driver.send_plan(plan(index))
 
             assert [follower.recv() for follower in followers] == [plan(index)] * len(followers)
 
@@ -105,7 +108,7 @@ def test_a_rank_that_is_gone_is_named() -> None:
         followers[1].close()
 
         with pytest.raises(RuntimeError, match="rank 2 is gone"):
-            within_s(10, lambda: driver.send(plan(0)))
+            within_s(10, lambda: driver.send_plan(plan(0)))
 
 
 def within_s(seconds: float, action: Callable[[], None]) -> None:
