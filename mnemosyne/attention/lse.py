@@ -1,6 +1,13 @@
 """The log-sum-exp merge: partial attention over parts of the keys becomes attention over all.
 
-    out_THD, lse_TH = merge_partials(torch.stack(outs), torch.stack(lses))
+>>> import torch
+>>> q, k, v = torch.randn(1, 2, 8), torch.randn(10, 2, 8), torch.randn(10, 2, 8)
+>>> def attend(k, v):
+...     score = torch.einsum("thd,shd->ths", q, k)
+...     return torch.einsum("ths,shd->thd", score.softmax(-1), v), score.logsumexp(-1)
+>>> (left, left_lse), (right, right_lse) = attend(k[:4], v[:4]), attend(k[4:], v[4:])
+>>> out, lse = merge_partials(torch.stack((left, right)), torch.stack((left_lse, right_lse)))
+>>> torch.testing.assert_close((out, lse), attend(k, v))
 """
 
 from __future__ import annotations
@@ -35,9 +42,9 @@ def merge_partials(out_RTHD: Tensor, lse_RTH: Tensor) -> tuple[Tensor, Tensor]:
             "stack both over the same partials"
         )
     lse_TH = torch.logsumexp(lse_RTH, dim=0)
-    # (-inf) - (-inf) is nan: shift empty rows by 0, so that their weight is exp(-inf) = 0.
-    shift_TH = lse_TH.masked_fill(lse_TH.isneginf(), 0.0)
-    weight_RTH = torch.exp(lse_RTH - shift_TH)
+    # Not exp(lse_R - lse): these sum to 1 even where float32 leaves a large LSE few digits. The
+    # softmax of -inf alone is nan, the weight of a row that no partial saw 0.
+    weight_RTH = torch.softmax(lse_RTH, dim=0).masked_fill(lse_TH.isneginf(), 0.0)
     # A product and a sum, not a matrix product: on a GPU that one may round to TF32.
     out_THD = (weight_RTH.unsqueeze(-1) * out_RTHD).sum(dim=0)
     return out_THD.to(out_RTHD.dtype), lse_TH
