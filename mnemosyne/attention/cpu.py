@@ -1,9 +1,4 @@
-"""Attention on CPU: torch's flash operator over runs of pages, partials merged by log-sum-exp.
-
-    backend = CpuBackend()
-    prepared = backend.prepare(batch, window=None, device=torch.device("cpu"))
-    out_THD, lse_TH = backend.attend(q_THD, k_KSD, v_KSD, prepared, scale=scale, return_lse=True)
-"""
+"""Attention on CPU: torch's flash operator over runs of pages, partials merged by log-sum-exp."""
 
 from __future__ import annotations
 
@@ -92,9 +87,7 @@ class CpuBackend:
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of the packed rows (see ``AttentionBackend``)."""
         if q_THD.dtype not in CPU_DTYPES:
-            raise ValueError(
-                f"q_THD must be one of {', '.join(map(str, CPU_DTYPES))}, got {q_THD.dtype}; cast it"
-            )
+            raise ValueError(f"q_THD must have a dtype of {CPU_DTYPES}, got {q_THD.dtype}; cast it")
         num_kv_heads = k_KSD.shape[0]
         num_shares = _shares(num_kv_heads, torch.get_num_threads())
         wide = torch.float64 if q_THD.dtype == torch.float64 else torch.float32
@@ -170,7 +163,8 @@ def _band_mask(distance: int, num_rows: int, num_keys: int, window: int) -> Tens
     """Mask of rows and keys whose first ones stand ``distance`` positions apart."""
     row, key = torch.arange(num_rows).unsqueeze(1), torch.arange(num_keys)
     behind = distance + row - key
-    return torch.zeros(num_rows, num_keys).masked_fill_((behind < 0) | (behind >= window), -torch.inf)
+    is_hidden = (behind < 0) | (behind >= window)
+    return torch.zeros(num_rows, num_keys).masked_fill_(is_hidden, -torch.inf)
 
 
 def _shares(num_kv_heads: int, num_threads: int) -> int:
@@ -206,9 +200,7 @@ def _partials(
             yield call.rows, *_folded(q, k, v, scale)
 
 
-def _folded(
-    q_TKGD: Tensor, k_1KSD: Tensor, v_1KSD: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def _folded(q_TKGD: Tensor, k_1KSD: Tensor, v_1KSD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """All rows see all keys: the G heads of a KV head become rows, which reads its keys once."""
     num_rows, num_kv_heads, group, head_dim = q_TKGD.shape
     if num_rows == 1:
@@ -243,9 +235,7 @@ def _shared(
     return out_KGD.unsqueeze(0), lse_KG.unsqueeze(0)
 
 
-def _merge(
-    partials: Iterator[tuple[slice, Tensor, Tensor]], tile: _Tile
-) -> tuple[Tensor, Tensor]:
+def _merge(partials: Iterator[tuple[slice, Tensor, Tensor]], tile: _Tile) -> tuple[Tensor, Tensor]:
     """The partials of a tile as one; they come one by one, so that only one is held."""
     rows, out, lse = next(partials)
     if rows.stop - rows.start < tile.num_rows:
