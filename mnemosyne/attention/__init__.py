@@ -1,19 +1,83 @@
-"""Exact attention over a paged cache: backends of one contract, and the log-sum-exp merge."""
+"""Exact attention over a paged cache: backends of one contract, and the log-sum-exp merge.
+
+>>> import numpy as np, torch
+>>> device, page_size = torch.device("cpu"), 16
+>>> k_KSD, v_KSD = torch.randn(2, 2, 8 * page_size, 64)  # a pool of 8 pages, 2 KV heads
+>>> pages = np.array([5, 1])
+>>> decode = Segment(first_row=0, num_rows=1, first_position=29, num_keys=30, pages=pages)
+>>> pages = np.array([3])
+>>> chunk = Segment(first_row=1, num_rows=4, first_position=10, num_keys=14, pages=pages)
+>>> batch = AttentionBatch(segments=(decode, chunk), num_rows=5, page_size=page_size)
+>>> backend = choose_backend("auto", device=device, dtype=torch.float32)
+>>> prepared = backend.prepare(batch, None, device)  # once per step, for all layers
+>>> q_THD = torch.randn(5, 8, 64)  # 8 query heads
+>>> out_THD, lse_TH = backend.attend(
+...     q_THD, k_KSD, v_KSD, prepared, scale=64**-0.5, return_lse=True
+... )
+>>> out_THD.shape, lse_TH.shape
+(torch.Size([5, 8, 64]), torch.Size([5, 8]))
+"""
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 import torch
 
-from mnemosyne.attention.cpu import CpuBackend
+from mnemosyne.attention.cpu import CPU_DTYPES, CpuBackend
+from mnemosyne.attention.flex import FLEX_DTYPES, FlexBackend
 from mnemosyne.attention.lse import merge_partials
 from mnemosyne.attention.reference import ReferenceBackend
-from mnemosyne.attention.segments import AttentionBackend, AttentionBatch, Segment
+from mnemosyne.attention.segments import Attend, AttentionBackend, AttentionBatch, Segment
 
-__all__ = ["AttentionBackend", "AttentionBatch", "Segment", "choose_backend", "merge_partials"]
+__all__ = [
+    "BACKENDS",
+    "Attend",
+    "AttentionBackend",
+    "AttentionBatch",
+    "CpuBackend",
+    "FlexBackend",
+    "ReferenceBackend",
+    "Segment",
+    "choose_backend",
+    "merge_partials",
+]
+
+BACKENDS = ("auto", "cpu", "flex", "reference")
 
 
 def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
-    """A backend by name; PROVISIONAL until flex is in."""
+    """A backend by name; one that cannot run there is refused, never replaced.
+
+    Args:
+        name: ``cpu``, ``flex``, ``reference``, or ``auto``: ``cpu`` on CPU, ``flex`` elsewhere.
+        device: where q, k and v are.
+        dtype: of q, k and v.
+
+    Raises:
+        ValueError: if there is no such backend, or it does not run on the device or dtype.
+    """
+    if name not in BACKENDS:
+        close = get_close_matches(name, BACKENDS, n=1)
+        remedy = f"did you mean {close[0]!r}?" if close else "auto picks by device"
+        raise ValueError(f"attention must be one of {', '.join(BACKENDS)}, got {name!r}; {remedy}")
+    if name == "auto":
+        name = "cpu" if device.type == "cpu" else "flex"
     if name == "reference":
+        _require(name, "dtype", dtype.is_floating_point, "a floating one", dtype)
         return ReferenceBackend()
-    return CpuBackend()
+    if name == "cpu":
+        _require(name, "device", device.type == "cpu", "cpu", device)
+        _require(name, "dtype", dtype in CPU_DTYPES, f"one of {CPU_DTYPES}", dtype)
+        return CpuBackend()
+    _require(name, "device", device.type in ("cpu", "cuda"), "cpu or cuda", device)
+    _require(name, "dtype", dtype in FLEX_DTYPES, f"one of {FLEX_DTYPES}", dtype)
+    return FlexBackend()
+
+
+def _require(backend: str, name: str, holds: bool, rule: str, value: object) -> None:
+    if not holds:
+        raise ValueError(
+            f"{name} must be {rule} for attention={backend}, got {value}; "
+            "choose another attention backend or change it"
+        )

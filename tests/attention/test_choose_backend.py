@@ -1,0 +1,52 @@
+"""A backend by name: the one that was asked for, or an error that says why not."""
+
+from __future__ import annotations
+
+import doctest
+
+import pytest
+import torch
+
+from mnemosyne import attention
+from mnemosyne.attention import choose_backend
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize("name", ["cpu", "flex", "reference"])
+def test_a_named_backend_is_the_one_given(name: str) -> None:
+    assert choose_backend(name, device=CPU, dtype=torch.bfloat16).name == name
+
+
+def test_auto_goes_by_the_device() -> None:
+    assert choose_backend("auto", device=CPU, dtype=torch.float32).name == "cpu"
+    assert choose_backend("auto", device=CUDA, dtype=torch.float32).name == "flex"
+
+
+def test_an_unknown_name_is_refused_with_the_nearest() -> None:
+    with pytest.raises(
+        ValueError, match="attention must be one of auto, cpu, flex, reference, got"
+    ):
+        choose_backend("dense", device=CPU, dtype=torch.float32)
+    with pytest.raises(ValueError, match="did you mean 'flex'"):
+        choose_backend("felx", device=CPU, dtype=torch.float32)
+
+
+def test_a_backend_that_cannot_run_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="device must be cpu for attention=cpu, got cuda"):
+        choose_backend("cpu", device=CUDA, dtype=torch.float32)
+    with pytest.raises(ValueError, match="device must be cpu or cuda for attention=flex, got mps"):
+        choose_backend("auto", device=torch.device("mps"), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["cpu", "flex"])
+def test_a_dtype_that_the_backend_lacks_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"dtype must be one of .*, got torch.float8_e4m3fn"):
+        choose_backend(name, device=CPU, dtype=torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="dtype must be a floating one"):
+        choose_backend("reference", device=CPU, dtype=torch.int8)
+
+
+def test_the_documented_example_runs() -> None:
+    assert doctest.testmod(attention).attempted > 5
+    assert doctest.testmod(attention).failed == 0
