@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnemosyne.attention.segments import Attend
-from mnemosyne.model_zoo.layers import DecoderLayer, norm
+from mnemosyne.model_zoo.layers import DecoderLayer, Unembed, norm
 from mnemosyne.model_zoo.rope import rotary_cos_sin
 from mnemosyne.model_zoo.spec import ModelSpec
 
@@ -55,6 +54,8 @@ class Decoder(nn.Module):
         self.dtype = dtype
         self.is_first = held[0] == 0
         self.is_last = held[-1] == every[-1]
+        # Of this rank: parallelize lowers them.
+        self.local_heads, self.local_kv_heads = spec.num_heads, spec.num_kv_heads
         # On the meta device modules initialise nothing: values come from a file or a seed.
         with torch.device("meta"):
             self._build(held)
@@ -62,13 +63,16 @@ class Decoder(nn.Module):
 
     def _build(self, held: range) -> None:
         spec = self.spec
-        self.embed = nn.Embedding(spec.vocab_size, spec.width) if self.is_first else None
+        self.embed: nn.Module | None = None
+        if self.is_first:
+            self.embed = nn.Embedding(spec.vocab_size, spec.width)
         # Keyed by the index in the whole model: parameter names are the same on every stage.
         self.layers = nn.ModuleDict({str(index): DecoderLayer(spec) for index in held})
         self.norm = norm(spec.width, spec) if self.is_last else None
         # A tied head far from its embedding owns a copy of it.
         owns_head = self.is_last and not (spec.tied and self.is_first)
         self.head = nn.Linear(spec.width, spec.vocab_size, bias=False) if owns_head else None
+        self.unembed = Unembed()
 
     def forward(self, x: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         """Run the held layers over the packed tokens of a step.
@@ -99,10 +103,7 @@ class Decoder(nn.Module):
         assert self.is_last
         owner = self.embed if self.head is None else self.head
         assert owner is not None
-        wide = torch.promote_types(self.dtype, torch.float32)
-        if hidden_BE.is_cuda and self.dtype != wide:
-            return torch.mm(hidden_BE, owner.weight.t(), out_dtype=wide)
-        return F.linear(hidden_BE, owner.weight).to(wide)
+        return self.unembed(hidden_BE, owner.get_parameter("weight"))
 
     def checkpoint_names(self) -> dict[str, str]:
         """Hugging Face tensor name of each parameter held here, by our name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -73,4 +74,15 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """The residual stream after this layer, [T, E]."""
         hidden_TE = hidden_TE + self.attn(self.attn_norm(hidden_TE), rotary, layer, attend)
-        return hidden_TE + self.mlp(self.mlp_norm(hidden_TE))
+        return hidden_TE + attend.feed_forward(self.mlp, self.mlp_norm(hidden_TE))
+
+
+class Unembed(nn.Module):
+    """Logits from hidden states; the weight arrives, because a tied one is the embedding's."""
+
+    def forward(self, hidden_BE: Tensor, weight_VE: Tensor) -> Tensor:
+        """Logits [B, V], float32 or wider; see ``Decoder.logits``."""
+        wide = torch.promote_types(hidden_BE.dtype, torch.float32)
+        if hidden_BE.is_cuda and hidden_BE.dtype != wide:
+            return torch.mm(hidden_BE, weight_VE.t(), out_dtype=wide)
+        return F.linear(hidden_BE, weight_VE).to(wide)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -85,6 +85,12 @@ class Attend(Protocol):
 
     def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
         """Return ``out_THD`` in the dtype of ``q_THD``."""
+
+    def feed_forward(self, mlp: Callable[[Tensor], Tensor], x_TE: Tensor) -> Tensor:
+        """The MLP of the same layer on its normed input.
+
+        ``mlp(x_TE)``, unless groups share the MLP: then it runs over the rows of all of them.
+        """
 
 
 def slot_runs(pages: np.ndarray, num_keys: int, page_size: int) -> Iterator[tuple[int, int, int]]:

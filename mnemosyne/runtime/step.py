@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -63,6 +63,10 @@ class PagedAttention:
             scale=self._scale,
         )
         return out_THD
+
+    def feed_forward(self, mlp: Callable[[Tensor], Tensor], x_TE: Tensor) -> Tensor:
+        """The MLP of a layer."""
+        return mlp(x_TE)
 
 
 @torch.inference_mode()

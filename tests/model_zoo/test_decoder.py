@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mnemosyne.model_zoo.decoder import Decoder
-from mnemosyne.model_zoo.spec import ModelSpec, read_spec
+from mnemosyne.model_zoo.spec import read_spec
 from mnemosyne.runtime.weights import load_weights
+from tests.model_zoo.dense import DenseAttend
 from tests.model_zoo.tiny import (
     FAMILIES,
     ROPES,
@@ -22,30 +23,6 @@ from tests.model_zoo.tiny import (
 
 # transformers computes norms, rotary angles and the softmax in float32 whatever the dtype.
 ORACLE_ERROR = 2e-5  # relative to the largest logit
-
-
-class DenseAttend:
-    """Attention over everything seen so far, written out; scores in the dtype of the queries."""
-
-    def __init__(self, spec: ModelSpec, windows: tuple[int | None, ...] | None = None) -> None:
-        self.windows = spec.windows if windows is None else windows
-        self.past: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        if layer in self.past:
-            k_TKD = torch.cat((self.past[layer][0], k_TKD))
-            v_TKD = torch.cat((self.past[layer][1], v_TKD))
-        self.past[layer] = k_TKD, v_TKD
-        groups = q_THD.shape[1] // k_TKD.shape[1]
-        k_SHD, v_SHD = (x.repeat_interleave(groups, dim=1) for x in (k_TKD, v_TKD))
-        keys = torch.arange(len(k_SHD))
-        rows = keys[-len(q_THD) :, None]
-        seen_TS = keys <= rows
-        if (window := self.windows[layer]) is not None:
-            seen_TS &= keys > rows - window
-        scores_HTS = torch.einsum("thd,shd->hts", q_THD, k_SHD) * q_THD.shape[-1] ** -0.5
-        weights_HTS = scores_HTS.masked_fill(~seen_TS, float("-inf")).softmax(dim=-1)
-        return torch.einsum("hts,shd->thd", weights_HTS, v_SHD)
 
 
 def load(path: Path, dtype: torch.dtype = torch.float64, layers: range | None = None) -> Decoder:
@@ -60,7 +37,7 @@ def prompt(length: int) -> list[int]:
 
 
 def dense_logits(decoder: Decoder, token_ids: list[int], *, chunk: int | None = None) -> Tensor:
-    attend = DenseAttend(decoder.spec)
+    attend = DenseAttend(decoder.spec.windows)
     ids, positions = torch.tensor(token_ids), torch.arange(len(token_ids))
     size = chunk or len(token_ids)
     parts = zip(ids.split(size), positions.split(size), strict=True)
@@ -129,7 +106,7 @@ def test_a_window_off_by_one_would_be_noticed(tmp_path: Path, wrong: int | None)
     decoder = load(path)
     ids = prompt(40)
 
-    attend = DenseAttend(decoder.spec, windows=(wrong, wrong))
+    attend = DenseAttend((wrong, wrong))
     actual = decoder.logits(decoder(torch.tensor(ids), torch.arange(40), attend))
     expected = oracle_logits(path, ids)
 
@@ -148,7 +125,7 @@ def test_older_forms_of_rope_mean_the_same(tmp_path: Path, rope: str, rope_form:
 
 def test_greedy_tokens_of_the_tiny_models_vary(tmp_path: Path) -> None:
     decoder = load(tiny_checkpoint(tmp_path))
-    attend = DenseAttend(decoder.spec)
+    attend = DenseAttend(decoder.spec.windows)
     ids = prompt(8)
 
     hidden_TE = decoder(torch.tensor(ids), torch.arange(8), attend)
@@ -177,11 +154,12 @@ def test_stages_compute_the_whole_bit_for_bit(tmp_path: Path, tied: bool) -> Non
     whole, first, last = load(path), load(path, layers=range(1)), load(path, layers=range(1, 3))
     ids, positions = torch.tensor(prompt(20)), torch.arange(20)
 
-    hidden_TE = first(ids, positions, DenseAttend(whole.spec))
-    hidden_TE = last(hidden_TE, positions, DenseAttend(whole.spec))
+    windows = whole.spec.windows
+    hidden_TE = first(ids, positions, DenseAttend(windows[:1]))
+    hidden_TE = last(hidden_TE, positions, DenseAttend(windows[1:]))
     logits_TV = last.logits(hidden_TE)
 
-    assert torch.equal(logits_TV, whole.logits(whole(ids, positions, DenseAttend(whole.spec))))
+    assert torch.equal(logits_TV, whole.logits(whole(ids, positions, DenseAttend(windows))))
     assert first.head is None
     assert first.norm is None
     assert last.embed is None

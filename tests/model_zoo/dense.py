@@ -1,0 +1,35 @@
+"""Attention written out, for models without an engine; no oracle is imported, ranks start fast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class DenseAttend:
+    """Attention over everything seen so far, written out; scores in the dtype of the queries."""
+
+    def __init__(self, windows: Sequence[int | None]) -> None:
+        self.windows = windows  # of the layers held
+        self.past: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+        if layer in self.past:
+            k_TKD = torch.cat((self.past[layer][0], k_TKD))
+            v_TKD = torch.cat((self.past[layer][1], v_TKD))
+        self.past[layer] = k_TKD, v_TKD
+        groups = q_THD.shape[1] // k_TKD.shape[1]
+        k_SHD, v_SHD = (x.repeat_interleave(groups, dim=1) for x in (k_TKD, v_TKD))
+        keys = torch.arange(len(k_SHD))
+        rows = keys[-len(q_THD) :, None]
+        seen_TS = keys <= rows
+        if (window := self.windows[layer]) is not None:
+            seen_TS &= keys > rows - window
+        scores_HTS = torch.einsum("thd,shd->hts", q_THD, k_SHD) * q_THD.shape[-1] ** -0.5
+        weights_HTS = scores_HTS.masked_fill(~seen_TS, float("-inf")).softmax(dim=-1)
+        return torch.einsum("hts,shd->thd", weights_HTS, v_SHD)
+
+    def feed_forward(self, mlp: Callable[[Tensor], Tensor], x_TE: Tensor) -> Tensor:
+        return mlp(x_TE)
