@@ -13,6 +13,7 @@ from torch import Tensor
 from mnemosyne.model_zoo.decoder import Decoder
 from mnemosyne.model_zoo.rope import RopeSpec
 from mnemosyne.model_zoo.spec import ModelSpec
+from mnemosyne.parallel.shards import Slices, allocate, held_slices
 
 STD = 0.02  # of every weight, as published models are initialised
 DRAWS = 1 << 22  # numbers drawn at once: bounds the float32 copy that is rounded
@@ -38,30 +39,41 @@ def bench_spec() -> ModelSpec:
     )
 
 
-def init_random(decoder: Decoder, seed: int) -> None:
+def init_random(decoder: Decoder, seed: int, device: torch.device | str = "cpu") -> None:
     """Fill a decoder with normal weights, norms with ones.
 
     A parameter's values depend on the seed and its name in a checkpoint alone: they are the same
-    on every device, in every dtype up to rounding, and in every stage of a pipeline.
+    on every device, in every dtype up to rounding, in every stage of a pipeline and, a slice of
+    them, in every shard.
 
     Args:
-        decoder: parameters allocated, not on the meta device.
+        decoder: its parameters are filled, as far as this rank holds them.
         seed: any whole number.
+        device: where parameters of the meta device go.
     """
     names = decoder.checkpoint_names()
-    for ours, parameter in decoder.named_parameters():
-        if "norm" in ours.split(".")[-2]:
-            parameter.fill_(1.0)
+    for ours, parameter in list(decoder.named_parameters()):
+        module, _, attribute = ours.rpartition(".")
+        held, shape = held_slices(parameter), parameter.shape
+        target = allocate(decoder.get_submodule(module), attribute, device)
+        if "norm" in module.rpartition(".")[-1]:
+            target.fill_(1.0)
         else:
-            _fill_normal(parameter, zlib.crc32(f"{seed}/{names[ours]}".encode()))
+            _fill_normal(target, held, shape, zlib.crc32(f"{seed}/{names[ours]}".encode()))
 
 
-def _fill_normal(parameter: Tensor, seed: int) -> None:
+def _fill_normal(target: Tensor, held: Slices, shape: torch.Size, seed: int) -> None:
+    """Draw the whole parameter in blocks of rows; keep what is held."""
     generator = torch.Generator().manual_seed(seed)
-    flat = parameter.view(-1)
-    for start in range(0, flat.numel(), DRAWS):
-        part = flat[start : start + DRAWS]
-        part.copy_(torch.randn(part.numel(), generator=generator, dtype=torch.float32) * STD)
+    rows, *rest = held
+    block_rows = max(1, DRAWS // shape[1:].numel())
+    for start in range(0, rows.stop, block_rows):
+        stop = min(start + block_rows, shape[0])
+        drawn = torch.randn(stop - start, *shape[1:], generator=generator, dtype=torch.float32)
+        first, last = max(start, rows.start), min(stop, rows.stop)
+        if first < last:
+            kept = drawn[(slice(first - start, last - start), *rest)]
+            target[first - rows.start : last - rows.start].copy_(kept * STD)
 
 
 def write_bench(path: Path, seed: int, dtype: torch.dtype = torch.bfloat16) -> Path:

@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from mnemosyne.parallel.shards import Slices, allocate, held_slices
+
 BLOCK_BYTES = 64 << 20  # read at once: all that exists beside the parameters
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of files, with bytes per element
 NAMES_SHOWN = 20  # per kind of mismatch; the rest is counted
@@ -41,18 +43,22 @@ def load_weights(
     *,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
-) -> None:
+) -> int:
     """Fill a model's parameters from a Hugging Face checkpoint.
 
     Besides the parameters at most two blocks of 64 MiB exist at a time: one in the dtype of the
     file and its converted copy. Names and shapes of the whole checkpoint are checked before the
-    first weight is read, also those that other stages hold.
+    first weight is read, also those that other ranks hold. Of a DTensor only the slice of this
+    rank is read, and a plain tensor takes its place.
 
     Args:
         model: parameters keep their dtype; those on the meta device are allocated on ``device``.
         path: directory with ``model.safetensors``, or shards and ``model.safetensors.index.json``.
         device: where parameters of the meta device go; the others stay where they are.
         progress: called with bytes read so far and bytes to read, of the file, after each block.
+
+    Returns:
+        Bytes read of the files, headers aside.
 
     Raises:
         ValueError: if a file is missing, truncated or not safetensors (it is named), or if
@@ -62,18 +68,20 @@ def load_weights(
     headers = _read_headers(path)
     _check_tensors(path, headers, model.checkpoint_shapes())
     names = model.checkpoint_names()
-    parameters = dict(model.named_parameters())
-    total = sum(headers[name].num_bytes for name in names.values())
+    held = {ours: held_slices(parameter) for ours, parameter in model.named_parameters()}
+    total = sum(headers[name].num_bytes(held[ours]) for ours, name in names.items())
     done = 0
     for file in sorted({headers[name].file for name in names.values()}):
         with _open(file) as tensors:
             for ours in (ours for ours, name in names.items() if headers[name].file == file):
-                target = _allocated(model, ours, parameters.pop(ours), device)
+                module, _, attribute = ours.rpartition(".")
+                target = allocate(model.get_submodule(module), attribute, device)
                 view = tensors.get_slice(names[ours])
-                for num_bytes in _copy(view, headers[names[ours]], target):
+                for num_bytes in _copy(view, headers[names[ours]], held[ours], target):
                     done += num_bytes
                     if progress is not None:
                         progress(done, total)
+    return done
 
 
 class _Header(NamedTuple):
@@ -83,9 +91,8 @@ class _Header(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
 
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype]
+    def num_bytes(self, held: Slices) -> int:
+        return math.prod(part.stop - part.start for part in held) * DTYPES[self.dtype]
 
 
 def _open(file: Path) -> Any:
@@ -167,24 +174,12 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _allocated(
-    model: Model, ours: str, parameter: nn.Parameter, device: torch.device | str
-) -> Tensor:
-    """The parameter itself, or the one on ``device`` that takes its place in the model."""
-    if not parameter.is_meta:
-        return parameter.data
-    placed = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
-    module, _, attribute = ours.rpartition(".")
-    setattr(model.get_submodule(module), attribute, placed)
-    return placed.data
-
-
-def _copy(view: Any, header: _Header, target: Tensor) -> Iterator[int]:
-    """Copy rows in blocks, converting dtype and device on the way; yields bytes per block."""
-    num_rows = header.shape[0]
-    row_bytes = header.num_bytes // num_rows
-    rows = max(1, BLOCK_BYTES // row_bytes)
-    for start in range(0, num_rows, rows):
-        stop = min(start + rows, num_rows)
-        target[start:stop].copy_(view[start:stop])
+def _copy(view: Any, header: _Header, held: Slices, target: Tensor) -> Iterator[int]:
+    """Copy held rows in blocks, converting dtype and device on the way; yields bytes per block."""
+    rows, *rest = held
+    row_bytes = header.num_bytes((slice(0, 1), *rest))
+    block_rows = max(1, BLOCK_BYTES // row_bytes)
+    for start in range(rows.start, rows.stop, block_rows):
+        stop = min(start + block_rows, rows.stop)
+        target[start - rows.start : stop - rows.start].copy_(view[(slice(start, stop), *rest)])
         yield (stop - start) * row_bytes
