@@ -90,11 +90,11 @@ def init_mesh(config: MeshConfig, device_type: str) -> Mesh:
         dist.init_process_group(backend)
     degrees = (config.pp, config.kvp, config.tp)
     device_mesh = init_device_mesh(device_type, degrees, mesh_dim_names=AXES)
-    pp, kvp, tp = (_axis(device_mesh[name]) for name in AXES)
+    pp, kvp, tp = (axis_of(device_mesh[name]) for name in AXES)
     ffn = Axis("ffn", tp.degree, tp.index, tp.group, tp.device_mesh)
     if config.ffn == "wide" and config.kvp > 1:
         flat = (config.pp, config.kvp * config.tp)
-        ffn = _axis(init_device_mesh(device_type, flat, mesh_dim_names=("pp", "ffn"))["ffn"])
+        ffn = axis_of(init_device_mesh(device_type, flat, mesh_dim_names=("pp", "ffn"))["ffn"])
     return Mesh(
         pp=pp,
         kvp=kvp,
@@ -104,6 +104,15 @@ def init_mesh(config: MeshConfig, device_type: str) -> Mesh:
         world_size=world_size,
         device_mesh=device_mesh,
     )
+
+
+def axis_of(device_mesh: DeviceMesh) -> Axis:
+    """This rank's place on a mesh of one dim."""
+    assert device_mesh.mesh_dim_names is not None
+    (name,), degree = device_mesh.mesh_dim_names, device_mesh.size()
+    if degree == 1:
+        return Axis(name)
+    return Axis(name, degree, device_mesh.get_local_rank(), device_mesh.get_group(), device_mesh)
 
 
 def head_mesh(mesh: Mesh, num_kv_heads: int) -> DeviceMesh:
@@ -190,14 +199,6 @@ def check_mesh(
 def local_kv_heads(num_kv_heads: int, tp: int) -> int:
     """KV heads that one rank of tp holds: its share, or a copy of one."""
     return max(1, num_kv_heads // tp)
-
-
-def _axis(device_mesh: DeviceMesh) -> Axis:
-    assert device_mesh.mesh_dim_names is not None
-    (name,), degree = device_mesh.mesh_dim_names, device_mesh.size()
-    if degree == 1:
-        return Axis(name)
-    return Axis(name, degree, device_mesh.get_local_rank(), device_mesh.get_group(), device_mesh)
 
 
 def _take_gpu() -> None:

@@ -1,0 +1,96 @@
+"""How one module is cut over an axis: its parameters become DTensors, its output is completed.
+
+DTensors only say which rank loads what. Once loaded the parameters are plain local tensors, and
+what crosses ranks is one explicit collective per module.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from mnemosyne.parallel.collectives import all_gather, all_reduce_sum
+from mnemosyne.parallel.mesh import Axis, axis_of
+from mnemosyne.parallel.shards import held_slices
+
+
+class ColumnParallel(ParallelStyle):
+    """A linear layer of which each rank computes neighbouring outputs, from the whole input."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        for name, _ in list(module.named_parameters()):
+            _shard(module, name, device_mesh, dim=0)
+        return module
+
+
+class RowParallel(ParallelStyle):
+    """A linear layer of which each rank takes neighbouring inputs; the outputs are summed."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        axis = axis_of(device_mesh)
+        _shard(module, "weight", device_mesh, dim=1)
+        if axis.index > 0:
+            module.register_parameter("bias", None)  # the sum takes it from the first rank
+
+        def complete(module: nn.Module, args: tuple[Tensor], out_TE: Tensor) -> Tensor:
+            return all_reduce_sum(out_TE, axis)
+
+        module.register_forward_hook(complete)
+        return module
+
+
+class VocabParallelEmbedding(nn.Module):
+    """An embedding of which each rank holds the rows of neighbouring words.
+
+    Args:
+        whole: the embedding, on the meta device.
+        axis: the ranks that share it.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(self, whole: nn.Module, axis: Axis) -> None:
+        super().__init__()
+        assert axis.device_mesh is not None
+        self.register_parameter("weight", whole.get_parameter("weight"))
+        _shard(self, "weight", axis.device_mesh, dim=0)
+        self._words = held_slices(self.weight)[0]
+        self._axis = axis
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        """Embeddings [T, E] of word ids, int64 [T]."""
+        is_elsewhere_T = (ids_T < self._words.start) | (ids_T >= self._words.stop)
+        local_T = (ids_T - self._words.start).masked_fill(is_elsewhere_T, 0)
+        x_TE = F.embedding(local_T, self.weight).masked_fill(is_elsewhere_T[:, None], 0.0)
+        return all_reduce_sum(x_TE, self._axis)
+
+
+def gather_words(module: nn.Module, axis: Axis, vocab_size: int) -> None:
+    """Let a module that gives logits of this rank's words give those of all words.
+
+    Args:
+        module: its output is ``[B, words of this rank]``.
+        axis: the ranks that share the vocabulary.
+        vocab_size: words of all ranks.
+    """
+
+    def complete(module: nn.Module, args: tuple[Tensor, Tensor], logits_BV: Tensor) -> Tensor:
+        num_words = -(-vocab_size // axis.degree)
+        # The last shard may be shorter; messages are of one size.
+        padded_BV = F.pad(logits_BV, (0, num_words - logits_BV.shape[1]))
+        return all_gather(padded_BV, axis).transpose(0, 1).flatten(1)[:, :vocab_size]
+
+    module.register_forward_hook(complete)
+
+
+def _shard(module: nn.Module, name: str, device_mesh: DeviceMesh, dim: int) -> None:
+    """Cut a parameter along the first axis of a mesh; along others each rank holds a copy."""
+    parameter = module.get_parameter(name)
+    assert parameter.is_meta, "parameters are cut before they are loaded"
+    placements = [Shard(dim), *[Replicate()] * (device_mesh.ndim - 1)]
+    # Without a source of data nothing is sent: there are no values yet.
+    sharded = distribute_tensor(parameter.detach(), device_mesh, placements, src_data_rank=None)
+    module.register_parameter(name, nn.Parameter(sharded, requires_grad=False))
