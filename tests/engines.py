@@ -29,16 +29,17 @@ def open_tiny(path: Path, *, chunk: int | str = 7, max_tokens: int = 2048, **opt
         path: the checkpoint.
         chunk: the chunk rule; a fixed one needs no sweep at start-up.
         max_tokens: of the cache.
-        options: fields of ``ScheduleConfig``, and arguments of ``LLM`` among ``attention``,
-            ``on_step``, ``metrics``.
+        options: fields of ``ScheduleConfig``, and arguments of ``LLM`` among ``device``,
+            ``attention``, ``on_step``, ``metrics``.
     """
-    arguments = {
-        name: options.pop(name) for name in ("attention", "metrics", "on_step") if name in options
+    arguments = {"device": "cpu"} | {
+        name: options.pop(name)
+        for name in ("device", "attention", "metrics", "on_step")
+        if name in options
     }
     return LLM(
         str(path),
         dtype="float64",
-        device="cpu",
         schedule={"chunk": chunk, **options},
         cache={"max_tokens": max_tokens, "page_size": PAGE_SIZE},
         **arguments,
