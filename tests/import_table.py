@@ -75,7 +75,7 @@ TABLE = {
         ("config", "kernels", "cache.allocator", "cache.layout"), ("torch", "numpy")
     ),
     "kernels": Rule((), ("torch", "triton")),
-    "parallel": Rule(("config",), ("torch", "numpy")),
+    "parallel": Rule(("config",), ("torch", "numpy", "msgspec")),
     # plans travel, and they are free of torch
     "parallel.codec": Rule(
         ("schedule.plan", "request", "cache.layout"), ("msgspec", "numpy"), itself=False

@@ -16,7 +16,10 @@ IMPORT_QUIETLY = """
 import logging, os, sys, threading, warnings
 import torch
 
-for name in ("hydra", "omegaconf", "fastapi", "uvicorn", "triton", "matplotlib", "transformers"):
+for name in (
+    *("hydra", "omegaconf", "fastapi", "uvicorn", "triton", "matplotlib", "transformers"),
+    *("zmq", "msgspec"),  # for several processes only
+):
     sys.modules[name] = None  # importing it now raises ImportError
 
 opened = []

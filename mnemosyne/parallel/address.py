@@ -71,6 +71,13 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def default_store() -> Store:
+    """The store that torch.distributed was initialised with."""
+    from torch.distributed.distributed_c10d import _get_default_store  # no public way to it
+
+    return _get_default_store()
+
+
 def announce(store: Store, service: str, host: str, port: int) -> Address:
     """Tell all ranks where rank 0 listens; ``find`` on each of them gives the same address.
 

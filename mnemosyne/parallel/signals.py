@@ -1,0 +1,81 @@
+"""Signals to a rank whose main thread may be in a collective, where Python does not hear them."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+
+INTERRUPTED = 128 + signal.SIGINT  # exit status
+TERMINATED = 128 + signal.SIGTERM
+
+
+class Signals:
+    """SIGTERM and Ctrl-C, for the thread that watches.
+
+    SIGTERM is kept from ending the process at once, so that the watcher can say why. Ctrl-C is a
+    matter of rank 0, which tells the others; there it waits for the end of what must not be cut
+    short.
+
+    Handlers are set where this runs in the main thread of the process, which Python asks for.
+
+    Args:
+        is_driver: whether this is rank 0.
+        is_busy: whether a thread, by its identifier, must not be interrupted.
+    """
+
+    def __init__(self, *, is_driver: bool, is_busy: Callable[[int], bool]) -> None:
+        self.reader, self._writer = socket.socketpair()
+        self.reader.setblocking(False)
+        self._writer.setblocking(False)
+        self._is_driver = is_driver
+        self._is_busy = is_busy
+        self._kept = 0  # Ctrl-C that came in a busy time
+        self._has_handlers = threading.current_thread() is threading.main_thread()
+        if self._has_handlers:
+            self._wakeup_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+            self._on_term = signal.signal(signal.SIGTERM, self._ignore)
+            self._on_int = signal.signal(signal.SIGINT, self._interrupt)
+
+    def wake(self) -> None:
+        """Wake the thread that waits for ``reader``."""
+        with suppress(OSError):  # it has enough to wake up for, or is gone
+            self._writer.send(b"\0")
+
+    def read(self) -> tuple[bool, int]:
+        """What came since the last call: whether a SIGTERM, and how many times Ctrl-C."""
+        try:
+            received = self.reader.recv(4096)
+        except BlockingIOError:
+            received = b""
+        interrupts = received.count(signal.SIGINT) if self._is_driver else 0
+        return signal.SIGTERM in received, interrupts
+
+    def raise_kept(self) -> None:
+        """Raise the KeyboardInterrupt that was kept back, if one was."""
+        if self._kept:
+            self._kept = 0
+            raise KeyboardInterrupt
+
+    def close(self) -> None:
+        """Give the signals back to who had them."""
+        if self._has_handlers:
+            signal.set_wakeup_fd(self._wakeup_fd)
+            signal.signal(signal.SIGTERM, self._on_term)
+            signal.signal(signal.SIGINT, self._on_int)
+        self.reader.close()
+        self._writer.close()
+
+    def _ignore(self, number: int, frame: FrameType | None) -> None:
+        """The bare existence of a handler makes Python write the signal to the socket."""
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if not self._is_driver:
+            return
+        if self._is_busy(threading.get_ident()):
+            self._kept += 1
+            return
+        raise KeyboardInterrupt
