@@ -1,0 +1,111 @@
+"""A plan as tensors: rows packed without gaps, and padded to few shapes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mnemosyne.cache.layout import Placement, Shard
+from mnemosyne.request import SamplingParams
+from mnemosyne.runtime.inputs import StepInputs, bucket_size, build_inputs
+from mnemosyne.runtime.sequences import SequenceState
+from mnemosyne.schedule.plan import Admission, Chunk, Plan
+
+PAGE_SIZE = 4
+PADDING_SLOT = 4000
+
+
+def sequence(prompt_ids: list[int], pages: list[int]) -> SequenceState:
+    placement = Placement((Shard(0, np.array(pages)),), len(pages) * PAGE_SIZE)
+    return SequenceState.start(
+        Admission(
+            request_id=0,
+            prompt_ids=np.array(prompt_ids),
+            params=SamplingParams(max_tokens=4),
+            seed=0,
+            end_token_ids=(),
+            placement=placement,
+        )
+    )
+
+
+def inputs_of(*chunks: Chunk, sequences: dict[int, SequenceState]) -> StepInputs:
+    return build_inputs(
+        Plan(index=0, chunks=chunks),
+        sequences,
+        page_size=PAGE_SIZE,
+        padding_slot=PADDING_SLOT,
+        device=torch.device("cpu"),
+    )
+
+
+def test_decodes_and_chunks_are_packed_one_after_the_other() -> None:
+    decoding = sequence([10, 11, 12, 13, 14], pages=[7, 2])
+    decoding.append(99, 5)
+    prefilling = sequence(list(range(20, 32)), pages=[3, 9, 8])
+
+    inputs = inputs_of(
+        Chunk(0, 5, 1, samples=True, token_id=99),
+        Chunk(1, 3, 6, samples=False),
+        sequences={0: decoding, 1: prefilling},
+    )
+
+    assert inputs.token_ids_T.tolist() == [99, 23, 24, 25, 26, 27, 28, 0]
+    assert inputs.positions_T.tolist() == [5, 3, 4, 5, 6, 7, 8, 0]
+    expected = [2 * 4 + 1, 3 * 4 + 3, *(9 * 4 + i for i in range(4)), 8 * 4, PADDING_SLOT]
+    assert inputs.slots_T.tolist() == expected
+    assert [(placed.first_row, placed.last_row) for placed in inputs.chunks] == [(0, 0), (1, 6)]
+    assert {t.dtype for t in (inputs.token_ids_T, inputs.positions_T, inputs.slots_T)} == {
+        torch.int64
+    }
+
+
+def test_each_row_may_see_its_sequence_up_to_itself() -> None:
+    prefilling = sequence(list(range(12)), pages=[3, 9, 8])
+
+    inputs = inputs_of(Chunk(1, 3, 6, samples=False), sequences={1: prefilling})
+
+    (segment,) = inputs.batch.segments
+    assert (segment.first_row, segment.num_rows) == (0, 6)
+    assert (segment.first_position, segment.first_key, segment.num_keys) == (3, 0, 9)
+    np.testing.assert_array_equal(segment.pages, [3, 9, 8])
+    assert inputs.batch.num_rows == 8
+    assert inputs.batch.page_size == PAGE_SIZE
+
+
+def test_positions_beyond_32_bits_of_elements_keep_their_slots() -> None:
+    num_pages = 3
+    far = 2**40
+    state = sequence(list(range(12)), pages=[far, far + 1, 5][:num_pages])
+
+    inputs = inputs_of(Chunk(1, 0, 12, samples=True), sequences={1: state})
+
+    assert inputs.slots_T[:9].tolist() == [*range(far * 4, far * 4 + 8), 20]
+
+
+def test_a_chunk_of_tokens_that_do_not_exist_is_a_bug() -> None:
+    state = sequence([1, 2, 3], pages=[0, 1])
+
+    with pytest.raises(AssertionError, match="only tokens that exist"):
+        inputs_of(Chunk(1, 0, 4, samples=True), sequences={1: state})
+
+
+@given(num_tokens=st.integers(1, 2**24))
+def test_padding_is_little_and_the_shape_holds_the_tokens(num_tokens: int) -> None:
+    size = bucket_size(num_tokens)
+
+    assert num_tokens <= size
+    assert size - num_tokens <= max(7, num_tokens / 32)
+    assert bucket_size(size) == size
+    assert bucket_size(num_tokens + 1) >= size
+
+
+def test_shapes_are_few() -> None:
+    sizes = {bucket_size(num_tokens) for num_tokens in range(1, 8193)}
+
+    assert {1, 2, 4, 8, 16, 8192} <= sizes
+    assert len(sizes) <= 4 + 32 * 10
+    assert len({size for size in sizes if 4096 < size <= 8192}) == 32

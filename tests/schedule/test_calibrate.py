@@ -1,0 +1,140 @@
+"""The sweep at start-up: what it asks of an executor, and what a predictor learns from it."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mnemosyne.cache.layout import pages_for
+from mnemosyne.schedule.calibrate import Limits, calibrate
+from mnemosyne.schedule.plan import Plan, StepResult
+from mnemosyne.schedule.predictor import LinearPredictor
+from mnemosyne.schedule.work import StepWork, WorkModel
+
+WORK_MODEL = WorkModel([None, 512])
+COSTS = np.array([3e-3, 2e-5, 1e-9, 4e-9, 1e-4, 2e-4])  # seconds per feature
+ROOMY = Limits(
+    num_pages=2**16, page_size=16, max_positions=2**20, vocab_size=100, step_s=float("inf")
+)
+
+
+class Machine:
+    """An executor on a clock: linear in the work, five times as slow when a shape is new."""
+
+    depth = 1
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.plans: list[Plan] = []
+        self.pages: dict[int, np.ndarray] = {}
+        self.tokens: dict[int, int] = {}
+        self._warm: set[tuple[int, ...]] = set()
+        self._results: deque[StepResult] = deque()
+
+    def submit(self, plan: Plan) -> None:
+        self.plans.append(plan)
+        for request_id in plan.released:
+            del self.pages[request_id], self.tokens[request_id]
+        for admission in plan.admitted:
+            (shard,) = admission.placement.shards
+            assert not set(shard.pages) & {p for pages in self.pages.values() for p in pages}
+            self.pages[admission.request_id] = shard.pages
+            self.tokens[admission.request_id] = len(admission.prompt_ids)
+        work = WORK_MODEL.nothing[0]
+        for chunk in plan.chunks:
+            assert chunk.stop <= self.tokens[chunk.request_id] + chunk.is_decode
+            self.tokens[chunk.request_id] += chunk.is_decode
+            work += WORK_MODEL.chunk(
+                chunk.start, chunk.num_tokens, samples=chunk.samples, is_decode=chunk.is_decode
+            )
+        shape = tuple(chunk.num_tokens for chunk in plan.chunks)
+        self.now_s += seconds_of(work) * (1 if shape in self._warm else 5)
+        self._warm.add(shape)
+        self._results.append(StepResult(plan.index))
+
+    def collect(self) -> StepResult:
+        return self._results.popleft()
+
+
+def seconds_of(work: StepWork) -> float:
+    return float(np.dot(COSTS, work.features()))
+
+
+def sweep(machine: Machine, limits: Limits) -> list[tuple[StepWork, float]]:
+    return calibrate(machine, WORK_MODEL, limits, clock=lambda: machine.now_s)
+
+
+def test_a_predictor_fitted_from_the_sweep_knows_steps_it_never_saw() -> None:
+    machine, predictor = Machine(), LinearPredictor()
+
+    predictor.fit(sweep(machine, ROOMY))
+
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        start, chunk = int(rng.integers(0, 30_000)), int(rng.integers(32, 8192))
+        work = WORK_MODEL.chunk(start, chunk, samples=False, is_decode=False)
+        for _ in range(int(rng.integers(0, 12))):
+            work += WORK_MODEL.chunk(start, 1, samples=True, is_decode=True)
+        assert predictor.predict(work) == pytest.approx(seconds_of(work), rel=0.02)
+
+
+def test_the_first_run_of_a_shape_does_not_count() -> None:
+    samples = sweep(Machine(), ROOMY)
+
+    assert [seconds for _, seconds in samples] == pytest.approx([seconds_of(w) for w, _ in samples])
+
+
+def test_the_executor_is_empty_afterwards() -> None:
+    machine = Machine()
+
+    sweep(machine, ROOMY)
+
+    assert machine.pages == {}
+    assert machine.plans[-1].chunks == ()
+
+
+def test_requests_of_the_sweep_are_told_apart_from_real_ones() -> None:
+    machine = Machine()
+
+    sweep(machine, ROOMY)
+
+    assert max(c.request_id for plan in machine.plans for c in plan.chunks) < 0
+
+
+@pytest.mark.parametrize("num_pages", [3, 40, 700])
+@pytest.mark.parametrize("max_positions", [64, 5000, 2**20])
+def test_the_sweep_stays_within_cache_and_model(num_pages: int, max_positions: int) -> None:
+    machine = Machine()
+    limits = Limits(
+        num_pages=num_pages, page_size=16, max_positions=max_positions, vocab_size=7, step_s=1e9
+    )
+
+    samples = sweep(machine, limits)
+
+    admitted = [admission for plan in machine.plans for admission in plan.admitted]
+    assert max(page for a in admitted for page in a.placement.shards[0].pages) < num_pages
+    assert max(a.prompt_ids.max() for a in admitted) < 7
+    assert max(c.stop for plan in machine.plans for c in plan.chunks) <= max_positions
+    for plan in machine.plans:
+        for chunk in plan.chunks:
+            pages = [a.placement.shards[0].pages for a in admitted]
+            assert pages_for(chunk.stop, 16) <= max(map(len, pages))
+    assert samples
+
+
+def test_a_tiny_cache_gives_no_samples() -> None:
+    limits = Limits(num_pages=1, page_size=16, max_positions=1024, vocab_size=7, step_s=1.0)
+
+    assert sweep(Machine(), limits) == []
+
+
+def test_a_sweep_ends_with_its_first_step_that_takes_too_long() -> None:
+    limits = replace(ROOMY, step_s=0.02)  # 512 tokens take 14 ms, 2048 take 45 ms
+
+    samples = sweep(Machine(), limits)
+
+    assert [work.num_tokens for work, _ in samples[:6]] == [32, 128, 512, 2048, 32, 256]
+    assert max(work.num_tokens for work, _ in samples) == 2048
