@@ -1,134 +1,155 @@
-"""The one place that joins the rooms: config in, engine out."""
+"""The one place that joins the rooms: config in, this rank's part of an engine out."""
 
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from mnemosyne.attention import choose_backend
 from mnemosyne.cache.allocator import PageAllocator
-from mnemosyne.cache.layout import pages_for
-from mnemosyne.cache.pages import PagePool, bytes_per_token, free_memory
-from mnemosyne.config import CacheConfig, EngineConfig, MeshConfig
+from mnemosyne.cache.capacity import count_pages, describe_cache, tokens_per_group
+from mnemosyne.cache.pages import PagePool, bytes_per_token
+from mnemosyne.checkpoint import Checkpoint, Progress, find_checkpoint, weight_bytes
+from mnemosyne.config import CacheConfig, EngineConfig
 from mnemosyne.metrics import StepRecord
-from mnemosyne.model_zoo.bench import bench_spec, init_random
 from mnemosyne.model_zoo.decoder import Decoder
-from mnemosyne.model_zoo.needle import write_needle
-from mnemosyne.model_zoo.spec import ModelSpec, read_spec
-from mnemosyne.runtime.executor import LocalExecutor
-from mnemosyne.runtime.weights import load_weights
-from mnemosyne.runtime.worker import LayerShape, Worker
+from mnemosyne.model_zoo.spec import ModelSpec
+from mnemosyne.parallel.collectives import smallest
+from mnemosyne.parallel.mesh import Mesh, check_mesh, check_world_size, count_processes, init_mesh
+from mnemosyne.parallel.pipeline import Pipeline
+from mnemosyne.runtime.executor import DriverChannel, LocalExecutor, MeshExecutor
+from mnemosyne.runtime.step import LayerShape
+from mnemosyne.runtime.worker import Worker
 from mnemosyne.schedule.calibrate import Limits, calibrate
 from mnemosyne.schedule.plan import Executor
 from mnemosyne.schedule.predictor import LinearPredictor, Predictor
 from mnemosyne.schedule.routing import Router
 from mnemosyne.schedule.scheduler import Scheduler
 from mnemosyne.schedule.work import WorkModel
-from mnemosyne.serve.defaults import GenerationDefaults
 from mnemosyne.serve.engine import Engine
 from mnemosyne.serve.intake import Intake
-from mnemosyne.serve.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]  # bytes of weights read, bytes in all
-
-BENCH_SEED = 0
-
 
 @dataclass(frozen=True, slots=True)
-class Model:
-    """A decoder with its weights, and what belongs to it."""
+class Rank:
+    """What this process holds of a model that is ready to serve."""
 
-    name: str
-    spec: ModelSpec
-    decoder: Decoder
-    tokenizer: Tokenizer | None
-    defaults: GenerationDefaults
+    mesh: Mesh
+    checkpoint: Checkpoint
+    worker: Worker
+    intake: Intake
+    num_pages: int  # of each group
 
 
-def build_engine(
-    config: EngineConfig,
-    *,
-    predictor: Predictor | None = None,
-    on_step: Callable[[StepRecord], None] | None = None,
-    progress: Progress | None = None,
-) -> Engine:
-    """Load a model and make it ready to serve.
+def build_rank(config: EngineConfig, *, progress: Progress | None = None) -> Rank:
+    """Load this rank's layers and slices, and give it its pages. Every rank calls it.
 
     Args:
-        config: all choices.
-        predictor: step time, in place of the one fitted by a sweep at start-up.
-        on_step: called with the record of each step.
+        config: all choices, the same on every rank.
         progress: called while weights are read.
 
     Raises:
-        ValueError: for a checkpoint, device, mesh or memory that cannot be used.
+        ValueError: for a checkpoint, device, mesh or memory that cannot be used; for all that the
+            config alone shows, before any weight is read.
     """
-    check_mesh(config.mesh)
     device = choose_device(config.device)
-    spec, path = find_model(config.model)
+    check_world_size(config.mesh, count_processes())
+    checkpoint = find_checkpoint(config.model)
+    spec = checkpoint.spec
+    check_mesh(
+        config.mesh,
+        num_layers=spec.num_layers,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        mlp_width=spec.mlp_width,
+        vocab_size=spec.vocab_size,
+    )
     dtype = getattr(torch, spec.dtype if config.dtype == "auto" else config.dtype)
     backend = choose_backend(config.attention, device=device, dtype=dtype)
-    num_pages = count_pages(config.cache, spec, dtype, device)
-    model = load_model(config.model, spec, path, dtype, device, progress)
-    pool = PagePool(
-        num_pages=num_pages,
-        page_size=config.cache.page_size,
-        num_layers=spec.num_layers,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        dtype=dtype,
-        device=device,
-    )
-    layers = LayerShape(windows=spec.windows, scale=spec.head_dim**-0.5)
-    worker = Worker(model.decoder, layers, pool=pool, backend=backend, device=device)
-    executor = LocalExecutor(worker)
-    work_model = WorkModel(spec.windows)
-    if predictor is None:
-        predictor = LinearPredictor()
-        if config.schedule.is_adaptive:
-            _fit(predictor, executor, work_model, config, spec, num_pages)
-    scheduler = Scheduler(
-        config.schedule,
-        config.slo,
-        router=Router(
-            [PageAllocator(num_pages)],
-            page_size=config.cache.page_size,
-            max_tokens_per_group=num_pages * config.cache.page_size,
-        ),
-        predictor=predictor,
-        work_model=work_model,
+    mesh = init_mesh(config.mesh, device.type)
+    decoder = checkpoint.decoder(mesh, dtype)
+    token_bytes = _token_bytes(decoder, dtype)
+    num_pages = count_pages(
+        config.cache, token_bytes=token_bytes, weight_bytes=weight_bytes(decoder), device=device
     )
     intake = Intake(
         vocab_size=spec.vocab_size,
         max_positions=spec.max_positions,
-        defaults=model.defaults,
-        tokenizer=model.tokenizer,
-        model=model.name,
+        defaults=checkpoint.defaults(),
+        tokenizer=checkpoint.tokenizer(),
+        model=checkpoint.name,
     )
-    log.info("%s, %s on %s, %s attention", model.name, dtype, device, backend.name)
-    log.info("%s", describe_cache(num_pages, config.cache.page_size, spec, dtype))
-    return Engine(scheduler, executor, intake, on_step=on_step)
+    # Every rank of a group must hold the pages that the driver hands out.
+    num_pages = smallest(num_pages, mesh)
+    checkpoint.load(decoder, device, progress)
+    worker = Worker(
+        decoder,
+        _layer_shape(decoder, spec),
+        pool=_pool(decoder, config.cache, num_pages, dtype, device),
+        backend=backend,
+        device=device,
+        mesh=mesh,
+        pipeline=_pipeline(mesh, spec, dtype, device),
+    )
+    log.info("%s, %s on %s, %s attention", checkpoint.name, dtype, device, backend.name)
+    page_size = config.cache.page_size
+    num_groups = mesh.kvp.degree
+    cache = describe_cache(num_pages, page_size, token_bytes=token_bytes, num_groups=num_groups)
+    log.info("%s", cache)
+    return Rank(mesh, checkpoint, worker, intake, num_pages)
 
 
-def check_mesh(mesh: MeshConfig) -> None:
-    """Refuse a mesh that one process cannot hold.
+def build_engine(
+    rank: Rank,
+    config: EngineConfig,
+    *,
+    channel: DriverChannel | None = None,
+    predictor: Predictor | None = None,
+    on_step: Callable[[StepRecord], None] | None = None,
+) -> Engine:
+    """The engine of rank 0, which plans for all.
+
+    Args:
+        rank: what this process holds.
+        config: all choices.
+        channel: to the other ranks, which follow it by now; None if there are none.
+        predictor: step time, in place of the one fitted by a sweep here.
+        on_step: called with the record of each step.
 
     Raises:
-        ValueError: with the degrees and the number of processes.
+        ValueError: if the limit per group does not fit the pages.
     """
-    if mesh.world_size != 1:
-        raise ValueError(
-            "mesh.pp x mesh.kvp x mesh.tp must equal the number of processes, 1, got "
-            f"{mesh.pp} x {mesh.kvp} x {mesh.tp} = {mesh.world_size}; set all three to 1"
+    spec, mesh = rank.checkpoint.spec, rank.mesh
+    executor: Executor = LocalExecutor(rank.worker)
+    if channel is not None:
+        executor = MeshExecutor(
+            rank.worker, channel, num_groups=mesh.kvp.degree, num_stages=mesh.pp.degree
         )
+    router = Router(
+        [PageAllocator(rank.num_pages) for _ in range(mesh.kvp.degree)],
+        page_size=config.cache.page_size,
+        max_tokens_per_group=tokens_per_group(config.cache, rank.num_pages),
+    )
+    work_model = WorkModel(spec.windows, mesh.kvp.degree)
+    if predictor is None:
+        predictor = LinearPredictor()
+        if config.schedule.is_adaptive:
+            _fit(predictor, executor, work_model, config, rank)
+    scheduler = Scheduler(
+        config.schedule,
+        config.slo,
+        router=router,
+        predictor=predictor,
+        work_model=work_model,
+        depth=executor.depth,
+    )
+    return Engine(scheduler, executor, rank.intake, on_step=on_step)
 
 
 def choose_device(name: str) -> torch.device:
@@ -155,94 +176,44 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def find_model(name: str) -> tuple[ModelSpec, Path | None]:
-    """The spec of a checkpoint directory, of "needle" (written if need be) or of "bench"."""
-    if name == "bench":
-        return bench_spec(), None
-    path = needle_path() if name == "needle" else Path(os.path.expanduser(name))
-    return read_spec(path), path
+def _layer_shape(decoder: Decoder, spec: ModelSpec) -> LayerShape:
+    windows = [spec.windows[int(index)] for index in decoder.layers]
+    return LayerShape(windows=windows, scale=spec.head_dim**-0.5)
 
 
-def needle_path() -> Path:
-    """Where the needle model lies; it is written at first use."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return write_needle(root / "mnemosyne" / "needle")
-
-
-def load_model(
-    name: str,
-    spec: ModelSpec,
-    path: Path | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    progress: Progress | None,
-) -> Model:
-    """Weights, tokenizer and defaults of a model that ``find_model`` found."""
-    if path is None:
-        decoder = Decoder(spec, dtype=dtype, device=device)
-        init_random(decoder, BENCH_SEED)
-        return Model(name, spec, decoder, None, GenerationDefaults())
-    tokenizer = Tokenizer.from_dir(path)
-    defaults = GenerationDefaults.from_dir(path)
-    decoder = Decoder(spec, dtype=dtype, device="meta")
-    load_weights(decoder, path, device=device, progress=progress)
-    return Model(name, spec, decoder, tokenizer, defaults)
-
-
-def count_pages(
-    config: CacheConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device
-) -> int:
-    """Pages that the memory budget holds, beside weights that are not loaded yet.
-
-    Raises:
-        ValueError: if it is less than one page, or more than what the weights leave.
-    """
-    free_bytes = max(0, free_memory(device) - _weight_bytes(spec, dtype))
-    token_bytes = _token_bytes(spec, dtype)
-    if config.max_tokens is not None:
-        num_tokens, asked = int(config.max_tokens), f"cache.max_tokens={config.max_tokens}"
-        num_pages = pages_for(num_tokens, config.page_size) if num_tokens else 0
-    else:
-        budget = int(free_bytes * config.memory_share)
-        num_tokens, asked = budget // token_bytes, f"cache.memory_share={config.memory_share}"
-        num_pages = num_tokens // config.page_size
-    if num_pages < 1:
-        raise ValueError(
-            f"{asked} must hold at least one page of {config.page_size} tokens "
-            f"({config.page_size * token_bytes:,} bytes), got room for {num_tokens} tokens; "
-            "raise it or lower cache.page_size"
-        )
-    pool_bytes = num_pages * config.page_size * token_bytes
-    if pool_bytes > free_bytes:
-        raise ValueError(
-            f"{asked} must fit the memory of {device} that the weights leave, "
-            f"{free_bytes / 2**30:.1f} GiB, got {pool_bytes / 2**30:.1f} GiB; lower it"
-        )
-    return num_pages
-
-
-def _weight_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
-    decoder = Decoder(spec, dtype=dtype, device="meta")
-    return sum(parameter.numel() for parameter in decoder.parameters()) * dtype.itemsize
-
-
-def describe_cache(num_pages: int, page_size: int, spec: ModelSpec, dtype: torch.dtype) -> str:
-    """One line: tokens that fit, their memory, and how many requests of which length that is."""
-    num_tokens = num_pages * page_size
-    gib = num_tokens * _token_bytes(spec, dtype) / 2**30
-    lengths = [(2**20, "1M"), (2**17, "128K"), (2**13, "8K"), (2**10, "1K")]
-    parts = [f"{num_tokens // n:,} of {name}" for n, name in lengths if num_tokens >= n]
-    requests = " or ".join(parts) if parts else f"one of {num_tokens}"
-    return f"KV cache: {num_tokens:,} tokens in {gib:.2f} GiB; requests that fit: {requests}"
-
-
-def _token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+def _token_bytes(decoder: Decoder, dtype: torch.dtype) -> int:
     return bytes_per_token(
-        num_layers=spec.num_layers,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
+        num_layers=len(decoder.layers),
+        num_kv_heads=decoder.local_kv_heads,
+        head_dim=decoder.spec.head_dim,
         dtype=dtype,
     )
+
+
+def _pool(
+    decoder: Decoder,
+    config: CacheConfig,
+    num_pages: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PagePool:
+    return PagePool(
+        num_pages=num_pages,
+        page_size=config.page_size,
+        num_layers=len(decoder.layers),
+        num_kv_heads=decoder.local_kv_heads,
+        head_dim=decoder.spec.head_dim,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _pipeline(
+    mesh: Mesh, spec: ModelSpec, dtype: torch.dtype, device: torch.device
+) -> Pipeline | None:
+    if mesh.pp.degree == 1:
+        return None
+    return Pipeline(mesh, width=spec.width, dtype=dtype, device=device)
 
 
 def _fit(
@@ -250,14 +221,13 @@ def _fit(
     executor: Executor,
     work_model: WorkModel,
     config: EngineConfig,
-    spec: ModelSpec,
-    num_pages: int,
+    rank: Rank,
 ) -> None:
     limits = Limits(
-        num_pages=num_pages,
+        num_pages=rank.num_pages,
         page_size=config.cache.page_size,
-        max_positions=spec.max_positions,
-        vocab_size=spec.vocab_size,
+        max_positions=rank.checkpoint.spec.max_positions,
+        vocab_size=rank.checkpoint.spec.vocab_size,
         step_s=2 * config.schedule.target_tbt,
     )
     started_s = time.perf_counter()

@@ -105,11 +105,15 @@ class CacheConfig:
     max_tokens: int | str | None = None  # tokens that fit, e.g. "1M"; unset: by memory_share
     memory_share: float = 0.5  # share of the free memory, used when max_tokens is unset
     page_size: int = 128  # tokens per page
+    max_tokens_per_group: int | str | None = None  # of one request; unset: all that a group holds
 
     def __post_init__(self) -> None:
         check_types(self, "cache.")
         if self.max_tokens is not None:
             self.max_tokens = parse_size(self.max_tokens, "cache.max_tokens")
+        if self.max_tokens_per_group is not None:
+            name = "cache.max_tokens_per_group"
+            self.max_tokens_per_group = parse_size(self.max_tokens_per_group, name)
         if not 0 < self.memory_share < 1:
             raise ValueError(
                 f"cache.memory_share must lie in (0, 1), got {self.memory_share}; "

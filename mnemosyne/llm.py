@@ -7,17 +7,21 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from os import PathLike, fspath
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
-from mnemosyne.build import Progress, build_engine
+from mnemosyne.build import Rank, build_engine, build_rank
+from mnemosyne.checkpoint import Progress
 from mnemosyne.config import CacheConfig, EngineConfig, MeshConfig, MetricsConfig, ScheduleConfig
 from mnemosyne.metrics import StepLog, StepRecord
 from mnemosyne.request import Piece, RequestMetrics, RequestOutput, SamplingParams
 from mnemosyne.serve.engine import Engine
 from mnemosyne.serve.intake import Prompt, as_array
 from mnemosyne.serve.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from mnemosyne.crew import Driver, Follower
 
 Config = TypeVar("Config", MeshConfig, ScheduleConfig, CacheConfig, MetricsConfig)
 
@@ -95,19 +99,35 @@ class LLM:
         self._step_log = StepLog(config.metrics.path) if config.metrics.path else None
         self._on_step = on_step
         self._engine: Engine | None = None
+        self._driver: Driver | None = None
+        self._follower: Follower | None = None
         try:
-            self._engine = build_engine(config, on_step=self._record, progress=progress)
+            rank = build_rank(config, progress=progress)
+            if rank.mesh.world_size > 1:
+                self._driver, self._follower = _join(rank)
+            if self._follower is None:
+                channel = self._driver.channel if self._driver else None
+                self._engine = build_engine(rank, config, channel=channel, on_step=self._record)
+            if self._driver is not None:
+                self._driver.tell_ready()
         except BaseException:
-            self.close()
+            self._close(is_failed=True)
             raise
+
+    @property
+    def is_driver(self) -> bool:
+        """Whether this is rank 0 or the only one, which prints, writes and steps the engine."""
+        return self._follower is None
 
     @property
     def engine(self) -> Engine:
         """The engine underneath: ``add``, ``step``, ``cancel``.
 
         Raises:
-            ValueError: after ``close``.
+            ValueError: after ``close``, and on every rank of a mesh but the first.
         """
+        if self._follower is not None:
+            raise ValueError("LLM.engine must be used on rank 0 alone; call follow() on the others")
         if self._engine is None:
             raise ValueError("LLM must be open, got one that was closed; make a new LLM")
         return self._engine
@@ -138,6 +158,8 @@ class LLM:
         Raises:
             ValueError: if the numbers of prompts and params differ, or a stream is not at its end.
         """
+        if self._follower is not None:
+            return self._follower.follow_call()
         with self._idle_engine() as engine:
             outputs = self._add(prompts, params)
             if progress:
@@ -149,6 +171,8 @@ class LLM:
                             bars.update(piece)
             while engine.has_work:
                 engine.step()
+            if self._driver is not None:
+                self._driver.tell_outputs(outputs)
         return outputs
 
     def stream(
@@ -165,11 +189,14 @@ class LLM:
         Yields:
             ``(index, piece)``: which prompt, and its new tokens and text, or how far its prompt
             is computed. The last piece of a prompt has a ``finish_reason``. Closing the iterator
-            early cancels what still runs.
+            early cancels what still runs. On a mesh only rank 0 yields anything.
 
         Raises:
             ValueError: as ``generate`` does, when the first piece is asked for.
         """
+        if self._follower is not None:
+            self._follower.follow_call()
+            return
         with self._idle_engine() as engine:
             outputs = self._add(prompts, params)
             index_of = {
@@ -183,12 +210,32 @@ class LLM:
             while engine.has_work:
                 for piece in engine.step():
                     yield index_of[piece.request_id], piece
+            if self._driver is not None:
+                self._driver.tell_outputs(outputs)
+
+    def follow(self) -> None:
+        """On every rank of a mesh but the first: take part until rank 0 closes its LLM.
+
+        For programs in which rank 0 uses ``engine`` itself; ``generate`` needs no such call.
+        """
+        if self._follower is not None:
+            self._follower.follow_to_the_end()
 
     def close(self) -> None:
-        """Release model and cache; unfinished requests are cancelled."""
+        """Release model and cache; unfinished requests are cancelled.
+
+        On a mesh, rank 0 lets the others go, and they wait for it here.
+        """
+        self._close(is_failed=False)
+
+    def _close(self, *, is_failed: bool) -> None:
         if self._engine is not None:
             self._engine.abort("cancelled")
-        self._engine = None
+        if self._driver is not None:
+            self._driver.close()
+        if self._follower is not None:
+            self._follower.close(is_failed=is_failed)
+        self._engine = self._driver = self._follower = None
         if self._step_log is not None:
             self._step_log.close()
 
@@ -201,7 +248,7 @@ class LLM:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        self._close(is_failed=error is not None)
 
     def _record(self, record: StepRecord) -> None:
         if self._step_log is not None:
@@ -245,9 +292,18 @@ class LLM:
             )
         try:
             yield engine
-        except BaseException:
+        except BaseException as error:
             engine.abort("cancelled")
+            if self._driver is not None:
+                self._driver.tell_interrupted(error)
             raise
+
+
+def _join(rank: Rank) -> tuple[Driver | None, Follower | None]:
+    """This rank's tie to the others of its mesh."""
+    from mnemosyne.crew import Driver, Follower  # one process needs no channel
+
+    return (Driver(rank), None) if rank.mesh.rank == 0 else (None, Follower(rank))
 
 
 def _typed(name: str, kind: type[Config], value: Config | Mapping[str, Any] | None) -> Config:

@@ -51,15 +51,31 @@ _CORE = ("torch", "numpy", "safetensors", "tokenizers", "jinja2")
 TABLE = {
     # the package itself: the public names
     "": Rule(("llm", "request", "config", "serve")),
-    "llm": Rule(("build", "config", "metrics", "request", "serve"), ("numpy",)),
+    "crew": Rule(("build", "parallel", "request", "runtime"), ("torch",)),
+    "llm": Rule(
+        ("build", "checkpoint", "config", "crew", "metrics", "request", "serve"),
+        ("numpy",),
+    ),
     "__main__": Rule(("cli",)),
     # design.md gives it build and config; what it serves with is the offline API beside build
-    "cli": Rule(("build", "llm", "request", "config"), ("hydra", "omegaconf", "rich")),
+    "cli": Rule(
+        ("build", "llm", "request", "config", "parallel.launch"), ("hydra", "omegaconf", "rich")
+    ),
     "cli.demo": _DEMO,
     "cli.demo_view": _DEMO,
+    "checkpoint": Rule(("model_zoo", "parallel", "runtime", "serve"), ("torch",)),
     "build": Rule(
         (
-            *("config", "request", "metrics", "schedule", "cache", "attention", "kernels"),
+            *(
+                "checkpoint",
+                "config",
+                "request",
+                "metrics",
+                "schedule",
+                "cache",
+                "attention",
+                "kernels",
+            ),
             *("parallel", "runtime", "serve", "simulate", "model_zoo"),
         ),
         _CORE,
@@ -74,6 +90,7 @@ TABLE = {
     "cache.pages": Rule(
         ("config", "kernels", "cache.allocator", "cache.layout"), ("torch", "numpy")
     ),
+    "cache.capacity": Rule(("config", "cache.pages", "cache.layout"), ("torch",)),
     "kernels": Rule((), ("torch", "triton")),
     "parallel": Rule(("config",), ("torch", "numpy", "msgspec")),
     # plans travel, and they are free of torch

@@ -197,7 +197,9 @@ def test_the_cache_must_fit_beside_the_weights(
 ) -> None:
     num_bytes = (checkpoint / "model.safetensors").stat().st_size
     token_bytes = 2 * 2 * 2 * 8 * 8  # k and v, layers, heads, dim, float64
-    monkeypatch.setattr("mnemosyne.build.free_memory", lambda device: num_bytes + 300 * token_bytes)
+    monkeypatch.setattr(
+        "mnemosyne.cache.capacity.free_memory", lambda device: num_bytes + 300 * token_bytes
+    )
 
     assert "must fit the memory of cpu" in refusal(checkpoint, cache={"max_tokens": 400})
     with LLM(str(checkpoint), schedule={"chunk": 8}, cache={"max_tokens": 256}) as llm:

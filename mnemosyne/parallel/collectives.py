@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mnemosyne.parallel.mesh import Axis
+from mnemosyne.parallel.mesh import Axis, Mesh
 
 
 def all_reduce_sum(x: Tensor, axis: Axis) -> Tensor:
@@ -38,3 +38,12 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
     gathered = torch.empty((axis.degree, *x.shape), dtype=x.dtype, device=x.device)
     dist.all_gather(list(gathered.unbind()), x.contiguous(), group=axis.group)
     return gathered
+
+
+def smallest(value: int, mesh: Mesh) -> int:
+    """The smallest of the values that the ranks of a mesh bring; every rank calls it at once."""
+    if mesh.world_size == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.int64)  # on CPU: gloo is there on every mesh
+    dist.all_reduce(tensor, dist.ReduceOp.MIN)
+    return int(tensor)

@@ -1,8 +1,9 @@
-"""The worker as an executor: what the engine hands its plans to."""
+"""What the engine hands its plans to: the worker of this process, or all ranks of a mesh."""
 
 from __future__ import annotations
 
 from collections import deque
+from typing import Protocol
 
 from mnemosyne.runtime.worker import Worker
 from mnemosyne.schedule.plan import Plan, StepResult
@@ -23,8 +24,70 @@ class LocalExecutor:
 
     def submit(self, plan: Plan) -> None:
         """Run a step; ``collect`` gives its result."""
-        self._results.append(self.worker.run(plan))
+        result = self.worker.run(plan)
+        assert result is not None, "the only rank reports every step"
+        self._results.append(result)
 
     def collect(self) -> StepResult:
         """The result of the oldest step not yet collected."""
         return self._results.popleft()
+
+
+class DriverChannel(Protocol):
+    """The driver's end of the control channel."""
+
+    def send_plan(self, plan: Plan) -> None:
+        """Hand a plan to every other rank."""
+
+    def recv_result(self) -> StepResult:
+        """Wait for what one group says of one step."""
+
+
+class MeshExecutor:
+    """The driver's executor: plans go to every rank, one result comes back from each group.
+
+    Submitting computes the driver's own stage and returns while later stages are still at work,
+    so up to ``depth`` steps are under way.
+
+    Args:
+        worker: the driver's own rank.
+        channel: to the others.
+        num_groups: degree of the kvp axis.
+        num_stages: degree of the pp axis.
+    """
+
+    def __init__(
+        self, worker: Worker, channel: DriverChannel, *, num_groups: int, num_stages: int
+    ) -> None:
+        self.worker = worker
+        self.depth = num_stages
+        self._channel = channel
+        self._num_groups = num_groups
+        self._in_flight: deque[int] = deque()  # indices of plans, oldest first
+        self._parts: dict[int, list[StepResult]] = {}
+
+    def submit(self, plan: Plan) -> None:
+        """Send a plan out and compute the driver's part of it."""
+        self._in_flight.append(plan.index)
+        self._parts[plan.index] = []
+        self._channel.send_plan(plan)
+        result = self.worker.run(plan)
+        if result is not None:
+            self._parts[plan.index].append(result)
+
+    def collect(self) -> StepResult:
+        """Wait for all groups to be done with the oldest step."""
+        index = self._in_flight.popleft()
+        while len(self._parts[index]) < self._num_groups:
+            result = self._channel.recv_result()
+            self._parts[result.index].append(result)
+        return _joined(self._parts.pop(index))
+
+
+def _joined(parts: list[StepResult]) -> StepResult:
+    """One result of a step; each request is reported by one group."""
+    whole = StepResult(parts[0].index)
+    for part in parts:
+        whole.sampled.update(part.sampled)
+        whole.prompt_logprobs.update(part.prompt_logprobs)
+    return whole

@@ -1,16 +1,26 @@
-"""One forward pass over the rows of a step: what the model layers call, and the logits."""
+"""What the layers of a model call in one step, and what the runtime needs of the model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
+from mnemosyne.attention.kvp import exchange_partials, wide_feed_forward
 from mnemosyne.attention.segments import Attend, AttentionBackend
 from mnemosyne.cache.pages import PagePool
+from mnemosyne.parallel.mesh import Axis
 from mnemosyne.runtime.inputs import StepInputs
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What the attention of the local layers needs to know of the model."""
+
+    windows: Sequence[int | None]  # per local layer
+    scale: float
 
 
 class Model(Protocol):
@@ -30,8 +40,8 @@ class PagedAttention:
         pool: the cache of this rank.
         backend: how attention is computed.
         inputs: the rows of the step.
-        windows: sliding window per layer, None for full attention.
-        scale: factor on the scores.
+        layers: windows of the local layers and the scale of their scores.
+        kvp: the groups among which the rows of long requests are shared.
     """
 
     def __init__(
@@ -40,36 +50,37 @@ class PagedAttention:
         backend: AttentionBackend,
         inputs: StepInputs,
         *,
-        windows: Sequence[int | None],
-        scale: float,
+        layers: LayerShape,
+        kvp: Axis,
     ) -> None:
         self._pool = pool
         self._backend = backend
-        self._slots_T = inputs.slots_T
-        self._windows = windows
-        self._scale = scale
+        self._inputs = inputs
+        self._layers = layers
+        self._kvp = kvp
         device = inputs.slots_T.device
         self._prepared: dict[int | None, Any] = {
-            window: backend.prepare(inputs.batch, window, device) for window in set(windows)
+            window: backend.prepare(inputs.batch, window, device) for window in set(layers.windows)
         }
 
     def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        self._pool.write(layer, self._slots_T, k_TKD, v_TKD)
-        out_THD, _ = self._backend.attend(
+        self._pool.write(layer, self._inputs.slots_T, k_TKD, v_TKD)
+        shared = self._inputs.shared
+        out_THD, lse_TH = self._backend.attend(
             q_THD,
             self._pool.k[layer],
             self._pool.v[layer],
-            self._prepared[self._windows[layer]],
-            scale=self._scale,
+            self._prepared[self._layers.windows[layer]],
+            scale=self._layers.scale,
+            return_lse=shared is not None,
         )
+        if shared is not None:
+            assert lse_TH is not None, "partials come with their LSE"
+            exchange_partials(out_THD, lse_TH, shared, self._kvp)
         return out_THD
 
     def feed_forward(self, mlp: Callable[[Tensor], Tensor], x_TE: Tensor) -> Tensor:
-        """The MLP of a layer."""
-        return mlp(x_TE)
-
-
-@torch.inference_mode()
-def forward(model: Model, inputs: StepInputs, attend: Attend) -> Tensor:
-    """Hidden states ``[T, E]`` of a step, ready for ``model.logits``."""
-    return model(inputs.token_ids_T, inputs.positions_T, attend)
+        """The MLP of a layer; where it is sharded over the groups, over the rows of all of them."""
+        if self._inputs.wide is None:
+            return mlp(x_TE)
+        return wide_feed_forward(mlp, x_TE, self._inputs.wide, self._kvp)

@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from mnemosyne.attention.segments import AttentionBackend
 from mnemosyne.cache.pages import PagePool
+from mnemosyne.parallel.mesh import Mesh
+from mnemosyne.parallel.pipeline import Pipeline
 from mnemosyne.request import Logprobs, Sampled
 from mnemosyne.runtime.inputs import PlacedChunk, StepInputs, build_inputs
 from mnemosyne.runtime.sampler import sample, token_logprobs
 from mnemosyne.runtime.sequences import SequenceState
-from mnemosyne.runtime.step import Model, PagedAttention, forward
+from mnemosyne.runtime.step import LayerShape, Model, PagedAttention
 from mnemosyne.schedule.plan import Plan, StepResult
 
 LOGPROB_ROWS = 256  # rows of prompt logits that exist at a time
-
-
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """What the attention of the local layers needs to know of the model."""
-
-    windows: Sequence[int | None]  # per local layer
-    scale: float
 
 
 class Worker:
     """Runs the local part of steps on one device.
 
     Args:
-        model: the decoder, weights loaded.
+        model: the local stage of the decoder, weights loaded.
         layers: windows of its layers and the scale of its scores.
         pool: the KV cache.
         backend: how attention is computed.
         device: where inputs go.
-        group: index on the kvp axis.
+        mesh: this rank's place.
+        pipeline: the links to the stages before and after, if there are any.
     """
 
     def __init__(
@@ -48,41 +40,60 @@ class Worker:
         pool: PagePool,
         backend: AttentionBackend,
         device: torch.device,
-        group: int = 0,
+        mesh: Mesh,
+        pipeline: Pipeline | None = None,
     ) -> None:
         self._model = model
         self._layers = layers
         self._pool = pool
         self._backend = backend
         self._device = device
-        self._group = group
+        self._mesh = mesh
+        self._pipeline = pipeline
         self._sequences: dict[int, SequenceState] = {}
 
-    def run(self, plan: Plan) -> StepResult:
-        """Run a step and wait for it."""
+    def run(self, plan: Plan) -> StepResult | None:
+        """Run the local part of a step.
+
+        Returns:
+            What the step gave, on the one rank of each group that reports it (the first of tp on
+            the last stage); None on the others.
+        """
         self._apply(plan)
-        if not plan.chunks:
-            return StepResult(plan.index)
+        hidden_TE, inputs = self._forward(plan) if plan.chunks else (None, None)
+        if self._mesh.pp.index < self._mesh.pp.degree - 1:
+            return None
+        result = StepResult(plan.index)
+        if hidden_TE is not None and inputs is not None:
+            prompt_logprobs = self._prompt_logprobs(inputs, hidden_TE)
+            result = StepResult(plan.index, self._sample(inputs, hidden_TE), prompt_logprobs)
+        return result if self._mesh.tp.index == 0 else None
+
+    @torch.inference_mode()
+    def _forward(self, plan: Plan) -> tuple[Tensor | None, StepInputs]:
         inputs = build_inputs(
             plan,
             self._sequences,
-            group=self._group,
+            group=self._mesh.kvp.index,
+            num_groups=self._mesh.kvp.degree,
+            is_wide=self._mesh.is_wide,
             page_size=self._pool.page_size,
             padding_slot=self._pool.padding_slot,
             device=self._device,
         )
         attend = PagedAttention(
-            self._pool,
-            self._backend,
-            inputs,
-            windows=self._layers.windows,
-            scale=self._layers.scale,
+            self._pool, self._backend, inputs, layers=self._layers, kvp=self._mesh.kvp
         )
-        hidden_TE = forward(self._model, inputs, attend)
-        self._mark_broken(inputs, hidden_TE)
-        prompt_logprobs = self._prompt_logprobs(inputs, hidden_TE)
-        sampled = self._sample(inputs, hidden_TE)
-        return StepResult(plan.index, sampled, prompt_logprobs)
+
+        def stage(x: Tensor) -> Tensor:
+            hidden_TE = self._model(x, inputs.positions_T, attend)
+            self._mark_broken(inputs, hidden_TE)
+            return hidden_TE
+
+        if self._pipeline is None:
+            return stage(inputs.token_ids_T), inputs
+        num_rows = len(inputs.token_ids_T)
+        return self._pipeline.run(stage, num_rows, inputs.token_ids_T, step=plan.index), inputs
 
     def _apply(self, plan: Plan) -> None:
         """Follow the changes that the plan carries; released pages may be handed out anew."""
@@ -101,11 +112,10 @@ class Worker:
 
         A backend may read slots that a row does not see, and 0 times nan is nan.
         """
-        shard = sequence.placement.shard_in(self._group)
+        shard = sequence.placement.shard_in(self._mesh.kvp.index)
         if shard is not None:
             self._pool.clear(sequence.placement.shards[shard].pages)
 
-    @torch.inference_mode()
     def _mark_broken(self, inputs: StepInputs, hidden_TE: Tensor) -> None:
         """Remember which requests hold keys or values that are not finite.
 
@@ -119,9 +129,16 @@ class Worker:
             if not is_finite_T[placed.first_row : placed.last_row + 1].all():
                 self._sequences[placed.chunk.request_id].is_finite = False
 
+    def _reports(self, placed: PlacedChunk) -> bool:
+        """Whether this group speaks for a chunk: several may compute it, the first of them does."""
+        placement = self._sequences[placed.chunk.request_id].placement
+        return placement.shards[0].group == self._mesh.kvp.index
+
     @torch.inference_mode()
     def _sample(self, inputs: StepInputs, hidden_TE: Tensor) -> dict[int, Sampled]:
-        sampling = [placed for placed in inputs.chunks if placed.chunk.samples]
+        sampling = [
+            placed for placed in inputs.chunks if placed.chunk.samples and self._reports(placed)
+        ]
         if not sampling:
             return {}
         rows = [placed.last_row for placed in sampling]
@@ -137,7 +154,7 @@ class Worker:
         for placed in inputs.chunks:
             request_id = placed.chunk.request_id
             asked = self._sequences[request_id].prompt_logprobs is not None
-            if asked and not placed.chunk.is_decode:
+            if asked and not placed.chunk.is_decode and self._reports(placed):
                 found[request_id] = self._chunk_logprobs(placed, hidden_TE)
         return found
 

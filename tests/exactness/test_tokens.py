@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mnemosyne.attention.reference import ReferenceBackend
-from mnemosyne.attention.segments import AttentionBatch, Segment
 from mnemosyne.llm import LLM
 from mnemosyne.request import SamplingParams
+from tests.model_zoo.dense import DenseAttend
 from tests.model_zoo.tiny import VOCAB_SIZE, oracle, tiny_checkpoint
 
 NUM_TOKENS = 64
@@ -108,21 +107,9 @@ class RecordingModel:
 
 def _dense_logits(decoder: Any, ids: np.ndarray) -> Tensor:
     """Logits ``[T, V]`` of one forward over all tokens, keys and values just as projected."""
-    num_rows, spec = len(ids), decoder.spec
-    pages = np.zeros(1, dtype=np.int64)
-    segment = Segment(
-        first_row=0, num_rows=num_rows, first_position=0, num_keys=num_rows, pages=pages
-    )
-    batch = AttentionBatch(segments=(segment,), num_rows=num_rows, page_size=num_rows)
-    backend, device = ReferenceBackend(), torch.device("cpu")
-
-    def attend(layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        prepared = backend.prepare(batch, spec.windows[layer], device)
-        k_KSD, v_KSD = k_TKD.transpose(0, 1), v_TKD.transpose(0, 1)
-        return backend.attend(q_THD, k_KSD, v_KSD, prepared, scale=spec.head_dim**-0.5)[0]
-
+    attend = DenseAttend(decoder.spec.windows)
     with torch.inference_mode():
-        hidden_TE = decoder(torch.from_numpy(ids), torch.arange(num_rows), attend)
+        hidden_TE = decoder(torch.from_numpy(ids), torch.arange(len(ids)), attend)
         return decoder.logits(hidden_TE)
 
 

@@ -1,0 +1,96 @@
+"""Rows that several groups compute: partials exchanged and merged, MLP rows gathered and shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mnemosyne.attention.lse import merge_partials
+from mnemosyne.attention.rows import SharedRows, WideRows
+from mnemosyne.parallel.collectives import all_gather
+from mnemosyne.parallel.mesh import Axis
+
+
+def pack_partials(out_THD: Tensor, lse_TH: Tensor, shared: SharedRows) -> Tensor:
+    """Outputs and LSE of this rank's shared rows in one buffer, so that one message carries both.
+
+    Args:
+        out_THD: local partial outputs.
+        lse_TH: their natural-log LSE, float32 (float64 for float64 outputs).
+        shared: which rows to send.
+
+    Returns:
+        ``[num_rows, H, D + w]`` in the dtype of ``out_THD``: the LSE lies bit for bit in the last
+        w elements. Rows this rank does not have hold (0, -inf).
+    """
+    num_heads, head_dim = out_THD.shape[1:]
+    lse_width = lse_TH.dtype.itemsize // out_THD.dtype.itemsize
+    packed = out_THD.new_zeros(shared.num_rows, num_heads, head_dim + lse_width)
+    empty = lse_TH.new_full((1,), -torch.inf).view(out_THD.dtype)
+    packed[..., head_dim:] = empty
+    packed[shared.exchange_rows, :, :head_dim] = out_THD[shared.local_rows]
+    lse = lse_TH[shared.local_rows].unsqueeze(-1).view(out_THD.dtype)
+    packed[shared.exchange_rows, :, head_dim:] = lse
+    return packed
+
+
+def merge_packed(
+    packed_RTHX: Tensor, shared: SharedRows, head_dim: int, wide: torch.dtype
+) -> Tensor:
+    """Attention of this rank's shared rows over the keys of all groups.
+
+    Args:
+        packed_RTHX: what ``pack_partials`` gave on each group, in the order of groups.
+        shared: which rows are this rank's.
+        head_dim: D.
+        wide: dtype of the LSE.
+
+    Returns:
+        ``[local rows, H, D]`` in the dtype of the packed outputs.
+    """
+    mine = packed_RTHX[:, shared.exchange_rows]
+    lse = mine[..., head_dim:].contiguous().view(wide).squeeze(-1)
+    return merge_partials(mine[..., :head_dim], lse)[0]
+
+
+def exchange_partials(out_THD: Tensor, lse_TH: Tensor, shared: SharedRows, axis: Axis) -> None:
+    """Replace partial attention of the shared rows by attention over all their keys, in place.
+
+    The volume per layer and group is shared rows x heads x (D + 1), whatever the context. All
+    groups must call this in a step that has shared rows, those without any of them too.
+
+    Args:
+        out_THD: local outputs; shared rows are overwritten.
+        lse_TH: natural-log LSE of the local outputs.
+        shared: the shared rows of the step.
+        axis: kvp.
+    """
+    gathered = all_gather(pack_partials(out_THD, lse_TH, shared), axis)
+    merged = merge_packed(gathered, shared, out_THD.shape[-1], lse_TH.dtype)
+    out_THD[shared.local_rows] = merged
+
+
+def wide_feed_forward(
+    mlp: Callable[[Tensor], Tensor], x_TE: Tensor, rows: WideRows, axis: Axis
+) -> Tensor:
+    """The MLP over the rows of all groups; each MLP weight is read once over all ranks.
+
+    Args:
+        mlp: sums its result over the flattened (kvp, tp).
+        x_TE: local rows.
+        rows: which of them to send and to take back.
+        axis: kvp.
+
+    Returns:
+        ``[T, E]``; padding rows are 0.
+
+    Source: Helix parallelism, arXiv 2507.07120.
+    """
+    sent = x_TE.new_zeros(rows.num_sent, x_TE.shape[1])
+    sent[: len(rows.owned_rows)] = x_TE[rows.owned_rows]
+    y_RE = mlp(all_gather(sent, axis).flatten(0, 1))
+    out_TE = torch.zeros_like(x_TE)
+    out_TE[rows.local_rows] = y_RE[rows.gathered_rows]
+    return out_TE

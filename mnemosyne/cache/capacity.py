@@ -1,0 +1,76 @@
+"""How many pages a memory budget holds, and what that is in requests."""
+
+from __future__ import annotations
+
+import torch
+
+from mnemosyne.cache.layout import pages_for
+from mnemosyne.cache.pages import free_memory
+from mnemosyne.config import CacheConfig
+
+
+def count_pages(
+    config: CacheConfig, *, token_bytes: int, weight_bytes: int, device: torch.device
+) -> int:
+    """Pages that the memory budget of one rank holds, beside weights that are not loaded yet.
+
+    Args:
+        config: the budget.
+        token_bytes: bytes of K and V per token on this rank.
+        weight_bytes: bytes of the weights that this rank will load.
+        device: where both go.
+
+    Raises:
+        ValueError: if it is less than one page, or more than what the weights leave.
+    """
+    free_bytes = max(0, free_memory(device) - weight_bytes)
+    if config.max_tokens is not None:
+        num_tokens, asked = int(config.max_tokens), f"cache.max_tokens={config.max_tokens}"
+        num_pages = pages_for(num_tokens, config.page_size) if num_tokens else 0
+    else:
+        budget = int(free_bytes * config.memory_share)
+        num_tokens, asked = budget // token_bytes, f"cache.memory_share={config.memory_share}"
+        num_pages = num_tokens // config.page_size
+    if num_pages < 1:
+        raise ValueError(
+            f"{asked} must hold at least one page of {config.page_size} tokens "
+            f"({config.page_size * token_bytes:,} bytes), got room for {num_tokens} tokens; "
+            "raise it or lower cache.page_size"
+        )
+    pool_bytes = num_pages * config.page_size * token_bytes
+    if pool_bytes > free_bytes:
+        raise ValueError(
+            f"{asked} must fit the memory of {device} that the weights leave, "
+            f"{free_bytes / 2**30:.1f} GiB, got {pool_bytes / 2**30:.1f} GiB; lower it"
+        )
+    return num_pages
+
+
+def tokens_per_group(config: CacheConfig, num_pages: int) -> int:
+    """Tokens of one request that a group holds at most.
+
+    Raises:
+        ValueError: if the limit is not a multiple of the page, or a group cannot hold it.
+    """
+    capacity = num_pages * config.page_size
+    if config.max_tokens_per_group is None:
+        return capacity
+    limit = int(config.max_tokens_per_group)
+    if limit < 1 or limit % config.page_size:
+        raise ValueError(
+            f"cache.max_tokens_per_group must be a multiple of cache.page_size="
+            f"{config.page_size}, got {limit}; "
+            f"use {max(1, round(limit / config.page_size)) * config.page_size}"
+        )
+    return min(limit, capacity)
+
+
+def describe_cache(num_pages: int, page_size: int, *, token_bytes: int, num_groups: int) -> str:
+    """One line: tokens that fit, their memory, and how many requests of which length that is."""
+    num_tokens = num_groups * num_pages * page_size
+    gib = num_pages * page_size * token_bytes / 2**30
+    lengths = [(2**20, "1M"), (2**17, "128K"), (2**13, "8K"), (2**10, "1K")]
+    parts = [f"{num_tokens // n:,} of {name}" for n, name in lengths if num_tokens >= n]
+    requests = " or ".join(parts) if parts else f"one of {num_tokens}"
+    place = f"{gib:.2f} GiB" if num_groups == 1 else f"{num_groups} groups, {gib:.2f} GiB a rank"
+    return f"KV cache: {num_tokens:,} tokens in {place}; requests that fit: {requests}"

@@ -1,0 +1,93 @@
+"""A model by its name: a Hugging Face directory, or one that is made here."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from mnemosyne.model_zoo.bench import bench_spec, init_random
+from mnemosyne.model_zoo.decoder import Decoder
+from mnemosyne.model_zoo.needle import write_needle
+from mnemosyne.model_zoo.spec import ModelSpec, read_spec
+from mnemosyne.model_zoo.stages import cut_stages
+from mnemosyne.parallel.mesh import Mesh
+from mnemosyne.parallel.shards import held_slices
+from mnemosyne.runtime.weights import load_weights
+from mnemosyne.serve.defaults import GenerationDefaults
+from mnemosyne.serve.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]  # bytes of weights read, bytes in all
+
+BENCH_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What ``model=`` names; no weight is read yet."""
+
+    name: str
+    spec: ModelSpec
+    path: Path | None  # None: weights from a seed
+
+    def decoder(self, mesh: Mesh, dtype: torch.dtype) -> Decoder:
+        """This rank's layers and slices of them, on the meta device."""
+        spec = self.spec
+        layers = cut_stages(spec, mesh.pp.degree)[mesh.pp.index]
+        decoder = Decoder(spec, layers=layers, dtype=dtype, device="meta")
+        if mesh.tp.degree > 1 or mesh.ffn.degree > 1:
+            from mnemosyne.model_zoo.parallelize import parallelize  # DTensor imports slowly
+
+            parallelize(decoder, mesh)
+        return decoder
+
+    def load(self, decoder: Decoder, device: torch.device, progress: Progress | None) -> None:
+        """Fill a decoder that ``decoder`` made.
+
+        Raises:
+            ValueError: if the files do not hold the weights of the spec.
+        """
+        if self.path is None:
+            init_random(decoder, BENCH_SEED, device=device)
+            return
+        num_bytes = load_weights(decoder, self.path, device=device, progress=progress)
+        log.info("%s: %.1f MB of weights read", self.name, num_bytes / 1e6)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """None if the checkpoint has no tokenizer.json."""
+        return None if self.path is None else Tokenizer.from_dir(self.path)
+
+    def defaults(self) -> GenerationDefaults:
+        """End tokens and sampling defaults."""
+        return GenerationDefaults() if self.path is None else GenerationDefaults.from_dir(self.path)
+
+
+def find_checkpoint(name: str) -> Checkpoint:
+    """A directory, "needle" (written to the user's cache folder if need be) or "bench".
+
+    Raises:
+        ValueError: if it is no checkpoint, or one that is not supported.
+    """
+    if name == "bench":
+        return Checkpoint(name, bench_spec(), None)
+    if name == "needle":
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        path = write_needle(root / "mnemosyne" / "needle")
+    else:
+        path = Path(os.path.expanduser(name))
+    return Checkpoint(name, read_spec(path), path)
+
+
+def weight_bytes(decoder: Decoder) -> int:
+    """Bytes of the weights that this rank will hold."""
+    return sum(
+        parameter.dtype.itemsize * prod(held.stop - held.start for held in held_slices(parameter))
+        for parameter in decoder.parameters()
+    )
