@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import hydra
@@ -15,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from mnemosyne.cli.arguments import describe_type, key_types, nearest, prepare
+from mnemosyne.cli.ranks import command_of_run, run_on_ranks
 from mnemosyne.config import DemoConfig, EngineConfig, GenerateConfig
 
 OK, FAILED, INTERRUPTED = 0, 2, 130  # exit statuses
@@ -87,7 +89,9 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
     def job(composed: DictConfig) -> None:
         # One run of a sweep may be refused; the others are not affected.
         try:
-            statuses.append(command.run(to_config(composed, command.config)))
+            config = to_config(composed, command.config)
+            status = run_on_ranks(command.run, config, partial(command_of_run, name, flags))
+            statuses.append(status)
         except (ValueError, OSError) as error:
             statuses.append(complain(error))
 

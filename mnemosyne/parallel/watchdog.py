@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NoReturn
 
 from mnemosyne.parallel.address import Store
@@ -70,7 +70,7 @@ class Watchdog:
         RuntimeError: naming the ranks that did not come.
 
     Example:
-        >>> with watchdog.watch("step 37", limit_s=step_limit(plan.predicted_s)):
+        >>> with watchdog.watch_step(plan.index, plan.predicted_s):
         ...     worker.run(plan)
     """
 
@@ -135,6 +135,10 @@ class Watchdog:
             self._task = outer
         if outer is None:
             self._signals.raise_kept()
+
+    def watch_step(self, index: int, predicted_s: float) -> AbstractContextManager[None]:
+        """Watch the body, one step, with the limit that goes with its predicted time."""
+        return self.watch(f"step {index}", limit_s=step_limit(predicted_s))
 
     def fail(self, error: BaseException) -> NoReturn:
         """End all ranks because of an exception on this one; or because of its cause elsewhere."""
