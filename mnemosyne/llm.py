@@ -9,15 +9,14 @@ from os import PathLike, fspath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-import numpy as np
-
 from mnemosyne.build import Rank, build_engine, build_rank
 from mnemosyne.checkpoint import Progress
 from mnemosyne.config import CacheConfig, EngineConfig, MeshConfig, MetricsConfig, ScheduleConfig
 from mnemosyne.metrics import StepLog, StepRecord
-from mnemosyne.request import Piece, RequestMetrics, RequestOutput, SamplingParams
+from mnemosyne.parallel.trace import Trace, write_trace
+from mnemosyne.request import Piece, RequestOutput, SamplingParams
 from mnemosyne.serve.engine import Engine
-from mnemosyne.serve.intake import Prompt, as_array
+from mnemosyne.serve.intake import Prompt, list_prompts, refused_output
 from mnemosyne.serve.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -99,10 +98,12 @@ class LLM:
         self._step_log = StepLog(config.metrics.path) if config.metrics.path else None
         self._on_step = on_step
         self._engine: Engine | None = None
+        self._trace: Trace | None = None
         self._driver: Driver | None = None
         self._follower: Follower | None = None
         try:
             rank = build_rank(config, progress=progress)
+            self._trace = rank.trace
             if rank.mesh.world_size > 1:
                 self._driver, self._follower = _join(rank)
             if self._follower is None:
@@ -233,9 +234,11 @@ class LLM:
             self._engine.abort("cancelled")
         if self._driver is not None:
             self._driver.close()
+        elif self._trace is not None and self.config.metrics.trace and self._follower is None:
+            write_trace(self.config.metrics.trace, [self._trace.dump()])
         if self._follower is not None:
             self._follower.close(is_failed=is_failed)
-        self._engine = self._driver = self._follower = None
+        self._engine = self._driver = self._follower = self._trace = None
         if self._step_log is not None:
             self._step_log.close()
 
@@ -261,7 +264,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
     ) -> list[RequestOutput]:
-        listed = _as_list(prompts)
+        listed = list_prompts(prompts)
         if params is None:
             params = SamplingParams()
         each = [params] * len(listed) if isinstance(params, SamplingParams) else list(params)
@@ -276,7 +279,7 @@ class LLM:
         try:
             samples = self.engine.add(prompt, params)
         except ValueError as error:
-            return _refused(prompt, str(error))
+            return refused_output(prompt, str(error))
         if len(samples) > 1:
             samples[0].samples = samples
         return samples[0]
@@ -324,24 +327,3 @@ def _typed(name: str, kind: type[Config], value: Config | Mapping[str, Any] | No
                 f"{name} must have keys among {', '.join(known)}, got {key!r}; {remedy}"
             )
     return kind(**fields)
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if isinstance(prompts, np.ndarray):
-        return [prompts] if prompts.ndim <= 1 else list(prompts)
-    is_flat = len(prompts) > 0 and all(isinstance(item, int | np.integer) for item in prompts[:8])
-    return [prompts] if is_flat else list(prompts)  # type: ignore[arg-type, list-item]
-
-
-def _refused(prompt: Prompt, reason: str) -> RequestOutput:
-    ids = np.empty(0) if isinstance(prompt, str) else as_array(prompt)
-    is_ids = ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer)
-    return RequestOutput(
-        request_id=None,
-        prompt_token_ids=ids.astype(np.int64) if is_ids else np.empty(0, dtype=np.int64),
-        finish_reason="error",
-        error=reason,
-        metrics=RequestMetrics(arrival_s=0.0),
-    )

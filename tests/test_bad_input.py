@@ -222,6 +222,7 @@ def test_the_cache_must_fit_beside_the_weights(
         ([[1], [2, 3]], greedy(2), "prompt must be text or a flat list of integer ids, got object"),
         ([True, False], greedy(2), "prompt must be text or a flat list of integer ids, got bool"),
         (None, greedy(2), "prompt must be text or a flat list of integer ids, got object"),
+        (b"text", greedy(2), "prompt must be text or a flat list of integer ids, got |S4"),
         ("some text", greedy(2), "which has no tokenizer.json, got text 'some text'; add the file"),
         (
             [1] * 1020,
@@ -258,6 +259,17 @@ def test_a_prompt_that_cannot_run_is_refused_and_spares_the_others(
     assert said in one_sentence(refused.error)
     assert [first.token_ids, last.token_ids] == expected
     assert [first.error, last.error] == [None, None]
+
+
+def test_a_request_that_may_sample_nothing_ends_with_an_error(llm: LLM) -> None:
+    everything = list(range(VOCAB_SIZE))
+    params = greedy(4, min_tokens=4, stop_token_ids=everything)
+
+    banned, other = llm.generate(PROMPTS, [params, greedy(4)])
+
+    assert banned.finish_reason == "error"
+    assert "sampling must leave a token to choose, got none" in one_sentence(banned.error)
+    assert other.finish_reason == "length"
 
 
 def test_the_largest_request_that_fits_is_served(llm: LLM) -> None:
@@ -318,7 +330,7 @@ def test_a_cache_of_one_page_serves_what_fits(checkpoint: Path) -> None:
         (["model={empty}"], "model must be a Hugging Face checkpoint"),
         (["model={truncated}"], "weights file must be whole and safetensors"),
         (["model={text}"], "prompt must be token ids for"),
-        (["model={text}", "mesh.pp=3"], "must equal the number of processes"),
+        (["model={text}", "mesh.pp=2"], "must equal the number of processes"),
         (["model={text}", "cache.max_tokens=1000G"], "must fit the memory of cpu"),
         (["model={text}", "dtype=int8"], "dtype must be one of"),
     ],

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mnemosyne.config import CacheConfig, ScheduleConfig
 from mnemosyne.llm import LLM
@@ -85,6 +86,20 @@ def test_a_single_prompt_counts_as_a_list_of_one(reciter: LLM, prompt: object) -
     (output,) = reciter.generate(prompt, greedy(6))
 
     assert output.token_ids == DAYS.answer_ids.tolist()
+
+
+def test_tensors_and_iterators_hold_prompts(llm: LLM) -> None:
+    expected = [output.token_ids for output in llm.generate(PROMPTS, greedy(3))]
+    tensors = [torch.from_numpy(prompt) for prompt in PROMPTS]
+
+    assert llm.generate(tensors[0], greedy(3))[0].token_ids == expected[0]
+    assert [o.token_ids for o in llm.generate(iter(tensors), greedy(3))] == expected
+
+
+@pytest.mark.parametrize("prompts", [None, 5, 1.5])
+def test_what_holds_no_prompts_is_refused(llm: LLM, prompts: object) -> None:
+    with pytest.raises(ValueError, match=r"prompts must be texts or lists of token ids, got .*; w"):
+        llm.generate(prompts, greedy(3))
 
 
 def test_rows_of_a_matrix_are_prompts(llm: LLM) -> None:

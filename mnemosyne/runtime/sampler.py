@@ -14,6 +14,10 @@ from mnemosyne.runtime.truncation import largest, truncation_mask
 
 BLOCK_ELEMENTS = 2**20  # rows are sampled in blocks of about so many logits, to bound memory
 NOT_FINITE = "logits must be finite, got nan or inf; check the weights or use a wider dtype"
+NOTHING_LEFT = (
+    "sampling must leave a token to choose, got none; relax stop_token_ids under min_tokens, "
+    "logit_bias or penalties"
+)
 
 
 class SamplerState:
@@ -90,7 +94,8 @@ class SamplerState:
             logits_V.sub_(count_V * self._frequency + (count_V > 0) * self._presence)
         if self._bias:
             ids = torch.tensor(list(self._bias), device=logits_V.device)
-            logits_V[ids] += torch.tensor(list(self._bias.values())).to(logits_V)
+            biases = list(self._bias.values())
+            logits_V[ids] += torch.tensor(biases, dtype=logits_V.dtype, device=logits_V.device)
         if self._bans_end:
             banned = [token_id for token_id in self._banned if token_id < len(logits_V)]
             logits_V[torch.tensor(banned, dtype=torch.int64, device=logits_V.device)] = -inf
@@ -142,13 +147,15 @@ def sample(logits_BV: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
         states: of each row; the caller appends the tokens to them.
 
     Returns:
-        One entry per row. A row that is not finite has ``error`` set; the others do not notice.
+        One entry per row. A row that is not finite, or has no token left, has ``error`` set; the
+        others do not notice.
     """
     # A sum is finite only if every term is; looking at each costs several times more.
     is_finite_B = logits_BV.sum(-1).isfinite()
     ids_B = logits_BV.argmax(-1)
+    has_choice_B = torch.ones_like(is_finite_B)
     for rows in _blocks([i for i, s in enumerate(states) if not s.is_plain], logits_BV.shape[-1]):
-        ids_B[rows] = _draw(logits_BV[rows], [states[i] for i in rows])
+        ids_B[rows], has_choice_B[rows] = _draw(logits_BV[rows], [states[i] for i in rows])
     found: list[Logprobs | None] = [None] * len(states)
     wanted = [i for i, state in enumerate(states) if state.logprobs is not None]
     if wanted:
@@ -156,10 +163,12 @@ def sample(logits_BV: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
         entries = token_logprobs(logits_BV[wanted], ids_B[wanted], max(num_top))
         for i, k, entry in zip(wanted, num_top, entries, strict=True):
             found[i] = Logprobs(entry.token_id, entry.logprob, entry.rank, entry.top[:k])
-    ids, is_finite = torch.stack([ids_B, is_finite_B.long()]).tolist()
+    table = torch.stack([ids_B, is_finite_B.long(), has_choice_B.long()]).tolist()
     return [
-        Sampled(token_id, logprobs) if ok else Sampled(0, error=NOT_FINITE)
-        for token_id, ok, logprobs in zip(ids, is_finite, found, strict=True)
+        Sampled(token_id, logprobs)
+        if is_finite and has_choice
+        else Sampled(0, error=NOTHING_LEFT if is_finite else NOT_FINITE)
+        for token_id, is_finite, has_choice, logprobs in zip(*table, found, strict=True)
     ]
 
 
@@ -231,15 +240,20 @@ def probabilities(logits_BV: Tensor, states: Sequence[SamplerState]) -> Tensor:
     return weight_BV / weight_BV.sum(-1, keepdim=True)
 
 
-def _draw(logits_RV: Tensor, states: Sequence[SamplerState]) -> Tensor:
-    """One token per row by inverting the cumulative distribution, in order of ids."""
+def _draw(logits_RV: Tensor, states: Sequence[SamplerState]) -> tuple[Tensor, Tensor]:
+    """One token per row by inverting the cumulative distribution, in order of ids.
+
+    Returns:
+        Ids, and whether there was a token to choose.
+    """
     cumulative_RV = probabilities(logits_RV, states).cumsum(-1)
     total_R1 = cumulative_RV[:, -1:].contiguous()
     target_R1 = _column([state.uniform() for state in states], total_R1) * total_R1
     ids_R1 = torch.searchsorted(cumulative_RV, target_R1, right=True)
     # Rounding may lift the target to the total, past the last token that was kept.
     last_R1 = torch.searchsorted(cumulative_RV, total_R1)
-    return torch.minimum(ids_R1, last_R1).clamp_(max=logits_RV.shape[-1] - 1)[:, 0]
+    ids_R1 = torch.minimum(ids_R1, last_R1).clamp_(max=logits_RV.shape[-1] - 1)
+    return ids_R1[:, 0], total_R1[:, 0].isfinite()
 
 
 def _blocks(rows: Sequence[int], vocab_size: int) -> Iterator[list[int]]:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 
-from mnemosyne.request import NUM_SEEDS, Request, SamplingParams
+from mnemosyne.request import (
+    NUM_SEEDS,
+    Request,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+)
 from mnemosyne.serve.defaults import GenerationDefaults
 from mnemosyne.serve.tokenizer import Tokenizer
 
@@ -74,7 +81,7 @@ class Intake:
                 )
             # a tokenizer may add a begin token to nothing, and the answer would come from nowhere
             return self.tokenizer.encode(prompt) if prompt else np.empty(0, dtype=np.int64)
-        ids = as_array(prompt)
+        ids = _as_array(prompt)
         if ids.size and (ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer)):
             raise ValueError(
                 "prompt must be text or a flat list of integer ids, got "
@@ -110,11 +117,45 @@ class Intake:
                 )
 
 
-def as_array(ids: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Whatever was given as ids, as an array; of objects where its parts differ in length."""
+def list_prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+    """The prompts one by one; a text, or a flat list or array of ids, is a single one.
+
+    Raises:
+        ValueError: if it is neither a prompt nor several.
+    """
+    if isinstance(prompts, str | bytes):
+        return [prompts]
+    if hasattr(prompts, "ndim"):
+        array = _as_array(prompts)
+        return [array] if array.ndim <= 1 else list(array)
+    try:
+        listed = list(prompts)
+    except TypeError as error:
+        raise ValueError(
+            f"prompts must be texts or lists of token ids, got {prompts!r}; write ['a text']"
+        ) from error
+    is_flat = len(listed) > 0 and all(isinstance(item, Integral) for item in listed[:8])
+    return [listed] if is_flat else listed  # type: ignore[list-item, return-value]
+
+
+def refused_output(prompt: Prompt, reason: str) -> RequestOutput:
+    """The output of a prompt that did not pass."""
+    ids = np.empty(0) if isinstance(prompt, str) else _as_array(prompt)
+    is_ids = ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer)
+    return RequestOutput(
+        request_id=None,
+        prompt_token_ids=ids.astype(np.int64) if is_ids else np.empty(0, dtype=np.int64),
+        finish_reason="error",
+        error=reason,
+        metrics=RequestMetrics(arrival_s=0.0),
+    )
+
+
+def _as_array(ids: object) -> np.ndarray:
+    """Whatever was given as ids, as an array; of objects where it cannot be one of numbers."""
     try:
         return np.asarray(ids)
-    except ValueError:
+    except (TypeError, ValueError):
         return np.array(None)
 
 

@@ -283,6 +283,24 @@ def test_a_row_of_nan_only_fails_alone() -> None:
     assert found[1].error is None
 
 
+def test_a_bias_beyond_float32_is_finite() -> None:
+    (row,) = sample(make_logits(1, seed=0), [make_state(logit_bias={11: 1e300})])
+
+    assert (row.token_id, row.error) == (11, None)
+
+
+def test_a_row_without_a_token_left_fails_alone() -> None:
+    nothing_left = make_state(min_tokens=1, stop_token_ids=list(range(VOCAB_SIZE)))
+    logits_BV = make_logits(3, seed=1)
+
+    first, failed, last = sample(logits_BV, [make_state(1), nothing_left, make_state(2)])
+
+    assert "must leave a token to choose, got none" in failed.error
+    assert [first.token_id, last.token_id] == draw(
+        logits_BV[[0, 2]], [make_state(1), make_state(2)]
+    )
+
+
 def test_logprobs_are_of_the_models_own_logits() -> None:
     logits_BV = make_logits(1, seed=10)
     state = make_state(temperature=0.1, top_k=3, logit_bias={50: 100.0}, logprobs=4)
