@@ -14,13 +14,14 @@ from mnemosyne.cache.allocator import PageAllocator
 from mnemosyne.cache.capacity import count_pages, describe_cache, tokens_per_group
 from mnemosyne.cache.pages import PagePool, bytes_per_token
 from mnemosyne.checkpoint import Checkpoint, Progress, find_checkpoint, weight_bytes
-from mnemosyne.config import CacheConfig, EngineConfig
+from mnemosyne.config import CacheConfig, EngineConfig, MetricsConfig
 from mnemosyne.metrics import StepRecord
 from mnemosyne.model_zoo.decoder import Decoder
 from mnemosyne.model_zoo.spec import ModelSpec
 from mnemosyne.parallel.collectives import smallest
 from mnemosyne.parallel.mesh import Mesh, check_mesh, check_world_size, count_processes, init_mesh
 from mnemosyne.parallel.pipeline import Pipeline
+from mnemosyne.parallel.trace import Trace
 from mnemosyne.runtime.executor import DriverChannel, LocalExecutor, MeshExecutor
 from mnemosyne.runtime.step import LayerShape
 from mnemosyne.runtime.worker import Worker
@@ -45,6 +46,8 @@ class Rank:
     worker: Worker
     intake: Intake
     num_pages: int  # of each group
+    trace: Trace | None  # of what this rank does
+    trace_path: str | None  # where rank 0 writes it
 
 
 def build_rank(config: EngineConfig, *, progress: Progress | None = None) -> Rank:
@@ -88,6 +91,7 @@ def build_rank(config: EngineConfig, *, progress: Progress | None = None) -> Ran
     # Every rank of a group must hold the pages that the driver hands out.
     num_pages = smallest(num_pages, mesh)
     checkpoint.load(decoder, device, progress)
+    trace = _trace(config.metrics, mesh, device)
     worker = Worker(
         decoder,
         _layer_shape(decoder, spec),
@@ -95,14 +99,15 @@ def build_rank(config: EngineConfig, *, progress: Progress | None = None) -> Ran
         backend=backend,
         device=device,
         mesh=mesh,
-        pipeline=_pipeline(mesh, spec, dtype, device),
+        pipeline=_pipeline(mesh, spec, dtype, device, trace),
+        trace=trace,
     )
     log.info("%s, %s on %s, %s attention", checkpoint.name, dtype, device, backend.name)
     page_size = config.cache.page_size
     num_groups = mesh.kvp.degree
     cache = describe_cache(num_pages, page_size, token_bytes=token_bytes, num_groups=num_groups)
     log.info("%s", cache)
-    return Rank(mesh, checkpoint, worker, intake, num_pages)
+    return Rank(mesh, checkpoint, worker, intake, num_pages, trace, config.metrics.trace)
 
 
 def build_engine(
@@ -209,11 +214,18 @@ def _pool(
 
 
 def _pipeline(
-    mesh: Mesh, spec: ModelSpec, dtype: torch.dtype, device: torch.device
+    mesh: Mesh, spec: ModelSpec, dtype: torch.dtype, device: torch.device, trace: Trace | None
 ) -> Pipeline | None:
     if mesh.pp.degree == 1:
         return None
-    return Pipeline(mesh, width=spec.width, dtype=dtype, device=device)
+    return Pipeline(mesh, width=spec.width, dtype=dtype, device=device, trace=trace)
+
+
+def _trace(config: MetricsConfig, mesh: Mesh, device: torch.device) -> Trace | None:
+    if config.trace is None:
+        return None
+    synchronize = torch.cuda.current_stream().synchronize if device.type == "cuda" else None
+    return Trace(mesh.rank, mesh.label, synchronize=synchronize)
 
 
 def _fit(

@@ -197,9 +197,10 @@ class SloConfig:
 
 @dataclass(kw_only=True, slots=True)
 class MetricsConfig:
-    """Where step records go."""
+    """Where step records and traces go."""
 
     path: str | None = None  # JSONL, one line per step; unset: none is written
+    trace: str | None = None  # JSON for Chrome or Perfetto: what each rank did when; unset: none
 
     def __post_init__(self) -> None:
         check_types(self, "metrics.")

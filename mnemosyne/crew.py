@@ -14,6 +14,7 @@ from mnemosyne.parallel.control import (
     Outputs,
     Stop,
 )
+from mnemosyne.parallel.trace import gather_traces, write_trace
 from mnemosyne.request import RequestOutput
 from mnemosyne.runtime.follower import follow
 
@@ -26,6 +27,7 @@ class Driver:
     """
 
     def __init__(self, rank: Rank) -> None:
+        self._rank = rank
         self.channel = DriverChannel(_store(), rank.mesh.world_size)
 
     def tell_ready(self) -> None:
@@ -41,8 +43,10 @@ class Driver:
         self.channel.send_interrupted(error)
 
     def close(self) -> None:
-        """Let the others go."""
+        """Let the others go, and write the trace that all of them made."""
         self.channel.send_stop()
+        self._rank.worker.close()
+        finish_trace(self._rank)
         self.channel.close()
 
 
@@ -85,6 +89,8 @@ class Follower:
         """Wait for rank 0 to close, unless this rank failed."""
         if not is_failed:
             self.follow_to_the_end()
+            self._rank.worker.close()
+            finish_trace(self._rank)
         self._channel.close()
 
     def _next(self) -> Message:
@@ -93,6 +99,15 @@ class Follower:
         message: Message = follow(self._channel, self._rank.worker)
         self._is_stopped = isinstance(message, Stop)
         return message
+
+
+def finish_trace(rank: Rank) -> None:
+    """Bring the traces of all ranks together; rank 0 writes the file."""
+    if rank.trace is None or rank.trace_path is None:
+        return
+    dumps = gather_traces(rank.trace, _store(), rank.mesh.world_size)
+    if dumps is not None:
+        write_trace(rank.trace_path, dumps)
 
 
 def _store() -> Store:

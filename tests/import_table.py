@@ -53,7 +53,10 @@ TABLE = {
     "": Rule(("llm", "request", "config", "serve")),
     "crew": Rule(("build", "parallel", "request", "runtime"), ("torch",)),
     "llm": Rule(
-        ("build", "checkpoint", "config", "crew", "metrics", "request", "serve"),
+        (
+            *("build", "checkpoint", "config", "crew", "metrics", "request", "serve"),
+            "parallel.trace",
+        ),
         ("numpy",),
     ),
     "__main__": Rule(("cli",)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from mnemosyne.attention.segments import AttentionBackend
 from mnemosyne.cache.pages import PagePool
 from mnemosyne.parallel.mesh import Mesh
 from mnemosyne.parallel.pipeline import Pipeline
+from mnemosyne.parallel.trace import Trace
 from mnemosyne.request import Logprobs, Sampled
 from mnemosyne.runtime.inputs import PlacedChunk, StepInputs, build_inputs
 from mnemosyne.runtime.sampler import sample, token_logprobs
@@ -30,6 +33,7 @@ class Worker:
         device: where inputs go.
         mesh: this rank's place.
         pipeline: the links to the stages before and after, if there are any.
+        trace: records what this rank does, if anybody wants to know.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class Worker:
         device: torch.device,
         mesh: Mesh,
         pipeline: Pipeline | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self._model = model
         self._layers = layers
@@ -50,6 +55,7 @@ class Worker:
         self._device = device
         self._mesh = mesh
         self._pipeline = pipeline
+        self._trace = trace
         self._sequences: dict[int, SequenceState] = {}
 
     def run(self, plan: Plan) -> StepResult | None:
@@ -59,6 +65,9 @@ class Worker:
             What the step gave, on the one rank of each group that reports it (the first of tp on
             the last stage); None on the others.
         """
+        if self._trace is not None:
+            chunks = ((c.request_id, c.start, c.num_tokens) for c in plan.chunks)
+            self._trace.begin(plan.index, chunks)
         self._apply(plan)
         hidden_TE, inputs = self._forward(plan) if plan.chunks else (None, None)
         if self._mesh.pp.index < self._mesh.pp.degree - 1:
@@ -91,9 +100,15 @@ class Worker:
             return hidden_TE
 
         if self._pipeline is None:
-            return stage(inputs.token_ids_T), inputs
+            with self._trace.span("compute") if self._trace else nullcontext():
+                return stage(inputs.token_ids_T), inputs
         num_rows = len(inputs.token_ids_T)
         return self._pipeline.run(stage, num_rows, inputs.token_ids_T, step=plan.index), inputs
+
+    def close(self) -> None:
+        """Wait until the next stage has taken everything; call it after the last step."""
+        if self._pipeline is not None:
+            self._pipeline.drain()
 
     def _apply(self, plan: Plan) -> None:
         """Follow the changes that the plan carries; released pages may be handed out anew."""

@@ -1,0 +1,241 @@
+"""What each axis of the mesh gains on this machine, one thread per rank, side by side in one run.
+
+    spp   prefill of one prompt with pp=1 and pp=2, and decode with both
+    kvp   decode over a filled cache with kvp=1 and kvp=2: attention with merge, and whole steps
+    merge time of exchange and merge by context length, with kvp=2
+    tp    prefill and decode at short context with tp=1 and tp=2
+
+Runs alternate and medians are shown. Ranks are started by torchrun on this machine.
+
+Usage: python tools/bench_mesh.py spp|kvp|merge|tp [--repeats 3] [--length 32K] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from mnemosyne import LLM, SamplingParams
+from mnemosyne.build import Rank, build_rank
+from mnemosyne.cache.layout import Placement, Shard, pages_for
+from mnemosyne.config import CacheConfig, EngineConfig, MeshConfig, ScheduleConfig, parse_size
+from mnemosyne.crew import Driver, Follower
+from mnemosyne.runtime import step
+from mnemosyne.runtime.executor import LocalExecutor, MeshExecutor
+from mnemosyne.schedule.plan import Admission, Chunk, Executor, Plan
+
+RESULT = "bench_mesh_result "  # before the line of JSON that rank 0 prints
+PAGE_SIZE = 128
+NUM_STEPS = 24  # decode steps timed, after NUM_WARM of them
+NUM_WARM = 4
+
+Case = dict[str, Any]
+
+
+def serve_prompt(case: Case) -> dict[str, float] | None:
+    """Prefill time of one prompt and the median gap of the tokens after it, in seconds."""
+    with LLM(
+        "bench",
+        mesh=case["mesh"],
+        schedule={"chunk": case["chunk"]},
+        cache={"max_tokens": case["length"] + 4096},
+    ) as llm:
+        rng = np.random.default_rng(0)
+        params = SamplingParams(max_tokens=NUM_STEPS, ignore_eos=True, temperature=0.0)
+        llm.generate(rng.integers(0, 32_000, 2048), params)  # warm
+        output = llm.generate(rng.integers(0, 32_000, case["length"]), params)[0]
+        is_driver = llm.is_driver
+    assert output.metrics.ttft_s is not None
+    times = {"prefill_s": output.metrics.ttft_s, "decode_s": median(output.metrics.tbt_s)}
+    return times if is_driver else None
+
+
+def decode_filled(case: Case) -> dict[str, float] | None:
+    """Median times of a decode step over a cache that is filled with random keys and values."""
+    num_groups = case["mesh"].get("kvp", 1)
+    shard_tokens = pages_for(case["length"], PAGE_SIZE * num_groups) * PAGE_SIZE
+    room = (shard_tokens // PAGE_SIZE + 1) * PAGE_SIZE
+    config = EngineConfig(
+        model="bench",
+        mesh=MeshConfig(**case["mesh"]),
+        cache=CacheConfig(max_tokens=room, page_size=PAGE_SIZE),
+        schedule=ScheduleConfig(chunk=512),
+    )
+    rank = build_rank(config)
+    _fill(rank)
+    clocks = {
+        "attention_s": _timed(step.PagedAttention, "__call__"),
+        "merge_s": _timed(step, "exchange_partials"),
+    }
+    if rank.mesh.rank > 0:
+        follower = Follower(rank)
+        follower.close()
+        return None
+    driver = Driver(rank) if rank.mesh.world_size > 1 else None
+    executor: Executor = LocalExecutor(rank.worker)
+    if driver is not None:
+        executor = MeshExecutor(
+            rank.worker, driver.channel, num_groups=num_groups, num_stages=rank.mesh.pp.degree
+        )
+        driver.tell_ready()
+    placement = _placement(num_groups, shard_tokens, room // PAGE_SIZE)
+    times = _decode(executor, case["length"], placement, clocks)
+    if driver is not None:
+        driver.close()
+    return times
+
+
+def _placement(num_groups: int, shard_tokens: int, num_pages: int) -> Placement:
+    pages = np.arange(num_pages, dtype=np.int64)
+    shards = tuple(Shard(group, pages) for group in range(num_groups))
+    # decodes stay in the last shard: it has a page more than its share
+    return Placement(shards, shard_tokens)
+
+
+def _decode(
+    executor: Executor,
+    length: int,
+    placement: Placement,
+    clocks: dict[str, list[float]],
+) -> dict[str, float]:
+    start = length - NUM_WARM - NUM_STEPS
+    admission = Admission(
+        request_id=0,
+        prompt_ids=np.zeros(start, dtype=np.int64),
+        params=SamplingParams(max_tokens=NUM_WARM + NUM_STEPS + 1, temperature=0.0),
+        seed=0,
+        end_token_ids=(),
+        placement=placement,
+    )
+    seconds: dict[str, list[float]] = {"step_s": [], **{name: [] for name in clocks}}
+    for index in range(NUM_WARM + NUM_STEPS):
+        for clock in clocks.values():
+            clock.clear()
+        chunk = Chunk(0, start + index, 1, samples=True, token_id=5)
+        started_s = time.perf_counter()
+        executor.submit(Plan(index, (chunk,), admitted=(admission,) if index == 0 else ()))
+        executor.collect()
+        seconds["step_s"].append(time.perf_counter() - started_s)
+        for name, clock in clocks.items():
+            seconds[name].append(sum(clock))
+    return {name: median(values[NUM_WARM:]) for name, values in seconds.items()}
+
+
+def _fill(rank: Rank) -> None:
+    """Random keys and values everywhere, so that every read comes from memory."""
+    block = torch.randn(2**20).to(torch.bfloat16)
+    for pool in (*rank.worker._pool.k, *rank.worker._pool.v):
+        flat = pool.view(-1)
+        for start in range(0, flat.numel(), block.numel()):
+            part = flat[start : start + block.numel()]
+            part.copy_(block[: part.numel()])
+
+
+def _timed(owner: Any, name: str) -> list[float]:
+    """Have every call of a function add its seconds to the list that comes back."""
+    function, seconds = getattr(owner, name), []
+
+    def timed(*arguments: Any, **keywords: Any) -> Any:
+        started_s = time.perf_counter()
+        try:
+            return function(*arguments, **keywords)
+        finally:
+            seconds.append(time.perf_counter() - started_s)
+
+    setattr(owner, name, timed)
+    return seconds
+
+
+MEASURES: dict[str, Callable[[Case], dict[str, float] | None]] = {
+    "serve": serve_prompt,
+    "decode": decode_filled,
+}
+
+
+def cases(what: str, length: int) -> list[Case]:
+    """The runs of one comparison, the first of which is what the others are measured against."""
+    if what == "spp":
+        fields = {"measure": "serve", "length": length, "chunk": 512}
+        return [{"mesh": {"pp": pp}, **fields} for pp in (1, 2)]
+    if what == "tp":
+        fields = {"measure": "serve", "length": min(length, 2048), "chunk": 512}
+        return [{"mesh": {"tp": tp}, **fields} for tp in (1, 2)]
+    if what == "kvp":
+        return [{"mesh": {"kvp": n}, "measure": "decode", "length": length} for n in (1, 2)]
+    lengths = [2**13, 2**15, 2**17, 2**18, 2**20]
+    return [{"mesh": {"kvp": 2}, "measure": "decode", "length": n} for n in lengths]
+
+
+def run_case(case: Case) -> dict[str, float]:
+    """Start the ranks of one case and read what rank 0 printed."""
+    world_size = int(np.prod(list(case["mesh"].values())))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(world_size), __file__, "--case", json.dumps(case)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    for line in done.stdout.splitlines():
+        if line.startswith(RESULT):
+            return json.loads(line.removeprefix(RESULT))
+    raise SystemExit(f"{case} gave no result:\n{done.stderr[-3000:]}")
+
+
+def compare(what: str, length: int, repeats: int) -> list[Case]:
+    """Alternate the runs of a comparison; the medians of each."""
+    chosen = cases(what, length)
+    seconds: list[dict[str, list[float]]] = [{} for _ in chosen]
+    for _ in range(repeats):
+        for case, found in zip(chosen, seconds, strict=True):
+            for name, value in run_case(case).items():
+                found.setdefault(name, []).append(value)
+    outcomes = []
+    for case, found in zip(chosen, seconds, strict=True):
+        medians = {name: median(values) for name, values in found.items()}
+        outcomes.append({**case, **medians, "runs": found})
+        first = outcomes[0]
+        shown = [
+            f"{name[:-2]} {1e3 * value:,.2f} ms ({first[name] / value:.2f}x)"
+            for name, value in medians.items()
+            if value > 0
+        ]
+        print(case["mesh"], f"{case['length']:,} tokens:", ", ".join(shown), flush=True)
+    return outcomes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="?", choices=["spp", "kvp", "merge", "tp"])
+    parser.add_argument("--length", default=None, help="tokens; 32K, for kvp 256K")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", help="write the outcomes to this file")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        torch.set_num_threads(1)
+        case = json.loads(arguments.case)
+        found = MEASURES[case["measure"]](case)
+        if found is not None:
+            print(RESULT + json.dumps(found), flush=True)
+        return 0
+    if arguments.what is None:
+        parser.error("say what to compare: spp, kvp, merge or tp")
+    default = "256K" if arguments.what == "kvp" else "32K"
+    length = parse_size(arguments.length or default, "--length")
+    outcomes = compare(arguments.what, length, arguments.repeats)
+    if arguments.json:
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            json.dump(outcomes, file, indent=1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
