@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 from collections.abc import Callable
 
 import pytest
+from hydra import compose, initialize_config_module
 
 import mnemosyne.parallel.launch
 from mnemosyne import cli
@@ -99,6 +101,31 @@ def test_each_run_of_a_sweep_starts_its_own_ranks(seen: Seen, launched: Launched
     assert [world_size for _, world_size in launched] == [2, 4]
     assert all("prompt=a, b" in command for command, _ in launched)
     assert not any("--multirun" in command for command, _ in launched)
+
+
+def test_a_run_that_fails_in_another_process_is_no_success(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pids = itertools.count()
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(cli.os, "getpid", lambda: next(pids))
+    stand_in(monkeypatch, lambda config: cli.FAILED)
+
+    status = cli.main(["generate", "model=x"])
+
+    assert status != cli.OK
+    assert "mnemosyne generate ended with status 2" in capsys.readouterr().err
+
+
+def test_the_slurm_launcher_has_what_its_plugin_asks_for() -> None:
+    with initialize_config_module("mnemosyne.conf", version_base="1.3"):
+        composed = compose(
+            "generate", ["model=x", "hydra/launcher=slurm"], return_hydra_config=True
+        )
+
+    launcher = composed.hydra.launcher
+    assert launcher._target_.endswith(".SlurmLauncher")
+    assert (launcher.nodes, launcher.tasks_per_node) == (1, 1)
 
 
 def test_rank_0_prints_and_its_lines_say_so(

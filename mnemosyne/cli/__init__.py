@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -85,15 +86,19 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
     command = COMMANDS[name]
     flags, words = prepare(arguments, command.config)
     statuses = []
+    process = os.getpid()
 
     def job(composed: DictConfig) -> None:
         # One run of a sweep may be refused; the others are not affected.
         try:
             config = to_config(composed, command.config)
             status = run_on_ranks(command.run, config, partial(command_of_run, name, flags))
-            statuses.append(status)
         except (ValueError, OSError) as error:
-            statuses.append(complain(error))
+            status = complain(error)
+        statuses.append(status)
+        if status != OK and os.getpid() != process:
+            # A launcher of Hydra runs this elsewhere; an error is all that comes back from there.
+            raise RuntimeError(f"mnemosyne {name} ended with status {status}")
 
     run = hydra.main(config_path="pkg://mnemosyne.conf", config_name=name, version_base="1.3")(job)
     # A sweep leaves a record of itself somewhere; the caller's folder stays clean.
