@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mnemosyne.llm import LLM
@@ -17,6 +16,7 @@ from mnemosyne.model_zoo.needle import write_needle
 from mnemosyne.request import RequestOutput, SamplingParams
 from mnemosyne.runtime.worker import LOGPROB_ROWS
 from tests.engines import greedy, model_of, open_tiny, random_prompts
+from tests.model_zoo.dense import DenseAttend
 from tests.model_zoo.tiny import VOCAB_SIZE, tiny_checkpoint
 
 PROMPTS = random_prompts((30, 7, 51, 18, 2))
@@ -131,14 +131,9 @@ def test_logprobs_belong_to_the_tokens_and_are_those_of_a_dense_forward(llm: LLM
 
 
 def dense_logits(llm: LLM, ids: np.ndarray) -> Tensor:
-    """Logits ``[T, V]`` of one forward over all tokens, by torch's own attention and no cache."""
-
-    def attend(layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        q, k, v = (part.transpose(0, 1)[None] for part in (q_THD, k_TKD, v_TKD))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return out[0].transpose(0, 1)
-
+    """Logits ``[T, V]`` of one forward over all tokens, without a cache."""
     model = model_of(llm)
+    attend = DenseAttend(model.spec.windows)
     with torch.inference_mode():
         return model.logits(model(torch.from_numpy(ids), torch.arange(len(ids)), attend))
 
