@@ -1,0 +1,77 @@
+"""How much cache a budget buys, and how that is said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mnemosyne.cache.capacity import count_pages, describe_cache, tokens_per_group
+from mnemosyne.config import CacheConfig
+
+CPU = torch.device("cpu")
+TOKEN_BYTES = 1000
+
+
+@pytest.fixture(autouse=True)
+def free_bytes(monkeypatch: pytest.MonkeyPatch) -> int:
+    """What the machine has left: a hundred million."""
+    monkeypatch.setattr("mnemosyne.cache.capacity.free_memory", lambda device: 10**8)
+    return 10**8
+
+
+def pages(weight_bytes: int = 0, **fields: object) -> int:
+    config = CacheConfig(**{"page_size": 100, **fields})
+    return count_pages(config, token_bytes=TOKEN_BYTES, weight_bytes=weight_bytes, device=CPU)
+
+
+@pytest.mark.parametrize(("max_tokens", "expected"), [(1, 1), (100, 1), (101, 2), ("64K", 656)])
+def test_a_number_of_tokens_is_rounded_up_to_pages(max_tokens: int | str, expected: int) -> None:
+    assert pages(max_tokens=max_tokens) == expected
+
+
+def test_a_share_is_of_what_the_weights_leave() -> None:
+    assert pages(memory_share=0.5) == 500
+    assert pages(memory_share=0.5, weight_bytes=6 * 10**7) == 200
+
+
+def test_the_budget_may_be_all_that_the_weights_leave_but_no_more() -> None:
+    assert pages(max_tokens=40_000, weight_bytes=6 * 10**7) == 400
+
+    with pytest.raises(
+        ValueError, match=r"max_tokens=40001 must fit the memory of cpu that the we"
+    ):
+        pages(max_tokens=40_001, weight_bytes=6 * 10**7)
+
+
+@pytest.mark.parametrize(
+    ("fields", "weight_bytes"),
+    [({"max_tokens": 0}, 0), ({"memory_share": 1e-6}, 0), ({"memory_share": 0.9}, 10**9)],
+)
+def test_less_than_a_page_is_refused(fields: dict[str, object], weight_bytes: int) -> None:
+    said = r"must hold at least one page of 100 tokens \(100,000 bytes\), got room for 0 tokens; ra"
+    with pytest.raises(ValueError, match=said):
+        pages(weight_bytes, **fields)
+
+
+def test_the_cache_is_described_in_tokens_bytes_and_requests() -> None:
+    said = describe_cache(20, 2**16, token_bytes=2**10, num_groups=1)
+
+    assert said == (
+        "KV cache: 1,310,720 tokens in 1.25 GiB; "
+        "requests that fit: 1 of 1M or 10 of 128K or 160 of 8K or 1,280 of 1K"
+    )
+
+
+def test_a_small_cache_is_described_by_the_one_request_that_it_holds() -> None:
+    said = describe_cache(3, 16, token_bytes=2**20, num_groups=1)
+
+    assert said == "KV cache: 48 tokens in 0.05 GiB; requests that fit: one of 48"
+
+
+def test_a_group_holds_all_of_a_request_unless_told_otherwise() -> None:
+    assert tokens_per_group(CacheConfig(page_size=16), 10) == 160
+    assert tokens_per_group(CacheConfig(page_size=16, max_tokens_per_group=64), 10) == 64
+    assert tokens_per_group(CacheConfig(page_size=16, max_tokens_per_group=1600), 10) == 160
+
+    with pytest.raises(ValueError, match=r"multiple of cache.page_size=16, got 50; use 48"):
+        tokens_per_group(CacheConfig(page_size=16, max_tokens_per_group=50), 10)

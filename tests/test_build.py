@@ -1,0 +1,110 @@
+"""Config in, engine out: what is chosen, what is measured, what is said at start-up."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from mnemosyne.build import build_engine, build_rank, choose_device
+from mnemosyne.config import CacheConfig, EngineConfig, ScheduleConfig
+from mnemosyne.schedule.predictor import LinearPredictor
+from tests.engines import greedy, open_tiny, worker_of
+from tests.model_zoo.tiny import tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("build") / "tiny", family="mistral", window=24)
+
+
+def config(checkpoint: Path, chunk: int | str = 8) -> EngineConfig:
+    return EngineConfig(
+        model=str(checkpoint),
+        device="cpu",
+        schedule=ScheduleConfig(chunk=chunk, target_tbt=0.01),
+        cache=CacheConfig(max_tokens=1024, page_size=16),
+    )
+
+
+def test_start_up_says_what_runs_and_what_fits(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="mnemosyne")
+
+    build_rank(config(checkpoint))
+
+    said = [record.getMessage() for record in caplog.records if record.name == "mnemosyne.build"]
+    assert said == [
+        f"{checkpoint}, torch.float64 on cpu, cpu attention",
+        "KV cache: 1,024 tokens in 0.00 GiB; requests that fit: 1 of 1K",
+    ]
+
+
+def test_adaptive_chunks_are_fitted_to_the_machine_and_fixed_ones_are_not(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="mnemosyne")
+    predictors = {}
+    for chunk in (8, "adaptive"):
+        engine = build_engine(build_rank(config(checkpoint)), config(checkpoint, chunk))
+        predictors[chunk] = engine.scheduler.predictor
+
+    assert isinstance(predictors[8], LinearPredictor)
+    assert predictors[8].coefficients == ()
+    assert sum(predictors["adaptive"].coefficients) > 0
+    assert sum("step times fitted" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_predictor_of_ones_own_is_not_fitted(checkpoint: Path) -> None:
+    predictor = LinearPredictor()
+
+    engine = build_engine(
+        build_rank(config(checkpoint)), config(checkpoint, "adaptive"), predictor=predictor
+    )
+
+    assert engine.scheduler.predictor is predictor
+    assert predictor.coefficients == ()
+
+
+def test_a_cache_too_small_for_the_sweep_learns_from_its_steps(checkpoint: Path) -> None:
+    with open_tiny(checkpoint, chunk="adaptive", max_tokens=16) as llm:
+        assert llm.engine.scheduler.predictor.coefficients == ()
+        (output,) = llm.generate([1, 2, 3], greedy(5))
+        assert sum(llm.engine.scheduler.predictor.coefficients) > 0
+
+    assert len(output.token_ids) == 5
+
+
+def test_the_sweep_leaves_no_request_and_no_page_behind(checkpoint: Path) -> None:
+    with open_tiny(checkpoint, chunk="adaptive") as llm:
+        assert worker_of(llm)._sequences == {}
+        assert llm.engine.scheduler.router.num_used == 0
+        assert not llm.engine.has_work
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("auto", torch.float64), ("float32", torch.float32)]
+)
+def test_the_dtype_is_that_of_the_checkpoint_unless_given(
+    checkpoint: Path, given: str, expected: torch.dtype
+) -> None:
+    chosen = config(checkpoint)
+    chosen.dtype = given
+
+    worker = build_rank(chosen).worker
+
+    assert worker._model.dtype == expected
+    assert worker._pool.k[0].dtype == expected
+
+
+def test_devices_are_chosen_by_name() -> None:
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("auto").type == usual
+    for name in ("", "cpu:x", "gpu", "meta", "cuda:-1", "cuda:64"):
+        with pytest.raises(ValueError, match=r"^device must be .*; use "):
+            choose_device(name)
