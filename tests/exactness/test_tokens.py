@@ -19,7 +19,7 @@ from tests.model_zoo.tiny import VOCAB_SIZE, oracle, tiny_checkpoint
 NUM_TOKENS = 64
 LENGTHS = (1, 5, 16, 33, 64, 97, 130, 41)
 CHUNKS: tuple[int | str, ...] = (1, 7, 64, "adaptive")
-BACKENDS = ("reference", "cpu", "flex")
+SLOW = pytest.mark.slow
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama"},
     "llama-linear-old": {"family": "llama", "rope": "linear", "rope_form": "oldest"},
@@ -74,7 +74,7 @@ def _llm(path: Path, backend: str, chunk: int | str) -> LLM:
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "cpu", pytest.param("flex", marks=SLOW)])
 def test_tokens_are_those_of_transformers_alone_and_together(
     checkpoint, prompts, expected, backend
 ):
@@ -87,6 +87,16 @@ def test_tokens_are_those_of_transformers_alone_and_together(
         assert [output.error for output in together] == [None] * len(prompts)
         assert [output.token_ids for output in together] == expected, chunk
         assert alone[0].token_ids == expected[5], chunk
+
+
+def test_tokens_of_flex_are_those_of_transformers(checkpoint, prompts, expected):
+    # FlexAttention in float64 is not compiled on CPU and takes milliseconds a call: a short run
+    chosen = (1, 3, 6)
+    params = SamplingParams(max_tokens=12, temperature=0.0)
+    with _llm(checkpoint, "flex", 33) as llm:
+        together = llm.generate([prompts[i] for i in chosen], params)
+
+    assert [output.token_ids for output in together] == [expected[i][:12] for i in chosen]
 
 
 class RecordingModel:
@@ -121,7 +131,7 @@ def _sampled_logits(llm: LLM, prompt: np.ndarray) -> tuple[list[int], Iterator[T
     return output.token_ids, (logits_BV[0] for logits_BV in recording.recorded)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "cpu", pytest.param("flex", marks=SLOW)])
 def test_logits_are_within_1e_10_of_a_dense_forward(checkpoint, prompts, backend):
     for chunk in (7, 64, "adaptive"):
         with _llm(checkpoint, backend, chunk) as llm:
