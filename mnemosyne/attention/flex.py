@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mnemosyne.attention.flex_compiled import CompiledFlex, PagedTables
-from mnemosyne.attention.flex_eager import DenseSegment, EagerFlex, dense_segments
+from mnemosyne.attention.flex_eager import DenseCall, EagerFlex, dense_calls
 from mnemosyne.attention.segments import AttentionBatch
 
 FLEX_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -30,8 +30,8 @@ class _Prepared:
         return PagedTables(self._segments, self._window, self._page_size, self._device)
 
     @cached_property
-    def dense(self) -> list[DenseSegment]:
-        return dense_segments(self._segments, self._window, self._page_size, self._device)
+    def dense(self) -> list[DenseCall]:
+        return dense_calls(self._segments, self._window, self._page_size, self._device)
 
 
 class FlexBackend:

@@ -117,7 +117,7 @@ class CompiledFlex:
         """
         _check_pool(k_KSD, tables.page_size)
         k, v = k_KSD.unsqueeze(0), v_KSD.unsqueeze(0)
-        _mark_dynamic((k, 2), (v, 2))
+        mark_dynamic((k, 2), (v, 2))
         num_pages = k.shape[2] // tables.page_size
         for call in tables.calls(group := q_TKGD.shape[2]):
             q_BKMD = _fold(q_TKGD[call.rows], call)
@@ -236,11 +236,11 @@ def _fold(q_TKGD: Tensor, call: _Call) -> Tensor:
     if not call.is_chunk:
         q_BKMD = pad(q_TKGD, (0, 0, 0, 0, 0, 0, 0, batch - q_TKGD.shape[0]))
         if not q_BKMD.is_cuda:
-            _mark_dynamic((q_BKMD, 0))
+            mark_dynamic((q_BKMD, 0))
         return q_BKMD
     q_KMD = q_TKGD.transpose(0, 1).flatten(1, 2)
     q_BKMD = pad(q_KMD, (0, 0, 0, num_blocks * QUERY_BLOCK - q_KMD.shape[1])).unsqueeze(0)
-    _mark_dynamic((q_BKMD, 2))
+    mark_dynamic((q_BKMD, 2))
     return q_BKMD
 
 
@@ -263,14 +263,15 @@ def _kernel_tables(call: _Call, num_pages: int) -> tuple[Tensor, ...]:
         flat = partial.new_empty(partial.numel() + num_pages)
         flat[: partial.numel()] = partial.flatten()
         partial = flat.as_strided((*partial.shape[:3], num_pages), partial.stride())
-        _mark_dynamic((partial, 3))
+        mark_dynamic((partial, 3))
     tables = (blocks.num_partial, partial, blocks.num_full, blocks.full)
     if call.is_chunk or partial.device.type == "cpu":
-        _mark_dynamic(*((table, 2 if call.is_chunk else 0) for table in tables))
-    _mark_dynamic((blocks.full, 3))
+        mark_dynamic(*((table, 2 if call.is_chunk else 0) for table in tables))
+    mark_dynamic((blocks.full, 3))
     return *tables, blocks.bounds_B3
 
 
-def _mark_dynamic(*dims: tuple[Tensor, int]) -> None:
+def mark_dynamic(*dims: tuple[Tensor, int]) -> None:
+    """Let torch.compile treat these dims as any size from 2 up; it refuses to specialise them."""
     for tensor, dim in dims:
         torch._dynamo.mark_dynamic(tensor, dim)
