@@ -11,7 +11,8 @@ from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
 
-LAUNCHER_LOG = "torch.distributed.elastic"
+# The second has a level of its own.
+LAUNCHER_LOGS = ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api")
 
 
 def launch_local(command: Sequence[str], world_size: int) -> int:
@@ -88,13 +89,15 @@ def _own_signals() -> Iterator[None]:
 @contextmanager
 def _quiet_launcher() -> Iterator[None]:
     """Keep the launcher from writing about every rank that it ends: the ranks say what matters."""
-    launcher = logging.getLogger(LAUNCHER_LOG)
-    level = launcher.level
-    launcher.setLevel(logging.CRITICAL)
+    loggers = [logging.getLogger(name) for name in LAUNCHER_LOGS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        launcher.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager
