@@ -19,6 +19,7 @@ class Segment:
     A row at position p sees local key j, which stands at position ``first_key + j``, if
     ``first_key + j <= p`` and, under a sliding window w, ``first_key + j > p - w``.
     Local key j lives in slot ``pages[j // page_size] * page_size + j % page_size`` of the pool.
+    Segments may share pages (a common prefix); a page then holds the same positions in all.
     """
 
     first_row: int  # index into the packed rows T
