@@ -61,6 +61,7 @@ def _run(spec: ModelSpec, path: Path | None, config: MeshConfig, token_ids: list
     )
 
 
+@torch.inference_mode()
 def _logits(decoder: Decoder, mesh: Mesh, layers: range, token_ids: list[int]) -> Tensor | None:
     x, positions_T = torch.tensor(token_ids), torch.arange(len(token_ids))
     if not decoder.is_first:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from mnemosyne.config import MeshConfig
 from mnemosyne.parallel import init_mesh, single_mesh
-from mnemosyne.parallel.collectives import all_gather, all_reduce_sum
+from mnemosyne.parallel.collectives import SMALL_BYTES, all_gather, all_reduce_sum
 from mnemosyne.parallel.mesh import check_mesh, head_mesh, local_kv_heads
 from tests.ranks import RankError, run_ranks
 
@@ -81,8 +81,9 @@ def test_collectives_take_every_dtype_and_any_layout(degree: int) -> None:
 def sum_random(config: MeshConfig) -> list[torch.Tensor]:
     axis = init_mesh(config, "cpu").tp
     generator = torch.Generator().manual_seed(axis.index)
-    x = torch.randn(1000, generator=generator)
-    return [all_reduce_sum(x.to(dtype), axis) for dtype in (torch.float32, torch.bfloat16)]
+    x = torch.randn(SMALL_BYTES, generator=generator)
+    dtypes = (torch.float32, torch.bfloat16)
+    return [all_reduce_sum(x[:size].to(d), axis) for d in dtypes for size in (1000, SMALL_BYTES)]
 
 
 @pytest.mark.parametrize("degree", [2, 3, 4])
