@@ -22,7 +22,7 @@ from mnemosyne.parallel.collectives import smallest
 from mnemosyne.parallel.mesh import Mesh, check_mesh, check_world_size, count_processes, init_mesh
 from mnemosyne.parallel.pipeline import Pipeline
 from mnemosyne.parallel.trace import Trace
-from mnemosyne.runtime.executor import DriverChannel, LocalExecutor, MeshExecutor
+from mnemosyne.runtime.executor import Crew, LocalExecutor, MeshExecutor
 from mnemosyne.runtime.step import LayerShape
 from mnemosyne.runtime.worker import Worker
 from mnemosyne.schedule.calibrate import Limits, calibrate
@@ -114,7 +114,7 @@ def build_engine(
     rank: Rank,
     config: EngineConfig,
     *,
-    channel: DriverChannel | None = None,
+    crew: Crew | None = None,
     predictor: Predictor | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
 ) -> Engine:
@@ -123,7 +123,7 @@ def build_engine(
     Args:
         rank: what this process holds.
         config: all choices.
-        channel: to the other ranks, which follow it by now; None if there are none.
+        crew: the other ranks, which follow by now; None if there are none.
         predictor: step time, in place of the one fitted by a sweep here.
         on_step: called with the record of each step.
 
@@ -132,9 +132,9 @@ def build_engine(
     """
     spec, mesh = rank.checkpoint.spec, rank.mesh
     executor: Executor = LocalExecutor(rank.worker)
-    if channel is not None:
+    if crew is not None:
         executor = MeshExecutor(
-            rank.worker, channel, num_groups=mesh.kvp.degree, num_stages=mesh.pp.degree
+            rank.worker, crew, num_groups=mesh.kvp.degree, num_stages=mesh.pp.degree
         )
     router = Router(
         [PageAllocator(rank.num_pages) for _ in range(mesh.kvp.degree)],

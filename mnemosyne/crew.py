@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from functools import partial
+
 from torch.distributed import distributed_c10d
 
 from mnemosyne.build import Rank
@@ -15,8 +18,12 @@ from mnemosyne.parallel.control import (
     Stop,
 )
 from mnemosyne.parallel.trace import gather_traces, write_trace
+from mnemosyne.parallel.watchdog import Watchdog
 from mnemosyne.request import RequestOutput
 from mnemosyne.runtime.follower import follow
+from mnemosyne.serve.engine import Engine
+
+log = logging.getLogger(__name__)
 
 
 class Driver:
@@ -28,26 +35,42 @@ class Driver:
 
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
-        self.channel = DriverChannel(_store(), rank.mesh.world_size)
+        self._channel = DriverChannel(_store(), rank.mesh.world_size)
+        self._watchdog = _watchdog(rank)
+        self.send_plan = self._channel.send_plan
+        self.recv_result = self._channel.recv_result
+        self.watch_step = self._watchdog.watch_step
 
-    def tell_ready(self) -> None:
-        """Let the others out of their constructors."""
-        self.channel.send_outputs([])
+    def tell_ready(self, engine: Engine | None = None) -> None:
+        """Let the others out of their constructors.
+
+        Args:
+            engine: whose unfinished requests are reported if the ranks have to end.
+        """
+        if engine is not None:
+            self._watchdog.on_end = partial(report_lost, engine)
+        self._channel.send_outputs([])
 
     def tell_outputs(self, outputs: list[RequestOutput]) -> None:
         """End a call that every rank made."""
-        self.channel.send_outputs(outputs)
+        self._channel.send_outputs(outputs)
 
     def tell_interrupted(self, error: BaseException) -> None:
         """End a call that every rank made with the error that ends it here."""
-        self.channel.send_interrupted(error)
+        self._channel.send_interrupted(error)
 
-    def close(self) -> None:
-        """Let the others go, and write the trace that all of them made."""
-        self.channel.send_stop()
-        self._rank.worker.close()
-        finish_trace(self._rank)
-        self.channel.close()
+    def close(self, error: BaseException | None = None) -> None:
+        """Let the others go, and write the trace that all of them made.
+
+        Args:
+            error: what ends this rank before its time, if anything does.
+        """
+        if error is None:
+            self._channel.send_stop()
+            self._rank.worker.close()
+            finish_trace(self._rank)
+        self._watchdog.close(error)
+        self._channel.close()
 
 
 class Follower:
@@ -60,6 +83,7 @@ class Follower:
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
         self._channel = FollowerChannel(_store(), rank.mesh.rank)
+        self._watchdog = _watchdog(rank)
         self._is_stopped = False
         self.follow_call()
 
@@ -85,20 +109,38 @@ class Follower:
         while not self._is_stopped:
             self._next()
 
-    def close(self, *, is_failed: bool = False) -> None:
-        """Wait for rank 0 to close, unless this rank failed."""
-        if not is_failed:
+    def close(self, error: BaseException | None = None) -> None:
+        """Wait for rank 0 to close, unless this rank failed.
+
+        Args:
+            error: what ends this rank before its time, if anything does.
+        """
+        if error is None:
             self.follow_to_the_end()
             self._rank.worker.close()
             finish_trace(self._rank)
+        self._watchdog.close(error)
         self._channel.close()
 
     def _next(self) -> Message:
         if self._is_stopped:
             return Stop()
-        message: Message = follow(self._channel, self._rank.worker)
+        message: Message = follow(self._channel, self._rank.worker, self._watchdog.watch_step)
         self._is_stopped = isinstance(message, Stop)
         return message
+
+
+def report_lost(engine: Engine, reason: str) -> None:
+    """End the requests that still run, and say what they had."""
+    lost = engine.unfinished()
+    engine.abort("error", reason)
+    for output in lost:
+        log.error(
+            "request %s failed with %d tokens so far: %r",
+            output.request_id,
+            len(output.token_ids),
+            output.text or output.token_ids,
+        )
 
 
 def finish_trace(rank: Rank) -> None:
@@ -108,6 +150,11 @@ def finish_trace(rank: Rank) -> None:
     dumps = gather_traces(rank.trace, _store(), rank.mesh.world_size)
     if dumps is not None:
         write_trace(rank.trace_path, dumps)
+
+
+def _watchdog(rank: Rank) -> Watchdog:
+    mesh = rank.mesh
+    return Watchdog(_store(), rank=mesh.rank, world_size=mesh.world_size, label=mesh.label)
 
 
 def _store() -> Store:

@@ -107,12 +107,11 @@ class LLM:
             if rank.mesh.world_size > 1:
                 self._driver, self._follower = _join(rank)
             if self._follower is None:
-                channel = self._driver.channel if self._driver else None
-                self._engine = build_engine(rank, config, channel=channel, on_step=self._record)
+                self._engine = build_engine(rank, config, crew=self._driver, on_step=self._record)
             if self._driver is not None:
-                self._driver.tell_ready()
-        except BaseException:
-            self._close(is_failed=True)
+                self._driver.tell_ready(self._engine)
+        except BaseException as error:
+            self._close(error)
             raise
 
     @property
@@ -227,17 +226,17 @@ class LLM:
 
         On a mesh, rank 0 lets the others go, and they wait for it here.
         """
-        self._close(is_failed=False)
+        self._close(None)
 
-    def _close(self, *, is_failed: bool) -> None:
+    def _close(self, error: BaseException | None) -> None:
         if self._engine is not None:
             self._engine.abort("cancelled")
         if self._driver is not None:
-            self._driver.close()
+            self._driver.close(error)
         elif self._trace is not None and self.config.metrics.trace and self._follower is None:
             write_trace(self.config.metrics.trace, [self._trace.dump()])
         if self._follower is not None:
-            self._follower.close(is_failed=is_failed)
+            self._follower.close(error)
         self._engine = self._driver = self._follower = self._trace = None
         if self._step_log is not None:
             self._step_log.close()
@@ -251,7 +250,7 @@ class LLM:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._close(is_failed=error is not None)
+        self._close(error)
 
     def _record(self, record: StepRecord) -> None:
         if self._step_log is not None:

@@ -51,7 +51,7 @@ _CORE = ("torch", "numpy", "safetensors", "tokenizers", "jinja2")
 TABLE = {
     # the package itself: the public names
     "": Rule(("llm", "request", "config", "serve")),
-    "crew": Rule(("build", "parallel", "request", "runtime"), ("torch",)),
+    "crew": Rule(("build", "parallel", "request", "runtime", "serve"), ("torch",)),
     "llm": Rule(
         (
             *("build", "checkpoint", "config", "crew", "metrics", "request", "serve"),

@@ -85,7 +85,7 @@ def decode_filled(case: Case) -> dict[str, float] | None:
     executor: Executor = LocalExecutor(rank.worker)
     if driver is not None:
         executor = MeshExecutor(
-            rank.worker, driver.channel, num_groups=num_groups, num_stages=rank.mesh.pp.degree
+            rank.worker, driver, num_groups=num_groups, num_stages=rank.mesh.pp.degree
         )
         driver.tell_ready()
     placement = _placement(num_groups, shard_tokens, room // PAGE_SIZE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from mnemosyne.runtime.worker import Worker
@@ -33,14 +34,17 @@ class LocalExecutor:
         return self._results.popleft()
 
 
-class DriverChannel(Protocol):
-    """The driver's end of the control channel."""
+class Crew(Protocol):
+    """The other ranks, as the driver sees them."""
 
     def send_plan(self, plan: Plan) -> None:
         """Hand a plan to every other rank."""
 
     def recv_result(self) -> StepResult:
         """Wait for what one group says of one step."""
+
+    def watch_step(self, index: int, predicted_s: float) -> AbstractContextManager[None]:
+        """The context in which a step runs: it ends all ranks if the step fails or gets stuck."""
 
 
 class MeshExecutor:
@@ -51,37 +55,38 @@ class MeshExecutor:
 
     Args:
         worker: the driver's own rank.
-        channel: to the others.
+        crew: the others.
         num_groups: degree of the kvp axis.
         num_stages: degree of the pp axis.
     """
 
-    def __init__(
-        self, worker: Worker, channel: DriverChannel, *, num_groups: int, num_stages: int
-    ) -> None:
+    def __init__(self, worker: Worker, crew: Crew, *, num_groups: int, num_stages: int) -> None:
         self.worker = worker
         self.depth = num_stages
-        self._channel = channel
+        self._crew = crew
         self._num_groups = num_groups
-        self._in_flight: deque[int] = deque()  # indices of plans, oldest first
+        self._in_flight: deque[Plan] = deque()  # oldest first
         self._parts: dict[int, list[StepResult]] = {}
 
     def submit(self, plan: Plan) -> None:
         """Send a plan out and compute the driver's part of it."""
-        self._in_flight.append(plan.index)
-        self._parts[plan.index] = []
-        self._channel.send_plan(plan)
-        result = self.worker.run(plan)
-        if result is not None:
-            self._parts[plan.index].append(result)
+        with self._crew.watch_step(plan.index, plan.predicted_s):
+            self._crew.send_plan(plan)
+            self._in_flight.append(plan)
+            self._parts[plan.index] = []
+            result = self.worker.run(plan)
+            if result is not None:
+                self._parts[plan.index].append(result)
 
     def collect(self) -> StepResult:
         """Wait for all groups to be done with the oldest step."""
-        index = self._in_flight.popleft()
-        while len(self._parts[index]) < self._num_groups:
-            result = self._channel.recv_result()
-            self._parts[result.index].append(result)
-        return _joined(self._parts.pop(index))
+        plan = self._in_flight[0]
+        with self._crew.watch_step(plan.index, plan.predicted_s):
+            while len(self._parts[plan.index]) < self._num_groups:
+                result = self._crew.recv_result()
+                self._parts[result.index].append(result)
+        self._in_flight.popleft()
+        return _joined(self._parts.pop(plan.index))
 
 
 def _joined(parts: list[StepResult]) -> StepResult:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from mnemosyne.runtime.worker import Worker
 from mnemosyne.schedule.plan import Plan, StepResult
+
+Watch = Callable[[int, float], AbstractContextManager[None]]  # of a step: index, predicted seconds
 
 
 class Inbox(Protocol):
@@ -18,12 +22,13 @@ class Inbox(Protocol):
         """Report what this rank's group made of a step."""
 
 
-def follow(inbox: Inbox, worker: Worker) -> Any:
+def follow(inbox: Inbox, worker: Worker, watch: Watch) -> Any:
     """Run plans until the driver says something else.
 
     Args:
         inbox: where plans come from and results go.
         worker: this rank's part of the model.
+        watch: makes the context in which a step runs.
 
     Returns:
         The message that was no plan.
@@ -32,6 +37,7 @@ def follow(inbox: Inbox, worker: Worker) -> Any:
         message = inbox.recv()
         if not isinstance(message, Plan):
             return message
-        result = worker.run(message)
+        with watch(message.index, message.predicted_s):
+            result = worker.run(message)
         if result is not None:
             inbox.send_result(result)

@@ -80,6 +80,10 @@ class Engine:
             self.scheduler.check_fits(request)
         return [self._accept(request) for request in requests]
 
+    def unfinished(self) -> list[RequestOutput]:
+        """Outputs of the requests that still run or wait."""
+        return [active.output for active in self._active.values()]
+
     def cancel(self, request_id: int) -> None:
         """End a request now; its pages are free at the next step. Unknown ids are ignored."""
         active = self._active.get(request_id)
