@@ -116,17 +116,17 @@ def axis_of(device_mesh: DeviceMesh) -> Axis:
 
 
 def head_mesh(mesh: Mesh, num_kv_heads: int) -> DeviceMesh:
-    """The tp axis as KV heads x copies, for more ranks than heads; all ranks call it together.
+    """An axis of KV heads, for more ranks of tp than heads; all ranks call it together.
 
     Neighbouring ranks share a head: index t of tp holds head ``t // (tp / num_kv_heads)``.
     """
     assert mesh.device_mesh is not None
-    copies = mesh.tp.degree // num_kv_heads
+    tp = mesh.tp.degree
     return init_device_mesh(
         mesh.device_mesh.device_type,
-        (mesh.world_size // mesh.tp.degree, num_kv_heads, copies),
+        (mesh.world_size // tp, num_kv_heads, tp // num_kv_heads),
         mesh_dim_names=("outer", "kv_head", "copy"),
-    )["kv_head", "copy"]
+    )["kv_head"]
 
 
 def count_processes() -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from mnemosyne.parallel.collectives import all_gather, all_reduce_sum
@@ -87,10 +87,10 @@ def gather_words(module: nn.Module, axis: Axis, vocab_size: int) -> None:
 
 
 def _shard(module: nn.Module, name: str, device_mesh: DeviceMesh, dim: int) -> None:
-    """Cut a parameter along the first axis of a mesh; along others each rank holds a copy."""
+    """Cut a parameter into neighbouring parts, one for each rank of an axis."""
     parameter = module.get_parameter(name)
     assert parameter.is_meta, "parameters are cut before they are loaded"
-    placements = [Shard(dim), *[Replicate()] * (device_mesh.ndim - 1)]
     # Without a source of data nothing is sent: there are no values yet.
-    sharded = distribute_tensor(parameter.detach(), device_mesh, placements, src_data_rank=None)
+    whole, cut = parameter.detach(), [Shard(dim)]
+    sharded = distribute_tensor(whole, device_mesh, cut, src_data_rank=None)
     module.register_parameter(name, nn.Parameter(sharded, requires_grad=False))
