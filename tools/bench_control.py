@@ -44,6 +44,7 @@ VOCAB_SIZE = 128_000
 SHORT_TOKENS = 500  # of each short prompt
 OUTPUT_TOKENS = 2000
 CHUNK = 512
+STEP_S = 0.03  # what the predictor is told
 SKIP_CHUNK = 1 << 20  # to have the long prompt prefilled soon
 
 Value = TypeVar("Value")
@@ -103,7 +104,7 @@ def make_scheduler(length: int, num_short: int, chunk: int) -> Scheduler:
     short_pages = num_short * ((SHORT_TOKENS + OUTPUT_TOKENS) // PAGE_SIZE + 1)
     allocators = [PageAllocator(pages_per_group + short_pages) for _ in range(NUM_GROUPS)]
     scheduler = Scheduler(
-        ScheduleConfig(chunk=chunk, max_chunk=chunk, max_sequences=num_short + 1),
+        ScheduleConfig(chunk=chunk, max_chunk=chunk, max_sequences=num_short + 1, policy="fcfs"),
         SloConfig(),
         router=Router(
             allocators, page_size=PAGE_SIZE, max_tokens_per_group=pages_per_group * PAGE_SIZE
@@ -135,6 +136,7 @@ def plans(scheduler: Scheduler, times: Times) -> Iterator[Plan]:
         result: StepResult = yield plan
         tokens = {request: sampled.token_id for request, sampled in result.sampled.items()}
         scheduler.complete(plan, tokens)
+        scheduler.learn(plan, STEP_S)
 
 
 def run(
