@@ -19,7 +19,14 @@ from mnemosyne.metrics import StepRecord
 from mnemosyne.model_zoo.decoder import Decoder
 from mnemosyne.model_zoo.spec import ModelSpec
 from mnemosyne.parallel.collectives import smallest
-from mnemosyne.parallel.mesh import Mesh, check_mesh, check_world_size, count_processes, init_mesh
+from mnemosyne.parallel.mesh import (
+    Mesh,
+    check_mesh,
+    check_world_size,
+    count_processes,
+    init_mesh,
+    ranks_on_host,
+)
 from mnemosyne.parallel.pipeline import Pipeline
 from mnemosyne.parallel.trace import Trace
 from mnemosyne.runtime.executor import Crew, LocalExecutor, MeshExecutor
@@ -46,8 +53,9 @@ class Rank:
     worker: Worker
     intake: Intake
     num_pages: int  # of each group
+    tokens_per_group: int  # of one request
     trace: Trace | None  # of what this rank does
-    trace_path: str | None  # where rank 0 writes it
+    metrics: MetricsConfig  # where rank 0 writes it
 
 
 def build_rank(config: EngineConfig, *, progress: Progress | None = None) -> Rank:
@@ -61,25 +69,19 @@ def build_rank(config: EngineConfig, *, progress: Progress | None = None) -> Ran
         ValueError: for a checkpoint, device, mesh or memory that cannot be used; for all that the
             config alone shows, before any weight is read.
     """
-    device = choose_device(config.device)
-    check_world_size(config.mesh, count_processes())
-    checkpoint = find_checkpoint(config.model)
+    device, checkpoint = _find(config)
     spec = checkpoint.spec
-    check_mesh(
-        config.mesh,
-        num_layers=spec.num_layers,
-        num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads,
-        mlp_width=spec.mlp_width,
-        vocab_size=spec.vocab_size,
-    )
     dtype = getattr(torch, spec.dtype if config.dtype == "auto" else config.dtype)
     backend = choose_backend(config.attention, device=device, dtype=dtype)
     mesh = init_mesh(config.mesh, device.type)
     decoder = checkpoint.decoder(mesh, dtype)
     token_bytes = _token_bytes(decoder, dtype)
     num_pages = count_pages(
-        config.cache, token_bytes=token_bytes, weight_bytes=weight_bytes(decoder), device=device
+        config.cache,
+        token_bytes=token_bytes,
+        weight_bytes=weight_bytes(decoder),
+        device=device,
+        num_sharing=ranks_on_host() if device.type == "cpu" else 1,
     )
     intake = Intake(
         vocab_size=spec.vocab_size,
@@ -90,6 +92,7 @@ def build_rank(config: EngineConfig, *, progress: Progress | None = None) -> Ran
     )
     # Every rank of a group must hold the pages that the driver hands out.
     num_pages = smallest(num_pages, mesh)
+    max_tokens = tokens_per_group(config.cache, num_pages)
     checkpoint.load(decoder, device, progress)
     trace = _trace(config.metrics, mesh, device)
     worker = Worker(
@@ -103,11 +106,14 @@ def build_rank(config: EngineConfig, *, progress: Progress | None = None) -> Ran
         trace=trace,
     )
     log.info("%s, %s on %s, %s attention", checkpoint.name, dtype, device, backend.name)
-    page_size = config.cache.page_size
-    num_groups = mesh.kvp.degree
-    cache = describe_cache(num_pages, page_size, token_bytes=token_bytes, num_groups=num_groups)
+    cache = describe_cache(
+        num_pages,
+        config.cache.page_size,
+        token_bytes=token_bytes,
+        num_groups=mesh.kvp.degree,
+    )
     log.info("%s", cache)
-    return Rank(mesh, checkpoint, worker, intake, num_pages, trace, config.metrics.trace)
+    return Rank(mesh, checkpoint, worker, intake, num_pages, max_tokens, trace, config.metrics)
 
 
 def build_engine(
@@ -126,9 +132,6 @@ def build_engine(
         crew: the other ranks, which follow by now; None if there are none.
         predictor: step time, in place of the one fitted by a sweep here.
         on_step: called with the record of each step.
-
-    Raises:
-        ValueError: if the limit per group does not fit the pages.
     """
     spec, mesh = rank.checkpoint.spec, rank.mesh
     executor: Executor = LocalExecutor(rank.worker)
@@ -139,7 +142,7 @@ def build_engine(
     router = Router(
         [PageAllocator(rank.num_pages) for _ in range(mesh.kvp.degree)],
         page_size=config.cache.page_size,
-        max_tokens_per_group=tokens_per_group(config.cache, rank.num_pages),
+        max_tokens_per_group=rank.tokens_per_group,
     )
     work_model = WorkModel(spec.windows, mesh.kvp.degree)
     if predictor is None:
@@ -179,6 +182,23 @@ def choose_device(name: str) -> torch.device:
             f"device must be there, got {name!r} where torch sees {count} GPUs; use device=cpu"
         )
     return device
+
+
+def _find(config: EngineConfig) -> tuple[torch.device, Checkpoint]:
+    """Device and model, once mesh and model fit each other and the processes."""
+    device = choose_device(config.device)
+    check_world_size(config.mesh, count_processes())
+    checkpoint = find_checkpoint(config.model)
+    spec = checkpoint.spec
+    check_mesh(
+        config.mesh,
+        num_layers=spec.num_layers,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        mlp_width=spec.mlp_width,
+        vocab_size=spec.vocab_size,
+    )
+    return device, checkpoint
 
 
 def _layer_shape(decoder: Decoder, spec: ModelSpec) -> LayerShape:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 from functools import partial
 
-from torch.distributed import distributed_c10d
-
 from mnemosyne.build import Rank
-from mnemosyne.parallel.address import Store
+from mnemosyne.parallel.address import default_store
 from mnemosyne.parallel.control import (
     DriverChannel,
     FollowerChannel,
@@ -35,7 +33,7 @@ class Driver:
 
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
-        self._channel = DriverChannel(_store(), rank.mesh.world_size)
+        self._channel = DriverChannel(default_store(), rank.mesh.world_size)
         self._watchdog = _watchdog(rank)
         self.send_plan = self._channel.send_plan
         self.recv_result = self._channel.recv_result
@@ -82,7 +80,7 @@ class Follower:
 
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
-        self._channel = FollowerChannel(_store(), rank.mesh.rank)
+        self._channel = FollowerChannel(default_store(), rank.mesh.rank)
         self._watchdog = _watchdog(rank)
         self._is_stopped = False
         self.follow_call()
@@ -145,18 +143,13 @@ def report_lost(engine: Engine, reason: str) -> None:
 
 def finish_trace(rank: Rank) -> None:
     """Bring the traces of all ranks together; rank 0 writes the file."""
-    if rank.trace is None or rank.trace_path is None:
+    if rank.trace is None or rank.metrics.trace is None:
         return
-    dumps = gather_traces(rank.trace, _store(), rank.mesh.world_size)
+    dumps = gather_traces(rank.trace, default_store(), rank.mesh.world_size)
     if dumps is not None:
-        write_trace(rank.trace_path, dumps)
+        write_trace(rank.metrics.trace, dumps)
 
 
 def _watchdog(rank: Rank) -> Watchdog:
     mesh = rank.mesh
-    return Watchdog(_store(), rank=mesh.rank, world_size=mesh.world_size, label=mesh.label)
-
-
-def _store() -> Store:
-    """The store that the ranks met in; torch has no public name for it."""
-    return distributed_c10d._get_default_store()
+    return Watchdog(default_store(), rank=mesh.rank, world_size=mesh.world_size, label=mesh.label)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -11,7 +12,14 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from mnemosyne.build import Rank, build_engine, build_rank
 from mnemosyne.checkpoint import Progress
-from mnemosyne.config import CacheConfig, EngineConfig, MeshConfig, MetricsConfig, ScheduleConfig
+from mnemosyne.config import (
+    CacheConfig,
+    EngineConfig,
+    MeshConfig,
+    MetricsConfig,
+    ScheduleConfig,
+    SloConfig,
+)
 from mnemosyne.metrics import StepLog, StepRecord
 from mnemosyne.parallel.trace import Trace, write_trace
 from mnemosyne.request import Piece, RequestOutput, SamplingParams
@@ -22,7 +30,7 @@ from mnemosyne.serve.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from mnemosyne.crew import Driver, Follower
 
-Config = TypeVar("Config", MeshConfig, ScheduleConfig, CacheConfig, MetricsConfig)
+Config = TypeVar("Config", MeshConfig, ScheduleConfig, SloConfig, CacheConfig, MetricsConfig)
 
 
 class LLM:
@@ -34,6 +42,7 @@ class LLM:
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         attention: ``"auto"``, ``"reference"``, ``"flex"`` or ``"cpu"``.
         schedule: a ``ScheduleConfig`` or its fields, e.g. ``{"chunk": 512}``.
+        slo: a ``SloConfig`` or its fields, e.g. ``{"ttft_min": 0.5}``.
         cache: a ``CacheConfig`` or its fields, e.g. ``{"max_tokens": "1M"}``.
         mesh: a ``MeshConfig`` or its fields.
         metrics: a ``MetricsConfig`` or its fields, e.g. ``{"path": "steps.jsonl"}``.
@@ -57,6 +66,7 @@ class LLM:
         device: str = "auto",
         attention: str = "auto",
         schedule: ScheduleConfig | Mapping[str, Any] | None = None,
+        slo: SloConfig | Mapping[str, Any] | None = None,
         cache: CacheConfig | Mapping[str, Any] | None = None,
         mesh: MeshConfig | Mapping[str, Any] | None = None,
         metrics: MetricsConfig | Mapping[str, Any] | None = None,
@@ -69,6 +79,7 @@ class LLM:
             device=device,
             attention=attention,
             schedule=_typed("schedule", ScheduleConfig, schedule),
+            slo=_typed("slo", SloConfig, slo),
             cache=_typed("cache", CacheConfig, cache),
             mesh=_typed("mesh", MeshConfig, mesh),
             metrics=_typed("metrics", MetricsConfig, metrics),
@@ -95,7 +106,10 @@ class LLM:
         progress: Progress | None,
     ) -> None:
         self.config = config
-        self._step_log = StepLog(config.metrics.path) if config.metrics.path else None
+        # the file is rank 0's; whether it can be written is known before weights are read
+        writes = config.mesh.world_size == 1 or os.environ.get("RANK", "0") == "0"
+        path = config.metrics.path if writes else None
+        self._step_log = StepLog(path) if path else None
         self._on_step = on_step
         self._engine: Engine | None = None
         self._trace: Trace | None = None
@@ -171,8 +185,7 @@ class LLM:
                             bars.update(piece)
             while engine.has_work:
                 engine.step()
-            if self._driver is not None:
-                self._driver.tell_outputs(outputs)
+            self._tell_outputs(outputs)
         return outputs
 
     def stream(
@@ -204,14 +217,18 @@ class LLM:
                 for index, output in enumerate(outputs)
                 for sample in (output, *output.samples)
             }
-            for index, output in enumerate(outputs):
-                if output.error is not None:
-                    yield index, Piece(None, finish_reason="error", error=output.error)
-            while engine.has_work:
-                for piece in engine.step():
-                    yield index_of[piece.request_id], piece
-            if self._driver is not None:
-                self._driver.tell_outputs(outputs)
+            try:
+                for index, output in enumerate(outputs):
+                    if output.error is not None:
+                        yield index, Piece(None, finish_reason="error", error=output.error)
+                while engine.has_work:
+                    for piece in engine.step():
+                        yield index_of[piece.request_id], piece
+            except GeneratorExit:  # nobody wants the rest, which is no error on any rank
+                engine.abort("cancelled")
+                self._tell_outputs(outputs)
+                raise
+            self._tell_outputs(outputs)
 
     def follow(self) -> None:
         """On every rank of a mesh but the first: take part until rank 0 closes its LLM.
@@ -251,6 +268,11 @@ class LLM:
         trace: TracebackType | None,
     ) -> None:
         self._close(error)
+
+    def _tell_outputs(self, outputs: list[RequestOutput]) -> None:
+        """End the call on the other ranks, which return the same."""
+        if self._driver is not None:
+            self._driver.tell_outputs(outputs)
 
     def _record(self, record: StepRecord) -> None:
         if self._step_log is not None:
@@ -294,6 +316,8 @@ class LLM:
             )
         try:
             yield engine
+        except GeneratorExit:
+            raise
         except BaseException as error:
             engine.abort("cancelled")
             if self._driver is not None:

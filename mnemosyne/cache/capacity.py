@@ -10,7 +10,12 @@ from mnemosyne.config import CacheConfig
 
 
 def count_pages(
-    config: CacheConfig, *, token_bytes: int, weight_bytes: int, device: torch.device
+    config: CacheConfig,
+    *,
+    token_bytes: int,
+    weight_bytes: int,
+    device: torch.device,
+    num_sharing: int = 1,
 ) -> int:
     """Pages that the memory budget of one rank holds, beside weights that are not loaded yet.
 
@@ -19,11 +24,12 @@ def count_pages(
         token_bytes: bytes of K and V per token on this rank.
         weight_bytes: bytes of the weights that this rank will load.
         device: where both go.
+        num_sharing: ranks that share the memory of the device and want as much each.
 
     Raises:
         ValueError: if it is less than one page, or more than what the weights leave.
     """
-    free_bytes = max(0, free_memory(device) - weight_bytes)
+    free_bytes = max(0, free_memory(device) // num_sharing - weight_bytes)
     if config.max_tokens is not None:
         num_tokens, asked = int(config.max_tokens), f"cache.max_tokens={config.max_tokens}"
         num_pages = pages_for(num_tokens, config.page_size) if num_tokens else 0

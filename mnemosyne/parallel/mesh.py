@@ -136,6 +136,11 @@ def count_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def ranks_on_host() -> int:
+    """Processes of this run on this host, as the launcher says; 1 without one."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+
+
 def check_world_size(config: MeshConfig, world_size: int) -> None:
     """Refuse a mesh that the processes do not fill.
 

@@ -59,11 +59,6 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
-    @property
-    def has_news(self) -> bool:
-        """Whether executors still hold state of requests that are gone."""
-        return bool(self._released)
-
     def prefill_s(self, num_tokens: int) -> float:
         """Predicted time of prefilling a prompt of ``num_tokens`` tokens alone."""
         return self._prefill.table.seconds(0, num_tokens)
