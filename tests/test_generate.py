@@ -179,7 +179,6 @@ def test_ctrl_c_prints_what_was_finished(
         (["prompt=x", "temperature=nan"], "temperature must be a finite number >= 0, got nan"),
         (["prompt=x", "output=/no/such/folder/x"], "output must be a file that can be written"),
         (["prompt=x", "model=/no/such/path"], "/no/such/path"),
-        (["prompt=x", "mesh.tp=2"], "must equal the number of processes"),
         (["prompt=x", "cache.max_tokens=0"], "must hold at least one page"),
         (["prompt=x", "attention=magic"], "attention must be one of"),
         (["prompt=x", "device=abacus"], "device must be"),
