@@ -268,7 +268,7 @@ class DemoConfig(EngineConfig):
 
     model: str = "needle"
     dtype: str = "bfloat16"
-    length: int | str = "64K"  # tokens of the long prompt
+    length: int | str = "56K"  # tokens of the long prompt
     depth: float = 0.5  # where the passkey stands, 0 is the beginning
     num_short: int = 12
     seed: int = 0
