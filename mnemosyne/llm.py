@@ -177,9 +177,10 @@ class LLM:
         with self._idle_engine() as engine:
             outputs = self._add(prompts, params)
             if progress:
-                from mnemosyne.serve.progress import ProgressBars
+                from mnemosyne.serve.progress import Bars
 
-                with ProgressBars(outputs) as bars:
+                with Bars() as bars:
+                    bars.expect(engine.unfinished())  # those that were not refused
                     while engine.has_work:
                         for piece in engine.step():
                             bars.update(piece)

@@ -62,7 +62,8 @@ TABLE = {
     "__main__": Rule(("cli",)),
     # design.md gives it build and config; what it serves with is the offline API beside build
     "cli": Rule(
-        ("build", "llm", "request", "config", "parallel.launch"), ("hydra", "omegaconf", "rich")
+        ("build", "llm", "request", "config", "serve.progress", "parallel.launch"),
+        ("hydra", "omegaconf", "rich"),
     ),
     "cli.demo": _DEMO,
     "cli.demo_view": _DEMO,

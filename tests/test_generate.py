@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from mnemosyne import cli
-from mnemosyne.cli.bars import Bars
 from mnemosyne.model_zoo.haystack import cycle, text_of
 from mnemosyne.request import Piece, RequestMetrics, RequestOutput
 from mnemosyne.serve.engine import Engine
+from mnemosyne.serve.progress import Bars
 
 ENGINE = ("dtype=float32", "schedule=fixed", "cache.max_tokens=4K")
 

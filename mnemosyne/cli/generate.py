@@ -10,10 +10,10 @@ from pathlib import Path
 
 from mnemosyne.cli import FAILED, INTERRUPTED, OK
 from mnemosyne.cli.answers import Answer, open_output, print_answers, summary, write_answers
-from mnemosyne.cli.bars import Bars
 from mnemosyne.config import GenerateConfig
 from mnemosyne.llm import LLM
 from mnemosyne.request import Piece, SamplingParams
+from mnemosyne.serve.progress import Bars
 
 Prompt = str | list[int]
 

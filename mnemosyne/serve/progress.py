@@ -1,4 +1,4 @@
-"""Progress bars of the offline API: how far prompts are computed, how many are done."""
+"""Signs of life on standard error: weights read, prompt tokens computed, requests done."""
 
 from __future__ import annotations
 
@@ -6,39 +6,57 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from mnemosyne.request import Piece, RequestOutput
 
 
-class ProgressBars:
-    """Two bars over a list of requests: prompt tokens computed, and requests done.
+class Bars:
+    """Progress bars that leave nothing behind; silent where the console is no terminal.
 
     Args:
-        outputs: of all requests that will run; refused ones are left out.
+        console: unset: standard error.
     """
 
-    def __init__(self, outputs: Sequence[RequestOutput]) -> None:
-        samples = [s for o in outputs for s in (o.samples or [o]) if s.finish_reason is None]
-        self._prefilled = {sample.request_id: 0 for sample in samples}
-        self._num_done = 0
+    def __init__(self, console: Console | None = None) -> None:
+        console = console or Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description:>8}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            TextColumn("{task.completed:,.0f} of {task.total:,.0f} {task.fields[unit]}"),
             TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
         )
-        total = sum(len(sample.prompt_token_ids) for sample in samples)
-        self._prefill = self._progress.add_task("prefill", total=total)
-        self._requests = self._progress.add_task("done", total=len(samples))
+        self._weights: TaskID | None = None
+        self._prefilled: dict[int | None, int] = {}
+        self._num_done = 0
+
+    def read_weights(self, num_read: int, num_bytes: int) -> None:
+        """Show how much of the weights is read, in bytes."""
+        if self._weights is None:
+            self._weights = self._progress.add_task("weights", total=num_bytes / 1e6, unit="MB")
+        self._progress.update(self._weights, completed=num_read / 1e6)
+
+    def expect(self, outputs: Sequence[RequestOutput]) -> None:
+        """Show bars for requests that are about to run."""
+        self._prefilled = {output.request_id: 0 for output in outputs}
+        total = sum(len(output.prompt_token_ids) for output in outputs)
+        self._prefill = self._progress.add_task("prefill", total=total, unit="tokens")
+        self._requests = self._progress.add_task("done", total=len(outputs), unit="requests")
 
     def update(self, piece: Piece) -> None:
         """Enter what a step brought for one request."""
-        if piece.request_id in self._prefilled:
-            self._prefilled[piece.request_id] = piece.prefilled
+        self._prefilled[piece.request_id] = piece.prefilled
         self._num_done += piece.finish_reason is not None
         self._progress.update(self._prefill, completed=sum(self._prefilled.values()))
         self._progress.update(self._requests, completed=self._num_done)
+
+    def stop(self) -> None:
+        """Take the bars away; the terminal belongs to the text now."""
+        self._progress.stop()
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -50,4 +68,4 @@ class ProgressBars:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._progress.stop()
+        self.stop()
