@@ -163,7 +163,7 @@ class LLM:
         Args:
             prompts: texts or token ids; a single one counts as a list of one.
             params: one for all, or one per prompt.
-            progress: show a progress bar on the terminal.
+            progress: show progress bars on a terminal or in a notebook.
 
         Returns:
             One output per prompt, in order. A prompt that was refused has ``finish_reason``

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -295,19 +296,33 @@ def test_steps_are_written_where_metrics_path_says(checkpoint: Path, tmp_path: P
     assert all(isinstance(record, StepRecord) for record in records)
 
 
-def test_a_progress_bar_is_shown_and_changes_nothing(
-    llm: LLM, capsys: pytest.CaptureFixture[str]
+def test_a_progress_bar_is_shown_on_a_terminal_and_changes_nothing(
+    llm: LLM, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = llm.generate(PROMPTS, greedy(5))
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what makes rich take any file for a terminal
     capsys.readouterr()
 
     outputs = llm.generate([*PROMPTS, []], greedy(5), progress=True)
 
-    shown = capsys.readouterr().out
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    num_tokens = sum(map(len, PROMPTS))
     assert [o.token_ids for o in outputs[:3]] == [o.token_ids for o in expected]
     assert outputs[3].finish_reason == "error"
-    assert f"{sum(map(len, PROMPTS))}/{sum(map(len, PROMPTS))}" in shown
-    assert "3/3" in shown
+    assert f"{num_tokens} of {num_tokens} tokens" in shown
+    assert "3 of 3 requests" in shown
+
+
+def test_no_bar_is_drawn_where_standard_error_is_no_terminal(
+    llm: LLM, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    capsys.readouterr()
+
+    llm.generate(PROMPTS, greedy(5), progress=True)
+
+    assert capsys.readouterr() == ("", "")
 
 
 def test_reading_weights_reports_bytes(checkpoint: Path) -> None:

@@ -13,7 +13,7 @@ from mnemosyne.request import Piece, RequestOutput
 
 
 class Bars:
-    """Progress bars that leave nothing behind; silent where the console is no terminal.
+    """Progress bars that leave nothing behind; silent where nobody would see them move.
 
     Args:
         console: unset: standard error.
@@ -28,7 +28,7 @@ class Bars:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=not (console.is_terminal or console.is_jupyter),
         )
         self._weights: TaskID | None = None
         self._prefilled: dict[int | None, int] = {}
