@@ -78,7 +78,32 @@ class Engine:
         requests = self.intake.requests(prompt, params, self.clock())
         for request in requests:
             self.scheduler.check_fits(request)
-        return [self._accept(request) for request in requests]
+        return [self.accept(request) for request in requests]
+
+    def accept(self, request: Request) -> RequestOutput:
+        """Queue a request that is checked and numbered already, as a replay makes them.
+
+        Raises:
+            ValueError: if no empty cache could hold it.
+        """
+        self.scheduler.add(request)
+        output = RequestOutput(
+            request_id=request.request_id,
+            prompt_token_ids=request.prompt_ids,
+            logprobs=None if request.params.logprobs is None else [],
+            prompt_logprobs=None if request.params.prompt_logprobs is None else [None],
+            metrics=RequestMetrics(arrival_s=request.arrival_s),
+        )
+        tokenizer = self.intake.tokenizer
+        text = (
+            None
+            if tokenizer is None
+            else TextStream(
+                tokenizer, stop=request.params.stop, min_tokens=request.params.min_tokens
+            )
+        )
+        self._active[request.request_id] = Active(request, output, text)
+        return output
 
     def unfinished(self) -> list[RequestOutput]:
         """Outputs of the requests that still run or wait."""
@@ -128,26 +153,6 @@ class Engine:
             active.output.error = error
             self._end(active.output, reason)
         self._active.clear()
-
-    def _accept(self, request: Request) -> RequestOutput:
-        output = RequestOutput(
-            request_id=request.request_id,
-            prompt_token_ids=request.prompt_ids,
-            logprobs=None if request.params.logprobs is None else [],
-            prompt_logprobs=None if request.params.prompt_logprobs is None else [None],
-            metrics=RequestMetrics(arrival_s=request.arrival_s),
-        )
-        tokenizer = self.intake.tokenizer
-        text = (
-            None
-            if tokenizer is None
-            else TextStream(
-                tokenizer, stop=request.params.stop, min_tokens=request.params.min_tokens
-            )
-        )
-        self._active[request.request_id] = Active(request, output, text)
-        self.scheduler.add(request)
-        return output
 
     def _advance(self, active: Active, chunk: Chunk, result: StepResult) -> Piece:
         """Enter what a step brought for one request."""
