@@ -6,8 +6,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate, combinations, pairwise
 from math import inf
-
-from mnemosyne.model_zoo.spec import ModelSpec
+from typing import Protocol
 
 # Of the rows of a typical step, those that need logits: a chunk of prefill has one at most, so
 # that the head, as large as it may be, weighs little beside the layers.
@@ -15,7 +14,24 @@ LOGIT_SHARE = 1 / 16
 TIE = 1e-9  # relative; the same sum in another order
 
 
-def cut_stages(spec: ModelSpec, pp: int, *, head_layers: float | None = None) -> list[range]:
+class Sizes(Protocol):
+    """What of a model decides the cuts; a ``ModelSpec`` has it, and a shape without a model."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def mlp_width(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+
+
+def cut_stages(spec: Sizes, pp: int, *, head_layers: float | None = None) -> list[range]:
     """The layers of each stage of a model.
 
     Args:
