@@ -1,4 +1,4 @@
-"""Every config dataclass, with its units and its checks. YAML chooses, this room types."""
+"""Config dataclasses, with their units and checks. YAML chooses, this room types."""
 
 from __future__ import annotations
 

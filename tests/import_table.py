@@ -44,6 +44,10 @@ _PAGELESS = Rule(("config", "cache.allocator", "cache.layout"), ("numpy",), itse
 _DEMO = Rule(
     ("cli", "llm", "request", "config", "metrics", "plot", "model_zoo.haystack"), ("rich",)
 )
+_SIMULATED = Rule(
+    ("cli", "build_simulated", "simulate", "config", "config_simulate", "metrics", "plot"),
+    ("rich",),
+)
 _CORE = ("torch", "numpy", "safetensors", "tokenizers", "jinja2")
 
 # The longest name that a module falls under decides. `config` is free of torch and knows no room,
@@ -62,9 +66,13 @@ TABLE = {
     "__main__": Rule(("cli",)),
     # design.md gives it build and config; what it serves with is the offline API beside build
     "cli": Rule(
-        ("build", "llm", "request", "config", "serve.progress", "parallel.launch"),
+        (
+            *("build", "llm", "request", "config", "config_simulate", "serve.progress"),
+            *("parallel.launch", "build_simulated"),
+        ),
         ("hydra", "omegaconf", "rich"),
     ),
+    "cli.simulate": _SIMULATED,
     "cli.demo": _DEMO,
     "cli.demo_view": _DEMO,
     "checkpoint": Rule(("model_zoo", "parallel", "runtime", "serve"), ("torch",)),
@@ -84,12 +92,26 @@ TABLE = {
         ),
         _CORE,
     ),
+    # the counterpart of build; the cuts of a model and the rules of a mesh are those of a real one
+    "build_simulated": Rule(
+        (
+            *("cache", "config", "config_simulate", "metrics", "request", "schedule", "serve"),
+            *("simulate", "model_zoo.spec", "model_zoo.stages", "parallel.mesh"),
+        )
+    ),
     "plot": Rule(("metrics",), ("matplotlib", "numpy")),
     "config": Rule(),
+    "config_simulate": Rule(("config",)),
     "request": Rule(("config",), ("numpy",)),
     "metrics": Rule(("config",), ("numpy",)),
     "schedule": Rule(("request", "config", "cache.allocator", "cache.layout"), ("numpy",)),
-    "simulate": Rule(("schedule", "metrics", "config"), ("numpy",)),
+    "simulate": Rule(
+        (
+            *("schedule", "metrics", "config", "config_simulate", "request"),
+            *("cache.allocator", "cache.layout"),
+        ),
+        ("numpy",),
+    ),
     "cache": _PAGELESS,
     "cache.pages": Rule(
         ("config", "kernels", "cache.allocator", "cache.layout"), ("torch", "numpy")

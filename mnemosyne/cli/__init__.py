@@ -18,7 +18,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, Vali
 
 from mnemosyne.cli.arguments import describe_type, key_types, nearest, prepare
 from mnemosyne.cli.ranks import command_of_run, run_on_ranks
-from mnemosyne.config import DemoConfig, EngineConfig, GenerateConfig
+from mnemosyne.config import DemoConfig, GenerateConfig
+from mnemosyne.config_simulate import SimulateConfig
 
 OK, FAILED, INTERRUPTED = 0, 2, 130  # exit statuses
 
@@ -28,8 +29,9 @@ class Command:
     """One word after ``mnemosyne``; its primary config has the same name."""
 
     summary: str
-    config: type[EngineConfig]
+    config: type
     run: Callable[[Any], int]  # takes the config, returns the exit status
+    has_ranks: bool = True  # whether it needs the ranks of its mesh
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,7 +94,11 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
         # One run of a sweep may be refused; the others are not affected.
         try:
             config = to_config(composed, command.config)
-            status = run_on_ranks(command.run, config, partial(command_of_run, name, flags))
+            status = (
+                run_on_ranks(command.run, config, partial(command_of_run, name, flags))
+                if command.has_ranks
+                else command.run(config)
+            )
         except (ValueError, OSError) as error:
             status = complain(error)
         statuses.append(status)
@@ -123,7 +129,7 @@ def process_arguments(*arguments: str) -> Iterator[None]:
         sys.argv = said
 
 
-def to_config(composed: DictConfig, kind: type[EngineConfig]) -> Any:
+def to_config(composed: DictConfig, kind: type) -> Any:
     """The typed and checked config that the rest of the package sees.
 
     Raises:
@@ -186,7 +192,16 @@ def _demo(config: DemoConfig) -> int:
     return demo(config)
 
 
+def _simulate(config: SimulateConfig) -> int:
+    from mnemosyne.cli.simulate import simulate
+
+    return simulate(config)
+
+
 COMMANDS = {
     "generate": Command("prompts in, tokens out", GenerateConfig, _generate),
     "demo": Command("a passkey in a long text, short requests beside it", DemoConfig, _demo),
+    "simulate": Command(
+        "a workload on hardware that is not there", SimulateConfig, _simulate, has_ranks=False
+    ),
 }

@@ -1,0 +1,208 @@
+"""Joins engine, scheduler and a simulated cluster; the counterpart of ``build`` without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mnemosyne.cache.allocator import PageAllocator
+from mnemosyne.cache.capacity import tokens_per_group
+from mnemosyne.cache.layout import pages_for
+from mnemosyne.config import MeshConfig
+from mnemosyne.config_simulate import EfficiencyConfig, ShapeConfig, SimulateConfig
+from mnemosyne.metrics import StepRecord
+from mnemosyne.model_zoo.spec import ModelSpec, read_spec
+from mnemosyne.model_zoo.stages import cut_stages
+from mnemosyne.parallel.mesh import check_mesh
+from mnemosyne.request import RequestOutput
+from mnemosyne.schedule.calibrate import Limits, calibrate
+from mnemosyne.schedule.predictor import LinearPredictor
+from mnemosyne.schedule.routing import Router
+from mnemosyne.schedule.scheduler import Scheduler
+from mnemosyne.schedule.work import WorkModel
+from mnemosyne.serve.defaults import GenerationDefaults
+from mnemosyne.serve.engine import Engine
+from mnemosyne.serve.intake import Intake, refused_output
+from mnemosyne.simulate.cluster import SimulatedCluster
+from mnemosyne.simulate.cost import StepCost
+from mnemosyne.simulate.footprint import Footprint, footprint
+from mnemosyne.simulate.workload import Arrival
+
+ANY_POSITIONS = 2**40  # lengths beyond what a checkpoint was trained for are simulated as well
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """An engine on simulated hardware, before its first request."""
+
+    engine: Engine
+    cluster: SimulatedCluster
+    memory: Footprint
+
+    def run(self, arrivals: Sequence[Arrival]) -> list[RequestOutput]:
+        """Serve a workload to its end.
+
+        Args:
+            arrivals: in order of time.
+
+        Returns:
+            One output per request, in order. What can never fit is refused, with the reason.
+        """
+        outputs = []
+        for request_id, arrival in enumerate(arrivals):
+            while self.engine.has_work and self.cluster.now_s < arrival.arrival_s:
+                self.engine.step()
+            self.cluster.wait_until(arrival.arrival_s)
+            request = arrival.request(request_id)
+            try:
+                outputs.append(self.engine.accept(request))
+            except ValueError as error:
+                outputs.append(refused_output(request.prompt_ids, str(error)))
+        while self.engine.has_work:
+            self.engine.step()
+        return outputs
+
+
+def build_simulation(
+    config: SimulateConfig,
+    shape: ShapeConfig,
+    *,
+    efficiency: EfficiencyConfig | None = None,
+    on_step: Callable[[StepRecord], None] | None = None,
+) -> Simulation:
+    """The engine that serves, over an executor that only counts time.
+
+    The predictor of the scheduler is fitted by the same sweep as at the start of a real engine,
+    run on the simulated hardware; it knows nothing of the cost model.
+
+    Args:
+        config: all choices.
+        shape: the model.
+        efficiency: fitted to measurements, in place of the one in ``config``.
+        on_step: called with the record of each step.
+
+    Raises:
+        ValueError: if mesh and model do not fit each other, or the memory.
+    """
+    mesh = config.mesh
+    stages = stages_of(shape, mesh)
+    memory = _memory(config, shape, stages)
+    cost = StepCost(shape, config.hardware, efficiency or config.efficiency, mesh, stages)
+    cluster = SimulatedCluster(cost)
+    work_model = WorkModel(shape.windows or [None], mesh.kvp)
+    limits = Limits(
+        num_pages=memory.num_pages,
+        page_size=memory.page_size,
+        max_positions=ANY_POSITIONS,
+        vocab_size=shape.vocab_size,
+        step_s=2 * config.schedule.target_tbt,
+    )
+    predictor = LinearPredictor()
+    sweep = SimulatedCluster(cost)
+    samples = calibrate(sweep, work_model, limits, clock=sweep.clock)
+    if samples:
+        predictor.fit(samples)
+    router = Router(
+        [PageAllocator(memory.num_pages) for _ in range(mesh.kvp)],
+        page_size=memory.page_size,
+        max_tokens_per_group=tokens_per_group(config.cache, memory.num_pages),
+    )
+    scheduler = Scheduler(
+        config.schedule,
+        config.slo,
+        router=router,
+        predictor=predictor,
+        work_model=work_model,
+        depth=cluster.depth,
+    )
+    intake = Intake(
+        vocab_size=shape.vocab_size,
+        max_positions=ANY_POSITIONS,
+        defaults=GenerationDefaults(),
+        tokenizer=None,
+        model=config.model,
+    )
+    engine = Engine(scheduler, cluster, intake, on_step=on_step, clock=cluster.clock)
+    return Simulation(engine, cluster, memory)
+
+
+def stages_of(shape: ShapeConfig, mesh: MeshConfig) -> tuple[int, ...]:
+    """Layers of each stage, as a real engine cuts them.
+
+    Raises:
+        ValueError: if the mesh cannot cut the model.
+    """
+    check_mesh(
+        mesh,
+        num_layers=shape.num_layers,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        mlp_width=shape.mlp_width,
+        vocab_size=shape.vocab_size,
+    )
+    return tuple(len(layers) for layers in cut_stages(shape, mesh.pp))
+
+
+def shape_of_checkpoint(path: Path) -> ShapeConfig:
+    """The shape that the config.json of a checkpoint tells; no weight is read.
+
+    Raises:
+        ValueError: as ``read_spec`` does.
+    """
+    return shape_of(read_spec(path))
+
+
+def shape_of(spec: ModelSpec) -> ShapeConfig:
+    """What of a model a simulation needs."""
+    return ShapeConfig(
+        num_layers=spec.num_layers,
+        width=spec.width,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        mlp_width=spec.mlp_width,
+        vocab_size=spec.vocab_size,
+        tied=spec.tied,
+        qkv_bias=spec.qkv_bias,
+        qk_norm=spec.qk_norm,
+        windows=list(spec.windows) if any(spec.windows) else [],
+        dtype=spec.dtype,
+    )
+
+
+def _memory(config: SimulateConfig, shape: ShapeConfig, stages: tuple[int, ...]) -> Footprint:
+    """Pages of each group, by the memory of the hardware or as asked.
+
+    Raises:
+        ValueError: if not one page fits, or fewer than asked.
+    """
+    cache, hardware = config.cache, config.hardware
+    memory = footprint(
+        shape,
+        hardware,
+        config.mesh,
+        stages,
+        max_rows=config.schedule.max_chunk + config.schedule.max_sequences,
+        max_sampled=config.schedule.max_sequences,
+        page_size=cache.page_size,
+        memory_share=cache.memory_share,
+    )
+    if memory.num_pages < 1:
+        need_gb = (memory.weights + memory.activations) / 1e9
+        raise ValueError(
+            f"model must leave memory for the cache, got {need_gb:.1f} GB of weights and "
+            f"activations on each {hardware.name} of {hardware.memory_gb:.0f} GB; raise mesh.tp or "
+            "mesh.pp (mnemosyne plan shows what fits)"
+        )
+    if cache.max_tokens is None:
+        return memory
+    asked = pages_for(int(cache.max_tokens), cache.page_size)
+    if not 1 <= asked <= memory.num_pages:
+        raise ValueError(
+            f"cache.max_tokens must lie in [1, {memory.num_tokens}] with this mesh on "
+            f"{hardware.name}, got {cache.max_tokens}; lower it or add ranks"
+        )
+    return Footprint(
+        memory.weights, memory.activations, memory.kv_per_token, asked, memory.page_size
+    )

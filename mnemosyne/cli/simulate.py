@@ -1,0 +1,127 @@
+"""``mnemosyne simulate``: serve a workload on simulated hardware and print what it came to."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mnemosyne.build_simulated import Simulation, build_simulation
+from mnemosyne.cli.shapes import find_shape
+from mnemosyne.config_simulate import SimulateConfig
+from mnemosyne.metrics import StepLog, StepRecord
+from mnemosyne.simulate.report import Report, make_report, result_rows
+from mnemosyne.simulate.workload import Arrival, draw, read_trace, write_trace
+
+OK = 0  # exit status
+
+
+def simulate(config: SimulateConfig) -> int:
+    """Run a workload and say what its requests saw.
+
+    Args:
+        config: model, hardware, layout, scheduler, workload.
+
+    Returns:
+        0.
+
+    Raises:
+        ValueError: if something in the config cannot be used.
+    """
+    shape = find_shape(config.model)
+    arrivals = read_trace(config.workload.trace) if config.workload.trace else draw(config.workload)
+    records: list[StepRecord] = []
+    with StepLog(config.metrics.path) if config.metrics.path else nullcontext() as log:
+
+        def record(step: StepRecord) -> None:
+            records.append(step)
+            if log is not None:
+                log.write(step)
+
+        simulation = build_simulation(config, shape, on_step=record)
+        started_s = time.perf_counter()
+        outputs = simulation.run(arrivals)
+        wall_s = time.perf_counter() - started_s
+    report = make_report(
+        arrivals,
+        outputs,
+        long_tokens=int(config.schedule.long_tokens),
+        deadline_s=lambda arrival: _deadline_s(simulation, config, arrival),
+    )
+    if config.output:
+        write_trace(config.output, result_rows(arrivals, outputs))
+    if config.report:
+        write_json(config.report, report.as_json())
+    print_report(report, config, simulation)
+    print(f"{len(records):,} steps in {wall_s:.1f} s", file=sys.stderr)
+    if config.plot:
+        draw_plot(config.plot, records, config.schedule.target_tbt)
+    return OK
+
+
+def print_report(report: Report, config: SimulateConfig, simulation: Simulation) -> None:
+    """The table that a person reads, times in milliseconds."""
+    mesh, memory = config.mesh, simulation.memory
+    print(
+        f"{config.model} on {mesh.world_size} {config.hardware.name} (pp {mesh.pp}, "
+        f"kvp {mesh.kvp}, tp {mesh.tp}): {memory.weights / 1e9:.1f} GB of weights a rank, cache of "
+        f"{mesh.kvp * memory.num_tokens:,} tokens"
+    )
+    table = Table()
+    for column in ("requests", "", "p50, ms", "p95, ms", "p99, ms", "on time"):
+        table.add_column(column, justify="left" if column in ("requests", "") else "right")
+    for kind in report.kinds:
+        first = f"{kind.count} {kind.name}"
+        for name, times in (("TTFT", kind.ttft_s), ("TBT", kind.tbt_s), ("TPOT", kind.tpot_s)):
+            cells = [f"{1e3 * value:,.1f}" for value in times.values()]
+            table.add_row(first, name, *cells, f"{kind.on_time:.0%}" if name == "TTFT" else "")
+            first = ""
+        table.add_section()
+    # A pipe has no width of its own, and 80 columns may cut the numbers.
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    print(
+        f"{report.seconds:,.0f} s simulated, {report.tokens_per_s:,.0f} tokens/s, of them "
+        f"{report.output_per_s:,.0f} output tokens/s"
+    )
+    if report.num_refused:
+        print(f"{report.num_refused} requests refused: longer than the cache")
+
+
+def write_json(path: str, value: object) -> None:
+    """Write a value as a JSON file.
+
+    Raises:
+        ValueError: if the file cannot be written.
+    """
+    try:
+        Path(path).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"report must be a file that can be written, got {path!r} ({error.strerror}); "
+            "name one in an existing directory"
+        ) from error
+
+
+def draw_plot(path: str, records: list[StepRecord], target_s: float) -> None:
+    """The picture of a run, if matplotlib is there."""
+    if find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed; pip install 'mnemosyne[plots]'")
+        return
+    from mnemosyne.plot import draw_run
+
+    draw_run(records, path, target_s=target_s)
+    print(f"plot: {path}")
+
+
+def _deadline_s(simulation: Simulation, config: SimulateConfig, arrival: Arrival) -> float:
+    """The deadline of a request, by the same rule as the scheduler's."""
+    if arrival.deadline_s is not None:
+        return arrival.deadline_s
+    alone_s = simulation.engine.scheduler.prefill_s(arrival.prompt_tokens)
+    return max(config.slo.ttft_min, config.slo.ttft_scale * alone_s)

@@ -1,0 +1,201 @@
+"""Config dataclasses of what runs no model: ``mnemosyne simulate`` and ``mnemosyne plan``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from mnemosyne.config import (
+    DTYPES,
+    CacheConfig,
+    MeshConfig,
+    MetricsConfig,
+    ScheduleConfig,
+    SloConfig,
+    check_types,
+    parse_size,
+)
+
+DURATIONS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "": 1.0}
+GPU_TARGET_TBT = 0.03  # seconds; what the paper promises
+GPU_MEMORY_SHARE = 0.9  # of what the weights leave; the rest is for activations and the allocator
+
+
+def parse_duration(value: float | str, name: str = "duration") -> float:
+    """Read seconds, such as ``0.03``, ``"30ms"``, ``"60s"`` or ``"2min"``.
+
+    Args:
+        value: a number of seconds, or digits with a suffix us, ms, s or min.
+        name: what the value is called in the error.
+
+    Raises:
+        ValueError: if it is not a positive time.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e-?\d+)?)\s*(us|ms|s|min|)", str(value).strip())
+    seconds = float(match[1]) * DURATIONS[match[2]] if match else -1.0
+    if not 0 < seconds < float("inf"):
+        raise ValueError(
+            f"{name} must be a positive time, got {value!r}; write 30ms, 60s or a number of seconds"
+        )
+    return seconds
+
+
+def check_positive(config: object, names: tuple[str, ...], section: str, usual: str) -> None:
+    """Refuse a field that is not a positive finite number.
+
+    Raises:
+        ValueError: naming the first such field.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{section}{name} must be a positive number, got {value}; {usual}")
+
+
+@dataclass(kw_only=True, slots=True)
+class HardwareConfig:
+    """Peaks of one accelerator and its links; ``conf/hardware`` has them with their sources."""
+
+    name: str
+    peak_tflops: float  # dense bfloat16 with float32 accumulation, 1e12 operations per second
+    memory_gb: float  # 1e9 bytes
+    memory_gb_per_s: float  # 1e9 bytes per second
+    gpus_per_node: int  # that the fast link joins
+    node_gb_per_s: float  # of the fast link, per accelerator, one direction
+    network_gb_per_s: float  # between nodes, per accelerator, one direction
+
+    def __post_init__(self) -> None:
+        check_types(self, "hardware.")
+        names = tuple(name for name in self.__dataclass_fields__ if name != "name")
+        check_positive(self, names, "hardware.", "the maker's data sheet has it")
+
+
+@dataclass(kw_only=True, slots=True)
+class EfficiencyConfig:
+    """What is reached of the peaks: one set for all experiments, in ``conf/efficiency``."""
+
+    gemm: float  # share of the peak that large matrix products reach
+    attention: float  # share of the peak that attention over a chunk reaches
+    weights: float  # share of the memory bandwidth at which weights are read
+    kv: float  # share of the memory bandwidth at which the cache is read
+    links: float  # share of the bandwidth of either link
+    node_latency: float | str  # of one collective within a node
+    network_latency: float | str  # of one collective or message between nodes
+    layer_overhead: float | str  # per layer and step: launches and small kernels
+    step_overhead: float | str  # per step and stage: planning, inputs, sampling
+
+    def __post_init__(self) -> None:
+        check_types(self, "efficiency.")
+        for name in ("gemm", "attention", "weights", "kv", "links"):
+            value = getattr(self, name)
+            if not 0 < value <= 1:
+                raise ValueError(
+                    f"efficiency.{name} must lie in (0, 1], got {value}; it is a share of a peak"
+                )
+        for name in ("node_latency", "network_latency", "layer_overhead", "step_overhead"):
+            value = getattr(self, name)
+            if value not in (0, "0"):
+                value = parse_duration(value, f"efficiency.{name}")
+            setattr(self, name, float(value))
+
+
+@dataclass(kw_only=True, slots=True)
+class ShapeConfig:
+    """What of a decoder decides its bytes and operations; ``conf/shape`` has some by name."""
+
+    num_layers: int
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int  # of one expert where there are several
+    vocab_size: int
+    tied: bool = False  # the head is the embedding
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    num_experts: int = 1
+    experts_per_token: int = 1
+    windows: list[int | None] = field(default_factory=list)  # per layer; empty: all see everything
+    dtype: str = "bfloat16"  # of weights and cache
+
+    def __post_init__(self) -> None:
+        check_types(self, "shape.")
+        sizes = ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
+        names = (*sizes, "vocab_size", "num_experts", "experts_per_token")
+        check_positive(self, names, "shape.", "the config.json of the model has it")
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"shape.experts_per_token must be at most shape.num_experts={self.num_experts}, "
+                f"got {self.experts_per_token}; lower it"
+            )
+        if self.dtype not in DTYPES[1:]:
+            raise ValueError(
+                f"shape.dtype must be one of {', '.join(DTYPES[1:])}, got {self.dtype!r}"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class WorkloadConfig:
+    """Requests of a simulation: drawn, or read from a trace."""
+
+    trace: str | None = None  # JSONL, one request per line; unset: drawn as the other keys say
+    rate: float = 0.75  # requests per second, Poisson
+    num_requests: int = 1000
+    seed: int = 0
+    prompt_median: int = 1730  # tokens of short prompts, log-normal
+    prompt_p90: int = 5696
+    output_median: int = 415  # tokens of every output, log-normal
+    output_p90: int = 834
+    long_share: float = 0.05  # of the requests
+    long_min: int | str = "128K"  # tokens of long prompts, log-uniform
+    long_max: int | str = "1M"
+
+    def __post_init__(self) -> None:
+        check_types(self, "workload.")
+        self.long_min = parse_size(self.long_min, "workload.long_min")
+        self.long_max = parse_size(self.long_max, "workload.long_max")
+        names = ("rate", "num_requests", "prompt_median", "output_median", "long_min")
+        check_positive(self, names, "workload.", "1 is the least that makes a request")
+        if not 0 <= self.long_share <= 1:
+            raise ValueError(
+                f"workload.long_share must lie in [0, 1], got {self.long_share}; 0.05 is 5%"
+            )
+        for low, high in (
+            ("prompt_median", "prompt_p90"),
+            ("output_median", "output_p90"),
+            ("long_min", "long_max"),
+        ):
+            if getattr(self, high) < getattr(self, low):
+                raise ValueError(
+                    f"workload.{high} must be at least workload.{low}={getattr(self, low)}, "
+                    f"got {getattr(self, high)}; raise it"
+                )
+
+
+@dataclass(kw_only=True, slots=True)
+class SimulateConfig:
+    """``mnemosyne simulate``: a workload through engine and scheduler on simulated hardware."""
+
+    model: str  # a name in conf/shape, or a Hugging Face directory
+    hardware: HardwareConfig
+    efficiency: EfficiencyConfig
+    calibration: str | None = None  # JSON of measured steps that the efficiencies are fitted to
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    schedule: ScheduleConfig = field(
+        default_factory=lambda: ScheduleConfig(target_tbt=GPU_TARGET_TBT)
+    )
+    slo: SloConfig = field(default_factory=SloConfig)
+    cache: CacheConfig = field(default_factory=lambda: CacheConfig(memory_share=GPU_MEMORY_SHARE))
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    output: str | None = None  # JSONL, one line per request; it can be replayed as a trace
+    report: str | None = None  # JSON, the numbers of the table
+    plot: str | None = None  # PNG
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.metrics.trace is not None:
+            raise ValueError(
+                f"metrics.trace must be null in a simulation, got {self.metrics.trace!r}; "
+                "metrics.path writes its steps"
+            )
