@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -23,9 +23,12 @@ class Admission:
     placement: Placement  # pages for its whole life
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A run of one request's tokens computed in one step. A decode is a chunk of one token."""
+class Chunk(NamedTuple):
+    """A run of one request's tokens computed in one step. A decode is a chunk of one token.
+
+    A tuple, because a step may hold a thousand of them: it is made three times as fast as a
+    frozen dataclass, and travels as it is.
+    """
 
     request_id: int
     start: int  # position of the first token
@@ -51,6 +54,7 @@ class Plan:
     admitted: tuple[Admission, ...] = ()
     released: tuple[int, ...] = ()  # requests whose pages are free again
     predicted_s: float = 0.0
+    slack_s: tuple[float, ...] = ()  # of each prefill chunk's request as planned; not sent to ranks
 
     @property
     def num_tokens(self) -> int:
