@@ -32,21 +32,53 @@ def solve_chunk(
     Returns:
         A multiple of 32 in ``[min_chunk, max_chunk]``, or ``remaining`` for the last piece of a
         prompt, or 0 if not even ``min_chunk`` fits. A piece smaller than ``min_chunk`` is never
-        left over: it joins the chunk before.
+        left over: it joins the chunk before if the budget allows, else that chunk is cut shorter.
+        Only a chunk too small to be cut takes such a piece along beyond the budget.
 
     Source: Medha, arXiv 2409.17264, adaptive chunking; the tail rule is ours.
     """
     smallest = min(min_chunk, remaining)
-    if predict(smallest) > budget_s:
+    smallest_s = predict(smallest)
+    if smallest_s > budget_s:
         return 0
-    low, high = 0, min(remaining, max_chunk) // CHUNK_MULTIPLE  # in multiples
-    while low < high:
-        middle = (low + high + 1) // 2
-        if predict(middle * CHUNK_MULTIPLE) <= budget_s:
-            low = middle
+    limit = min(remaining, max_chunk) // CHUNK_MULTIPLE
+    fitting = _most_multiples(predict, budget_s, smallest // CHUNK_MULTIPLE, smallest_s, limit)
+    size = max(fitting * CHUNK_MULTIPLE, smallest)
+    if size == remaining or remaining - size >= min_chunk:
+        return size
+    shorter = (remaining - min_chunk) // CHUNK_MULTIPLE * CHUNK_MULTIPLE
+    if shorter < min_chunk or predict(remaining) <= budget_s:
+        return remaining
+    return shorter
+
+
+def _most_multiples(
+    predict: Callable[[int], float], budget_s: float, low: int, low_s: float, limit: int
+) -> int:
+    """The largest count of multiples up to ``limit`` within the budget; ``low`` of them are.
+
+    Step time is nearly linear in the chunk: the line through what is known meets the budget at
+    the answer or beside it. Halving bounds the search where it does not.
+    """
+    if limit <= low or (high_s := predict(limit * CHUNK_MULTIPLE)) <= budget_s:
+        return max(limit, low)
+    high, turn, fits = limit, 0, True
+    while high - low > 1:
+        if turn == 0:
+            share = (budget_s - low_s) / (high_s - low_s)
+            middle = min(max(low + int(share * (high - low)), low + 1), high - 1)
+        elif turn == 1:
+            middle = low + 1 if fits else high - 1
         else:
-            high = middle - 1
-    return close_tail(max(low * CHUNK_MULTIPLE, smallest), remaining, min_chunk)
+            middle = (low + high) // 2
+        seconds = predict(middle * CHUNK_MULTIPLE)
+        fits = seconds <= budget_s
+        if fits:
+            low, low_s = middle, seconds
+        else:
+            high, high_s = middle, seconds
+        turn = (turn + 1) % 3
+    return low
 
 
 def solve_lone_chunk(

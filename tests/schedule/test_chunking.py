@@ -38,10 +38,53 @@ def test_the_chunk_is_the_largest_that_fits(remaining, budget_ms, fixed_ms, toke
         assert predict(max(1, chunk - min_chunk)) <= budget_s
 
 
-def test_no_tail_smaller_than_the_minimum_is_left():
-    chunk = solve_chunk(_linear(0, 1e-3), remaining=192 + 20, budget_s=0.193, min_chunk=32)
+@pytest.mark.parametrize(
+    ("remaining", "budget_s", "chunk"),
+    [
+        (192 + 20, 0.220, 212),  # the tail fits as well
+        (192 + 20, 0.193, 160),  # it does not: what is left grows to 52
+        (32 + 20, 0.033, 52),  # nothing to cut
+    ],
+)
+def test_no_tail_smaller_than_the_minimum_is_left(remaining, budget_s, chunk):
+    assert chunk == solve_chunk(_linear(0, 1e-3), remaining=remaining, budget_s=budget_s)
 
-    assert chunk == 212
+
+@given(
+    remaining=st.integers(1, 10**6),
+    context=st.integers(0, 10**7),
+    budget_ms=st.floats(1, 1000),
+    step_us=st.floats(0, 10_000),
+)
+def test_the_search_finds_what_trying_every_size_finds(remaining, context, budget_ms, step_us):
+    def predict(num_tokens: int) -> float:
+        pairs = num_tokens * context + num_tokens**2 / 2
+        # a kernel that works in blocks of 128 rows makes stairs
+        return step_us / 1e6 + 1e-5 * num_tokens + 1e-9 * pairs + 1e-4 * -(-num_tokens // 128)
+
+    chunk = solve_chunk(predict, remaining=remaining, budget_s=budget_ms / 1e3)
+
+    sizes = range(32, min(remaining, 8192) + 1, 32)
+    fitting = [size for size in sizes if predict(size) <= budget_ms / 1e3]
+    largest = max([*fitting, min(32, remaining)])
+    if predict(min(32, remaining)) > budget_ms / 1e3:
+        assert chunk == 0
+    elif remaining - largest >= 32:
+        assert chunk == largest
+    else:
+        assert chunk in (remaining, (remaining - 32) // 32 * 32)
+
+
+def test_the_search_asks_the_predictor_a_few_times_only():
+    calls = []
+
+    def predict(num_tokens: int) -> float:
+        calls.append(num_tokens)
+        return 0.004 + 1e-5 * num_tokens + 1e-10 * (num_tokens * 10**6 + num_tokens**2 / 2)
+
+    solve_chunk(predict, remaining=10**6, budget_s=0.03)
+
+    assert len(calls) <= 4
 
 
 def test_a_lone_prefill_takes_larger_chunks_when_steps_cost_more():
