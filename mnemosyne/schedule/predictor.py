@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
+import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from mnemosyne.schedule.work import StepWork
 MAX_SAMPLES = 256  # measured steps that a fit looks back on
 REFIT_EVERY = 16  # steps between two fits
 GAIN_WEIGHT = 0.25  # of the newest step in the running ratio of measured to predicted time
+MIN_STEP_S = 1e-9  # a clock may not have moved
+NUM_FEATURES = len(StepWork().features())
 
 
 class Predictor(Protocol):
@@ -20,6 +22,11 @@ class Predictor(Protocol):
 
     def predict(self, work: StepWork) -> float:
         """Seconds that a step with this work takes. Must not fall when the work grows."""
+
+
+@runtime_checkable
+class LearningPredictor(Predictor, Protocol):
+    """A predictor that is told how long steps really took."""
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """Learn from a measured step."""
@@ -33,16 +40,22 @@ class LinearPredictor:
     """
 
     def __init__(self) -> None:
-        self._calibration: list[tuple[tuple[float, ...], float]] = []
-        self._samples: deque[tuple[tuple[float, ...], float]] = deque(maxlen=MAX_SAMPLES)
-        self._coefficients: tuple[float, ...] = ()
-        self._log_gain = 0.0
+        self._calibration = np.empty((0, NUM_FEATURES + 1))  # features, seconds
+        self._recent = np.empty((MAX_SAMPLES, NUM_FEATURES + 1))  # a ring
         self._num_observed = 0
+        self._coefficients: tuple[float, ...] = ()
+        self._gain = 1.0
 
     @property
     def coefficients(self) -> tuple[float, ...]:
         """Seconds per unit of each feature of ``StepWork.features``."""
         return self._coefficients
+
+    @property
+    def samples(self) -> np.ndarray:
+        """What the next fit is made from: float64 ``[steps, features + 1]``, seconds last."""
+        num_recent = min(self._num_observed, MAX_SAMPLES)
+        return np.concatenate([self._calibration, self._recent[:num_recent]])
 
     def fit(self, samples: Sequence[tuple[StepWork, float]]) -> None:
         """Set the coefficients from a sweep of ``(work, seconds)``.
@@ -50,49 +63,69 @@ class LinearPredictor:
         Raises:
             ValueError: if the sweep is empty or a time is not positive.
         """
-        if not samples or min(seconds for _, seconds in samples) <= 0:
+        self.fit_rows(np.array([[*work.features(), seconds] for work, seconds in samples]))
+
+    def fit_rows(self, rows: np.ndarray) -> None:
+        """The same from float64 ``[steps, features + 1]``, as ``samples`` gives them."""
+        if not len(rows) or rows[:, -1].min() <= 0:
             raise ValueError(
-                f"samples must hold at least one step of positive time, got {samples!r}; "
+                f"samples must hold at least one step of positive time, got {rows.tolist()}; "
                 "measure a few steps first"
             )
-        self._calibration = [(work.features(), seconds) for work, seconds in samples]
+        self._calibration = rows
         self._refit()
 
     def predict(self, work: StepWork) -> float:
         """Seconds for this work; 0 before anything was fitted or observed."""
         if not self._coefficients:
             return 0.0
-        return float(np.exp(self._log_gain)) * self._raw(work.features())
+        return self._gain * self._raw(work)
 
     def observe(self, work: StepWork, seconds: float) -> None:
-        self._samples.append((work.features(), seconds))
+        seconds = max(seconds, MIN_STEP_S)
+        row = self._recent[self._num_observed % MAX_SAMPLES]
+        row[:-1] = work.features()
+        row[-1] = seconds
         self._num_observed += 1
-        is_young = self._num_observed < REFIT_EVERY and not self._calibration
+        is_young = self._num_observed < REFIT_EVERY and not len(self._calibration)
         if is_young or self._num_observed % REFIT_EVERY == 0:
             self._refit()
         else:
-            self._follow(work.features(), seconds)
+            self._follow(self._raw(work), seconds)
 
-    def _raw(self, features: tuple[float, ...]) -> float:
-        return sum(c * x for c, x in zip(self._coefficients, features, strict=True))
+    def _raw(self, work: StepWork) -> float:
+        step, token, pair, key, sequence, sampled, exchanged = self._coefficients
+        return (
+            step
+            + token * work.num_tokens
+            + pair * work.prefill_pairs
+            + key * work.decode_keys
+            + sequence * work.num_sequences
+            + sampled * work.num_sampled
+            + exchanged * work.num_exchanged
+        )
 
-    def _follow(self, features: tuple[float, ...], seconds: float) -> None:
-        error = float(np.log(seconds / max(self._raw(features), 1e-9)))
-        self._log_gain += GAIN_WEIGHT * (error - self._log_gain)
+    def _follow(self, raw_s: float, seconds: float) -> None:
+        error = seconds / max(raw_s, MIN_STEP_S) / self._gain
+        self._gain *= math.exp(GAIN_WEIGHT * math.log(error))
 
     def _refit(self) -> None:
-        samples = [*self._calibration, *self._samples]
-        features = np.array([features for features, _ in samples], dtype=np.float64)
-        seconds = np.array([seconds for _, seconds in samples], dtype=np.float64)
+        rows = self.samples
+        seconds = rows[:, -1]
         # Rows divided by the measured time: a step that is 10% off counts the same whatever
         # its length. Columns scaled to one, so that the solver sees like magnitudes.
-        rows = features / seconds[:, None]
-        scale = np.maximum(np.abs(rows).max(axis=0), 1e-30)
-        solution = nonnegative_least_squares(rows / scale, np.ones(len(samples)))
+        a: np.ndarray = rows[:, :-1] / seconds[:, None]
+        scale = np.maximum(a.max(axis=0), 1e-30)
+        # The triangle of a QR decomposition has the same solution and far fewer rows.
+        both = np.column_stack([a / scale, np.ones(len(a))])
+        triangle = np.asarray(np.linalg.qr(both, mode="r"))
+        solution = nonnegative_least_squares(triangle[:, :-1], triangle[:, -1])
         self._coefficients = tuple((solution / scale).tolist())
-        self._log_gain = 0.0
-        for recent in list(self._samples)[-8:]:
-            self._follow(*recent)
+        self._gain = 1.0
+        num_recent = min(self._num_observed, 8)
+        for index in range(self._num_observed - num_recent, self._num_observed):
+            row = self._recent[index % MAX_SAMPLES]
+            self._follow(float(row[:-1] @ self._coefficients), float(row[-1]))
 
 
 def nonnegative_least_squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:

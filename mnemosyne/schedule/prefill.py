@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from mnemosyne.cache.layout import Placement
-from mnemosyne.config import ScheduleConfig, SloConfig
+from mnemosyne.config import ScheduleConfig
 from mnemosyne.request import Request
 from mnemosyne.schedule.chunking import solve_chunk, solve_lone_chunk
 from mnemosyne.schedule.plan import Chunk
-from mnemosyne.schedule.policy import POLICIES, PrefillTable, Urgency
+from mnemosyne.schedule.policy import POLICIES, Urgency
 from mnemosyne.schedule.predictor import Predictor
-from mnemosyne.schedule.work import StepWork, WorkModel
-
-Work = tuple[StepWork, ...]  # of a step, by group
+from mnemosyne.schedule.prefill_table import PrefillTable
+from mnemosyne.schedule.prompts import LENGTH, Prompts, few_by_few
+from mnemosyne.schedule.work import Work, WorkModel
 
 
 @dataclass(slots=True, eq=False)
@@ -23,13 +25,9 @@ class Running:
 
     request: Request
     placement: Placement  # pages for its whole life
-    total_s: float  # predicted time of its prefill, alone
-    deadline_s: float  # for its first token, after arrival
     num_planned: int = 0  # tokens in this and earlier plans
-    num_known: int = 0  # prompt and output tokens that exist
-    last_token: int | None = None  # the newest of them, once one was sampled
+    last_token: int | None = None  # the newest that was sampled
     num_in_flight: int = 0  # steps that hold a chunk of it
-    last_planned: int = 0  # index of the newest of them
     is_released: bool = False
 
     @property
@@ -47,152 +45,160 @@ class Running:
     def is_prefilling(self) -> bool:
         return self.num_planned < self.request.num_prompt_tokens
 
-    @property
-    def can_decode(self) -> bool:
-        return not self.is_prefilling and self.num_planned < self.num_known
+
+@dataclass(frozen=True, slots=True)
+class Prefills:
+    """The prefill part of a step."""
+
+    chunks: list[Chunk]
+    slack_s: list[float]  # of each: time to spare when it was planned
+    work: Work  # of the whole step, decodes included
 
 
 class PrefillPlanner:
-    """Orders prompts by the policy and cuts chunks to the predicted time of the step.
+    """Orders admitted prompts by the policy and cuts chunks to the predicted time of the step.
 
     Args:
         config: chunk rule, policy, target time between tokens.
-        slo: when a first token is due.
         predictor: step time; decides sizes only when ``config.chunk`` is "adaptive".
         work_model: counts the work of a chunk.
+        shard_tokens: tokens of one request that a group holds at most.
+        depth: steps that may be in flight.
     """
 
     def __init__(
         self,
         config: ScheduleConfig,
-        slo: SloConfig,
         predictor: Predictor,
         work_model: WorkModel,
+        *,
+        shard_tokens: int,
+        depth: int,
     ) -> None:
         self.config = config
-        self.slo = slo
         self.predictor = predictor
         self.work_model = work_model
-        self._policy = POLICIES[config.policy]
+        self._shard_tokens = shard_tokens
         self.table = PrefillTable(
-            self._prefill_step_s, min_chunk=config.min_chunk, max_chunk=config.max_chunk
+            self._alone_s, min_chunk=config.min_chunk, max_chunk=config.max_chunk, depth=depth
         )
+        self.prompts: Prompts[Running] = Prompts(POLICIES[config.policy], self.table)
 
     def step_s(self, work: Work) -> float:
         """Predicted time of a step: that of its slowest group."""
-        return max(self.predictor.predict(part) for part in work)
+        return max(map(self.predictor.predict, work))
 
-    def start(self, request: Request, placement: Placement) -> Running:
-        """A request as it is admitted, with its predicted work and its deadline."""
-        total_s = self.table.seconds(0, request.num_prompt_tokens)
-        deadline_s = request.deadline_s
-        if deadline_s is None:
-            deadline_s = max(self.slo.ttft_min, self.slo.ttft_scale * total_s)
-        return Running(
-            request,
-            placement,
-            total_s=total_s,
-            deadline_s=deadline_s,
-            num_known=request.num_prompt_tokens,
-        )
-
-    def chunks(self, prefills: list[Running], decode_work: Work, now_s: float) -> Iterable[Chunk]:
-        """The chunks of a step, beside its decodes.
+    def plan(self, work: Work, now_s: float) -> Prefills:
+        """The chunks of a step, beside its decodes; each prompt remembers how far it is planned.
 
         Args:
-            prefills: admitted requests whose prompts are not all planned.
-            decode_work: of the decodes of the step, by group.
+            work: of the decodes of the step, by group.
             now_s: seconds on the clock of the requests' arrivals.
         """
-        if len(prefills) > 1:
-            prefills = sorted(prefills, key=lambda running: self._rank(running, now_s))
+        if not self.prompts:
+            return Prefills([], [], work)
+        urgency = self.prompts.urgency()
+        order = self.prompts.order(urgency, now_s)
         if not self.config.is_adaptive:
-            return self._fixed_chunks(prefills)
-        if len(prefills) == 1 and decode_work == self.work_model.nothing:
-            return [self._lone_chunk(prefills[0])]
-        return self._adaptive_chunks(prefills, decode_work, now_s)
-
-    def _rank(self, running: Running, now_s: float) -> tuple[int, float, int]:
-        urgency = self._policy(self._urgency(running), now_s)
-        return running.request.priority, urgency, running.request.request_id
-
-    def _urgency(self, running: Running) -> Urgency:
-        return Urgency(
-            arrival_s=running.request.arrival_s,
-            deadline_s=running.deadline_s,
-            total_s=running.total_s,
-            remaining_s=self.table.seconds(running.num_planned, running.request.num_prompt_tokens),
-        )
-
-    def _fixed_chunks(self, prefills: list[Running]) -> Iterable[Chunk]:
-        budget = int(self.config.chunk)
+            sizes = self._fixed_sizes(order)
+        elif len(order) == 1 and work == self.work_model.nothing:
+            sizes = {0: self._lone_size(self.prompts.items[0])}
+        else:
+            sizes = self._adaptive_sizes(order, urgency, work, now_s)
         chunks = []
-        for running in prefills:
+        for row, size in sizes.items():
+            running = self.prompts.items[row]
+            chunks.append(self._chunk(running, size))
+            work = self.work_model.add(work, chunks[-1], running.placement)
+        slack_s = urgency.slack_s(now_s)[list(sizes)].tolist()
+        self._commit(sizes)
+        return Prefills(chunks, slack_s, work)
+
+    def _commit(self, sizes: dict[int, int]) -> None:
+        done = []
+        for row, size in sizes.items():
+            running = self.prompts.items[row]
+            running.num_planned += size
+            if running.is_prefilling:
+                self.prompts.advance(row, running.num_planned)
+            else:
+                done.append(row)
+        self.prompts.drop(done)
+
+    def _fixed_sizes(self, order: np.ndarray) -> dict[int, int]:
+        budget = int(self.config.chunk)
+        sizes = {}
+        for row in few_by_few(order):
             if budget == 0:
                 break
-            chunk = self._chunk(running, min(budget, running.num_chunkable))
-            budget -= chunk.num_tokens
-            chunks.append(chunk)
-        return chunks
+            sizes[row] = min(budget, self.prompts.items[row].num_chunkable)
+            budget -= sizes[row]
+        return sizes
 
-    def _lone_chunk(self, running: Running) -> Chunk:
+    def _lone_size(self, running: Running) -> int:
         """Nobody waits for this step but the prompt itself: take the chunk that ends soonest.
 
         It is never smaller than beside decodes: where measurements are noisy, small chunks may
         look as fast as large ones, and a step of ``target_tbt`` delays no new arrival too long.
         """
-        limits = {"min_chunk": self.config.min_chunk, "max_chunk": self.config.max_chunk}
+        predict = self._step_with(running, self.work_model.nothing)
         soonest = solve_lone_chunk(
-            lambda num_tokens: self._prefill_step_s(running.num_planned, num_tokens),
+            predict,
             remaining=running.num_chunkable,
-            **limits,
+            min_chunk=self.config.min_chunk,
+            max_chunk=self.config.max_chunk,
         )
-        within_target = self._solve(
-            running, self.work_model.nothing, self.config.max_chunk, self.config.target_tbt
-        )
-        return self._chunk(running, max(soonest, within_target))
+        target_s, max_chunk = self.config.target_tbt, self.config.max_chunk
+        return max(soonest, self._solve(predict, running, max_chunk, target_s))
 
-    def _adaptive_chunks(
-        self, prefills: list[Running], work: Work, now_s: float
-    ) -> Iterable[Chunk]:
+    def _adaptive_sizes(
+        self, order: np.ndarray, urgency: Urgency, work: Work, now_s: float
+    ) -> dict[int, int]:
         """Chunks in order of the policy until the predicted time of the step is spent.
 
         At most one long prefill takes part, and while it has slack it leaves a share of the step
         to the short ones behind it. The first prefill gets ``min_chunk`` even when the decodes
         alone spend the step: a prompt that never advances would be worse than a late token.
         """
-        chunks: list[Chunk] = []
-        num_left, has_long = self.config.max_chunk, False
-        for index, running in enumerate(prefills):
-            is_long = running.request.num_prompt_tokens > int(self.config.long_tokens)
-            if num_left < self.config.min_chunk or (is_long and has_long):
+        sizes: dict[int, int] = {}
+        is_long = self.prompts.column(LENGTH) > int(self.config.long_tokens)
+        num_short = len(order) - int(np.count_nonzero(is_long))
+        num_left, tried_long = self.config.max_chunk, False
+        # whatever the decodes of one group take, prompts of others may take as well
+        budget_s = max(self.config.target_tbt, self.step_s(work))
+        full: set[int] = set()  # groups in which not even the smallest chunk fits any more
+        for row in few_by_few(order):
+            if num_left < self.config.min_chunk or len(full) == len(work):
+                break
+            running = self.prompts.items[row]
+            num_short -= not is_long[row]
+            if (is_long[row] and tried_long) or _group(running) in full:
                 continue
-            budget_s = self.config.target_tbt
-            if is_long and index + 1 < len(prefills):
-                budget_s -= self._given_up_s(running, budget_s, work, now_s)
-            size = self._solve(running, work, num_left, budget_s)
-            if size == 0 and not chunks:
+            tried_long = tried_long or is_long[row]
+            own_s = budget_s
+            if is_long[row] and num_short:
+                rho = float(urgency.relative_slack(now_s)[row])
+                own_s -= self._given_up_s(rho, budget_s, work)
+            size = self._solve(self._step_with(running, work), running, num_left, own_s)
+            if size == 0 and not sizes:
                 size = min(self.config.min_chunk, running.num_chunkable)
             if size == 0:
+                full.add(_group(running))
                 continue
-            chunk = self._chunk(running, size)
-            work = self.work_model.add(work, chunk, running.placement)
-            chunks.append(chunk)
+            sizes[row] = size
+            work = self.work_model.add(work, self._chunk(running, size), running.placement)
+            budget_s = max(budget_s, self.step_s(work))
             num_left -= size
-            has_long = has_long or is_long
-        return chunks
+        return sizes
 
-    def _given_up_s(self, running: Running, budget_s: float, work: Work, now_s: float) -> float:
-        """What a long prefill with slack leaves to others, of the time the step still has."""
-        slack = self._urgency(running).relative_slack(now_s)
-        share = min(max(slack, 0.0), self.config.max_relative_slack)
+    def _given_up_s(self, rho: float, budget_s: float, work: Work) -> float:
+        """What a long prefill of this relative slack leaves, of the time the step still has."""
+        share = min(max(rho, 0.0), self.config.max_relative_slack)
         return share * max(0.0, budget_s - self.step_s(work))
 
-    def _solve(self, running: Running, work: Work, num_left: int, budget_s: float) -> int:
-        def predict(num_tokens: int) -> float:
-            chunk = self._chunk(running, num_tokens)
-            return self.step_s(self.work_model.add(work, chunk, running.placement))
-
+    def _solve(
+        self, predict: Callable[[int], float], running: Running, num_left: int, budget_s: float
+    ) -> int:
         return solve_chunk(
             predict,
             remaining=running.num_chunkable,
@@ -201,10 +207,42 @@ class PrefillPlanner:
             max_chunk=num_left,
         )
 
-    def _prefill_step_s(self, start: int, num_tokens: int) -> float:
-        """Predicted time of a step that holds one chunk and nothing else."""
-        work = self.work_model.chunk(start, num_tokens, samples=False, is_decode=False)
-        return self.predictor.predict(work)
+    def _step_with(self, running: Running, work: Work) -> Callable[[int], float]:
+        """Predicted time of a step by the size of one more chunk in it."""
+        start, placement = running.num_planned, running.placement
+        num_active = placement.num_active(start + 1)
+        groups = {placement.shards[shard].group: shard for shard in range(num_active)}
+        others = [part for group, part in enumerate(work) if group not in groups]
+        others_s = max(map(self.predictor.predict, others), default=0.0)
+        num_remaining, model = running.num_remaining, self.work_model
+
+        def predict(num_tokens: int) -> float:
+            step_s = others_s
+            for group, shard in groups.items():
+                own = model.chunk(
+                    start,
+                    num_tokens,
+                    samples=num_tokens == num_remaining,
+                    is_decode=False,
+                    keys=None
+                    if num_active == 1
+                    else placement.positions(shard, start + num_tokens),
+                    is_shared=num_active > 1,
+                )
+                step_s = max(step_s, self.predictor.predict(work[group] + own))
+            return step_s
+
+        return predict
+
+    def _alone_s(self, start: int, num_tokens: int) -> float:
+        """A step of one chunk and nothing else, in the group that has most to do."""
+        is_shared = start >= self._shard_tokens
+        keys = range(self._shard_tokens) if is_shared else None
+        return self.predictor.predict(
+            self.work_model.chunk(
+                start, num_tokens, samples=False, is_decode=False, keys=keys, is_shared=is_shared
+            )
+        )
 
     @staticmethod
     def _chunk(running: Running, num_tokens: int) -> Chunk:
@@ -214,3 +252,9 @@ class PrefillPlanner:
             num_tokens=num_tokens,
             samples=num_tokens == running.num_remaining,
         )
+
+
+def _group(running: Running) -> int:
+    """The group that stores the next chunk."""
+    placement = running.placement
+    return placement.shards[placement.num_active(running.num_planned + 1) - 1].group

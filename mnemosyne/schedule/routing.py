@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from mnemosyne.cache.allocator import PageAllocator
 from mnemosyne.cache.layout import Placement, Shard, pages_for
-from mnemosyne.schedule.prefill import Running
+
+NOTHING: Mapping[int, int] = MappingProxyType({})
 
 
 class Router:
@@ -14,7 +16,8 @@ class Router:
 
     A request takes as many groups as its tokens need; the groups with the least pending prefill
     come first, and among equals those with the fewest pages in use. Pages for its whole life are
-    reserved at once, because growth that waits for pages could deadlock.
+    reserved at once, because growth that waits for pages could deadlock. Prefill work is counted
+    as prompt length squared less the part done.
 
     Args:
         allocators: the pages of each group.
@@ -30,6 +33,7 @@ class Router:
         self.allocators = tuple(allocators)
         self.page_size = page_size
         self.max_tokens_per_group = max_tokens_per_group
+        self._pending = [0] * len(self.allocators)  # prefill work ahead of each group
 
     @property
     def num_pages(self) -> int:
@@ -47,55 +51,88 @@ class Router:
         full = sum(1 for shard in shards if shard == self.max_tokens_per_group)
         return full * self.max_tokens_per_group + sum(shards[full : full + 1])
 
-    def place(self, num_tokens: int, running: Iterable[Running]) -> Placement | None:
+    def place(
+        self,
+        num_tokens: int,
+        num_prompt_tokens: int,
+        *,
+        kept: Mapping[int, int] = NOTHING,
+    ) -> Placement | None:
         """Reserve pages for a request.
 
         Args:
             num_tokens: prompt and output together.
-            running: admitted requests, whose pending prefill loads their groups.
+            num_prompt_tokens: of which so many will be prefilled.
+            kept: pages of some groups that are free but not for this request.
 
         Returns:
             None if the pages are not free now.
         """
+        free = {
+            group: allocator.num_free - kept.get(group, 0)
+            for group, allocator in enumerate(self.allocators)
+        }
+        order = sorted(
+            free, key=lambda group: (self._pending[group], self.allocators[group].num_used, group)
+        )
         sizes = self._shard_pages(num_tokens)
-        pending = self._pending(running)
-        used = [allocator.num_used for allocator in self.allocators]
-        order = sorted(range(len(used)), key=lambda group: (pending[group], used[group], group))
-        chosen: list[int] = []
-        for size in sizes:
-            group = next(
-                (g for g in order if g not in chosen and self.allocators[g].num_free >= size), None
-            )
-            if group is None:
-                return None
-            chosen.append(group)
+        chosen = _assign(sizes, order, free)
+        if chosen is None:
+            return None
         shards = []
         for group, size in zip(chosen, sizes, strict=True):
             pages = self.allocators[group].allocate(size)
             assert pages is not None, "the pages were free a moment ago"
             shards.append(Shard(group, pages))
-        return Placement(tuple(shards), self.max_tokens_per_group)
+        placement = Placement(tuple(shards), self.max_tokens_per_group)
+        self._change_pending(placement, num_prompt_tokens**2)
+        return placement
 
-    def release(self, placement: Placement) -> None:
-        """Give the pages of a request back."""
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether a request would be placed now."""
+        free = {group: allocator.num_free for group, allocator in enumerate(self.allocators)}
+        return _assign(self._shard_pages(num_tokens), list(free), free) is not None
+
+    def best_groups(self, num_tokens: int) -> dict[int, int]:
+        """Pages by group of a request that the empty cache would hold, where most are free now."""
+        capacity = {group: allocator.num_pages for group, allocator in enumerate(self.allocators)}
+        order = sorted(capacity, key=lambda group: -self.allocators[group].num_free)
+        sizes = self._shard_pages(num_tokens)
+        chosen = _assign(sizes, order, capacity)
+        assert chosen is not None, "a request that never fits is refused"
+        return dict(zip(chosen, sizes, strict=True))
+
+    def advance(self, placement: Placement, start: int, stop: int) -> None:
+        """Take note that a request was prefilled from position ``start`` to ``stop``."""
+        self._change_pending(placement, start**2 - stop**2)
+
+    def release(self, placement: Placement, num_prompt_tokens: int, num_done: int) -> None:
+        """Give the pages of a request back, of whose prompt ``num_done`` tokens were prefilled."""
+        self._change_pending(placement, num_done**2 - num_prompt_tokens**2)
         for shard in placement.shards:
             self.allocators[shard.group].release(shard.pages)
 
     def reset(self) -> None:
         """Take every page back, whoever holds it."""
         self.allocators = tuple(PageAllocator(a.num_pages) for a in self.allocators)
+        self._pending = [0] * len(self.allocators)
 
     def _shard_pages(self, num_tokens: int) -> list[int]:
         full, rest = divmod(num_tokens, self.max_tokens_per_group)
         full_pages = self.max_tokens_per_group // self.page_size
         return [full_pages] * full + ([pages_for(rest, self.page_size)] if rest else [])
 
-    def _pending(self, running: Iterable[Running]) -> list[int]:
-        """Prefill work ahead of each group, as prompt length squared less the part done."""
-        pending = [0] * len(self.allocators)
-        for request in running:
-            num_prompt_tokens = request.request.num_prompt_tokens
-            done = min(request.num_planned, num_prompt_tokens)
-            for shard in request.placement.shards:
-                pending[shard.group] += num_prompt_tokens**2 - done**2
-        return pending
+    def _change_pending(self, placement: Placement, amount: int) -> None:
+        for shard in placement.shards:
+            self._pending[shard.group] += amount
+
+
+def _assign(sizes: list[int], order: list[int], room: Mapping[int, int]) -> list[int] | None:
+    """A group of its own for each shard, the first in ``order`` that has room, or None."""
+    chosen: list[int] = []
+    for size in sizes:
+        group = next((g for g in order if g not in chosen and room[g] >= size), None)
+        if group is None:
+            return None
+        chosen.append(group)
+    return chosen

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from itertools import islice
 
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request
 from mnemosyne.schedule.plan import Admission, Chunk, Plan
-from mnemosyne.schedule.predictor import Predictor
+from mnemosyne.schedule.predictor import LearningPredictor, Predictor
 from mnemosyne.schedule.prefill import PrefillPlanner, Running
 from mnemosyne.schedule.routing import Router
-from mnemosyne.schedule.work import StepWork, WorkModel
+from mnemosyne.schedule.waiting import Entry, Waiting
+from mnemosyne.schedule.work import Work, WorkModel
 
 
 class Scheduler:
     """Continuous batching: decodes first, then chunks of prefill within the predicted time.
 
     Pages for prompt and ``max_tokens`` are reserved when a request is admitted, so an admitted
-    request always finishes. Requests that do not fit now wait in the order they came.
+    request always finishes. What a step costs to plan depends on the step, not on how many
+    requests there are.
 
     Args:
         config: chunk rule, policy, target time between tokens, limits.
@@ -42,13 +44,22 @@ class Scheduler:
         self.config = config
         self.router = router
         self.predictor = predictor
+        self._learner = predictor if isinstance(predictor, LearningPredictor) else None
         self.work_model = work_model
         self.depth = depth
-        self._prefill = PrefillPlanner(config, slo, predictor, work_model)
-        self._waiting: OrderedDict[int, Request] = OrderedDict()
-        self._running: OrderedDict[int, Running] = OrderedDict()
+        self._prefill = PrefillPlanner(
+            config,
+            predictor,
+            work_model,
+            shard_tokens=router.max_tokens_per_group,
+            depth=depth,
+        )
+        self._waiting = Waiting(config.policy, slo, router, self._prefill.table)
+        self._running: dict[int, Running] = {}
+        self._ready: dict[int, Running] = {}  # have a token to decode, longest waiting first
+        self._num_decoding = 0  # of the running ones, past their prompts
         self._released: list[int] = []
-        self._works: dict[int, tuple[StepWork, ...]] = {}  # of plans not yet learned from
+        self._works: dict[int, Work] = {}  # of plans not yet learned from
         self._num_plans = 0
 
     @property
@@ -77,24 +88,32 @@ class Scheduler:
                 f"{request.max_tokens}; shorten one of them or raise cache.max_tokens"
             )
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request) -> float:
         """Queue a request.
+
+        Returns:
+            Its deadline for the first token, seconds after its arrival.
 
         Raises:
             ValueError: if it can never fit.
         """
         self.check_fits(request)
-        self._waiting[request.request_id] = request
+        return self._waiting.add(request)
 
     def release(self, request_id: int) -> None:
         """Forget a request that finished or was cancelled; its pages are free again.
 
         Pages of a request that is part of a step in flight are freed when that step is back.
         """
-        if self._waiting.pop(request_id, None) is not None:
+        if self._waiting.discard(request_id):
             return
         running = self._running[request_id]
         running.is_released = True
+        if running.is_prefilling:
+            self._prefill.prompts.discard(request_id)
+        else:
+            self._num_decoding -= 1
+            self._ready.pop(request_id, None)
         if running.num_in_flight == 0:
             self._forget(running)
 
@@ -108,7 +127,10 @@ class Scheduler:
             self._released += plan.released
         self._released += self._running
         self._waiting.clear()
+        self._prefill.prompts.clear()
         self._running.clear()
+        self._ready.clear()
+        self._num_decoding = 0
         self._works.clear()
         self.router.reset()
 
@@ -118,21 +140,17 @@ class Scheduler:
         Args:
             now_s: seconds on the clock of the requests' arrivals.
         """
-        admitted = self._admit()
-        chunks = self._decode_chunks()
-        work = self._work(chunks)
-        prefills = [r for r in self._running.values() if r.is_prefilling and not r.is_released]
-        chunks += self._prefill.chunks(prefills, work, now_s)
+        num_places = self.config.max_sequences - len(self._running)
+        admitted = [self._start(entry) for entry in self._waiting.admit(num_places, now_s)]
+        chunks, work = self._decode()
+        prefills = self._prefill.plan(work, now_s)
+        for chunk in prefills.chunks:
+            self._note_prefill(chunk)
+        chunks += prefills.chunks
         if not chunks:
             assert not admitted, "an admitted request always has a chunk to compute"
             return None
-        for chunk in chunks:
-            running = self._running[chunk.request_id]
-            running.num_planned = chunk.stop
-            running.last_planned = self._num_plans
-            running.num_in_flight += 1
-        work = self._work(chunks)
-        self._works[self._num_plans] = work
+        self._works[self._num_plans] = prefills.work
         released, self._released = tuple(self._released), []
         self._num_plans += 1
         return Plan(
@@ -140,7 +158,8 @@ class Scheduler:
             chunks=tuple(chunks),
             admitted=tuple(admitted),
             released=released,
-            predicted_s=self._prefill.step_s(work),
+            predicted_s=self._prefill.step_s(prefills.work),
+            slack_s=tuple(prefills.slack_s),
         )
 
     def complete(self, plan: Plan, tokens: Mapping[int, int]) -> None:
@@ -151,69 +170,70 @@ class Scheduler:
             tokens: what it sampled, by request; each is one more known token.
         """
         for chunk in plan.chunks:
-            running = self._running[chunk.request_id]
+            request_id = chunk.request_id
+            running = self._running[request_id]
             running.num_in_flight -= 1
-            if chunk.samples:
-                running.num_known += 1
-                running.last_token = tokens[chunk.request_id]
-            if running.is_released and running.num_in_flight == 0:
-                self._forget(running)
+            if running.is_released:
+                if running.num_in_flight == 0:
+                    self._forget(running)
+            elif chunk.samples:
+                running.last_token = tokens[request_id]
+                self._ready[request_id] = running
 
     def learn(self, plan: Plan, seconds: float) -> None:
-        """Tell the predictor how long a step really took."""
+        """Tell the predictor how long a step really took, if it wants to know."""
         work = self._works.pop(plan.index)
-        self.predictor.observe(max(work, key=self.predictor.predict), seconds)
+        if self._learner is not None:
+            self._learner.observe(max(work, key=self._learner.predict), seconds)
+
+    def _start(self, entry: Entry) -> Admission:
+        request, placement = entry.request, entry.placement
+        running = Running(request, placement)
+        self._running[request.request_id] = running
+        self._prefill.prompts.add(request, running, due_s=entry.due_s)
+        return Admission(
+            request_id=request.request_id,
+            prompt_ids=request.prompt_ids,
+            params=request.params,
+            seed=request.seed,
+            end_token_ids=request.end_token_ids,
+            placement=placement,
+        )
 
     def _forget(self, running: Running) -> None:
-        request_id = running.request.request_id
-        del self._running[request_id]
-        self.router.release(running.placement)
-        self._released.append(request_id)
+        request = running.request
+        del self._running[request.request_id]
+        num_done = min(running.num_planned, request.num_prompt_tokens)
+        self.router.release(running.placement, request.num_prompt_tokens, num_done)
+        self._waiting.note_release(request.request_id)
+        self._released.append(request.request_id)
 
-    def _admit(self) -> list[Admission]:
-        admitted = []
-        while self._waiting and len(self._running) < self.config.max_sequences:
-            request = next(iter(self._waiting.values()))
-            placement = self.router.place(request.max_tokens, self._running.values())
-            if placement is None:
-                break
-            del self._waiting[request.request_id]
-            self._running[request.request_id] = self._prefill.start(request, placement)
-            admitted.append(
-                Admission(
-                    request_id=request.request_id,
-                    prompt_ids=request.prompt_ids,
-                    params=request.params,
-                    seed=request.seed,
-                    end_token_ids=request.end_token_ids,
-                    placement=placement,
-                )
-            )
-        return admitted
-
-    def _decode_chunks(self) -> list[Chunk]:
+    def _decode(self) -> tuple[list[Chunk], Work]:
         """All decodes that are ready; where steps overlap, no more than its share of them.
 
         Decodes that gathered in one of several steps in flight would all wait for each other.
         """
-        decoding = [r for r in self._running.values() if not r.is_prefilling and not r.is_released]
-        share = -(-len(decoding) // self.depth)
-        ready = [running for running in decoding if running.can_decode]
-        ready.sort(key=lambda running: running.last_planned)
-        return [self._decode_chunk(running) for running in ready[:share]]
+        share = -(-self._num_decoding // self.depth)
+        if share >= len(self._ready):
+            decodes = list(self._ready.values())
+            self._ready.clear()
+        else:
+            decodes = list(islice(self._ready.values(), share))
+            for running in decodes:
+                del self._ready[running.request.request_id]
+        if not decodes:
+            return [], self.work_model.nothing
+        work = self.work_model.decodes([(r.num_planned, r.placement) for r in decodes])
+        chunks = []
+        for running in decodes:
+            start = running.num_planned
+            chunks.append(Chunk(running.request.request_id, start, 1, True, running.last_token))
+            running.num_planned = start + 1
+            running.num_in_flight += 1
+        return chunks, work
 
-    def _work(self, chunks: list[Chunk]) -> tuple[StepWork, ...]:
-        work = self.work_model.nothing
-        for chunk in chunks:
-            work = self.work_model.add(work, chunk, self._running[chunk.request_id].placement)
-        return work
-
-    @staticmethod
-    def _decode_chunk(running: Running) -> Chunk:
-        return Chunk(
-            request_id=running.request.request_id,
-            start=running.num_planned,
-            num_tokens=1,
-            samples=True,
-            token_id=running.last_token,
-        )
+    def _note_prefill(self, chunk: Chunk) -> None:
+        running = self._running[chunk.request_id]
+        running.num_in_flight += 1
+        self.router.advance(running.placement, chunk.start, chunk.stop)
+        self._num_decoding += not running.is_prefilling

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mnemosyne.cache.layout import Placement
 from mnemosyne.schedule.plan import Chunk
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepWork:
     """What one group has to do in a step; its time is linear in this.
 
@@ -19,6 +19,7 @@ class StepWork:
         decode_keys: keys that decodes read, averaged over layers.
         num_sequences: sequences in the batch.
         num_sampled: rows through the vocabulary head.
+        num_exchanged: rows whose partial attention is merged across groups.
     """
 
     num_tokens: int = 0
@@ -26,6 +27,7 @@ class StepWork:
     decode_keys: float = 0.0
     num_sequences: int = 0
     num_sampled: int = 0
+    num_exchanged: int = 0
 
     def __add__(self, other: StepWork) -> StepWork:
         return StepWork(
@@ -34,9 +36,11 @@ class StepWork:
             self.decode_keys + other.decode_keys,
             self.num_sequences + other.num_sequences,
             self.num_sampled + other.num_sampled,
+            self.num_exchanged + other.num_exchanged,
         )
 
     def features(self) -> tuple[float, ...]:
+        """The work as a vector, after a one for the fixed cost of a step."""
         return (
             1.0,
             self.num_tokens,
@@ -44,7 +48,11 @@ class StepWork:
             self.decode_keys,
             self.num_sequences,
             self.num_sampled,
+            self.num_exchanged,
         )
+
+
+Work = tuple[StepWork, ...]  # of a step, by group
 
 
 class WorkModel:
@@ -63,7 +71,8 @@ class WorkModel:
         for window in windows:
             counts[window] = counts.get(window, 0) + 1
         self._shares = [(window, count / len(windows)) for window, count in counts.items()]
-        self.nothing = (StepWork(),) * num_groups
+        self._sees_all = set(counts) == {None}
+        self.nothing: Work = (StepWork(),) * num_groups
 
     def chunk(
         self,
@@ -73,6 +82,7 @@ class WorkModel:
         samples: bool,
         is_decode: bool,
         keys: range | None = None,
+        is_shared: bool = False,
     ) -> StepWork:
         """The work of ``num_tokens`` rows, the first at position ``start``, over local keys.
 
@@ -82,25 +92,23 @@ class WorkModel:
             samples: whether the last row is sampled.
             is_decode: whether its keys count as read by a decode.
             keys: positions of the local keys; unset: all up to the last row.
+            is_shared: whether other groups compute the same rows over other keys.
         """
-        local = range(start + num_tokens) if keys is None else keys
-        pairs = sum(
-            share * _pairs(start, num_tokens, local, window) for window, share in self._shares
-        )
+        pairs = self._pairs(start, num_tokens, keys)
         return StepWork(
-            num_tokens=num_tokens,
-            prefill_pairs=0.0 if is_decode else pairs,
-            decode_keys=pairs if is_decode else 0.0,
-            num_sequences=1,
-            num_sampled=int(samples),
+            num_tokens,
+            0.0 if is_decode else pairs,
+            pairs if is_decode else 0.0,
+            1,
+            int(samples),
+            num_tokens if is_shared else 0,
         )
 
-    def add(
-        self, work: tuple[StepWork, ...], chunk: Chunk, placement: Placement
-    ) -> tuple[StepWork, ...]:
+    def add(self, work: Work, chunk: Chunk, placement: Placement) -> Work:
         """The work of a step with one more chunk in it: each active group computes its rows."""
         total = list(work)
-        for shard in range(placement.num_active(chunk.stop)):
+        num_active = placement.num_active(chunk.stop)
+        for shard in range(num_active):
             group = placement.shards[shard].group
             total[group] = total[group] + self.chunk(
                 chunk.start,
@@ -108,8 +116,44 @@ class WorkModel:
                 samples=chunk.samples,
                 is_decode=chunk.is_decode,
                 keys=placement.positions(shard, chunk.stop),
+                is_shared=num_active > 1,
             )
         return tuple(total)
+
+    def decodes(self, rows: Iterable[tuple[int, Placement]]) -> Work:
+        """The work of a step of decodes alone: the same as adding them one by one, but fast.
+
+        Args:
+            rows: position and placement of each.
+        """
+        counts, keys = [0] * len(self.nothing), [0.0] * len(self.nothing)
+        exchanged = [0] * len(self.nothing)
+        for position, placement in rows:
+            shards = placement.shards
+            num_active = 1 if len(shards) == 1 else placement.num_active(position + 1)
+            if num_active == 1:
+                group = shards[0].group
+                counts[group] += 1
+                keys[group] += position + 1 if self._sees_all else self._pairs(position, 1, None)
+                continue
+            for shard in range(num_active):
+                group = shards[shard].group
+                counts[group] += 1
+                keys[group] += self._pairs(position, 1, placement.positions(shard, position + 1))
+                exchanged[group] += 1
+        return tuple(
+            StepWork(count, 0.0, keys[group], count, count, exchanged[group])
+            for group, count in enumerate(counts)
+        )
+
+    def _pairs(self, start: int, num_tokens: int, keys: range | None) -> float:
+        """Local keys seen, summed over rows and averaged over layers."""
+        if keys is None and self._sees_all:
+            return num_tokens * start + num_tokens * (num_tokens + 1) / 2
+        local = range(start + num_tokens) if keys is None else keys
+        return sum(
+            share * _pairs(start, num_tokens, local, window) for window, share in self._shares
+        )
 
 
 def _pairs(start: int, num_tokens: int, keys: range, window: int | None) -> float:

@@ -6,7 +6,7 @@ import pytest
 from mnemosyne.cache.allocator import PageAllocator
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request, SamplingParams
-from mnemosyne.schedule.policy import POLICIES, PrefillTable, Urgency
+from mnemosyne.schedule.policy import POLICIES, Urgency
 from mnemosyne.schedule.routing import Router
 from mnemosyne.schedule.scheduler import Scheduler
 from mnemosyne.schedule.work import StepWork, WorkModel
@@ -22,12 +22,13 @@ class MillisecondPerToken:
         pass
 
 
-CANDIDATES = {
-    "first": Urgency(arrival_s=0.0, deadline_s=90.0, total_s=4.0, remaining_s=4.0),
-    "due": Urgency(arrival_s=1.0, deadline_s=12.0, total_s=1.0, remaining_s=1.0),
-    "tight": Urgency(arrival_s=2.0, deadline_s=30.0, total_s=24.0, remaining_s=24.0),
-    "long": Urgency(arrival_s=3.0, deadline_s=110.0, total_s=100.0, remaining_s=100.0),
-}
+NAMES = ["first", "due", "tight", "long"]
+CANDIDATES = Urgency(
+    arrival_s=np.array([0.0, 1.0, 2.0, 3.0]),
+    due_s=np.array([90.0, 13.0, 32.0, 113.0]),
+    total_s=np.array([4.0, 1.0, 24.0, 100.0]),
+    remaining_s=np.array([4.0, 1.0, 24.0, 100.0]),
+)
 
 
 @pytest.mark.parametrize(
@@ -40,10 +41,9 @@ CANDIDATES = {
     ],
 )
 def test_each_policy_has_an_order_of_its_own(policy, order):
-    def key(name: str) -> float:
-        return POLICIES[policy](CANDIDATES[name], 3.0)
+    keys = POLICIES[policy](CANDIDATES, 3.0)
 
-    assert sorted(CANDIDATES, key=key) == order
+    assert [NAMES[row] for row in np.argsort(keys)] == order
 
 
 def _scheduler(**config) -> Scheduler:
@@ -128,22 +128,3 @@ def test_a_lower_priority_number_goes_first_under_every_policy():
         scheduler.add(_request(1, 300, deadline_s=1000.0, arrival_s=5.0))
 
         assert list(_sizes(scheduler.plan(5.0))) == [1]
-
-
-def test_the_table_adds_up_chunks_and_interpolates():
-    table = PrefillTable(lambda start, size: 0.1 + 1e-3 * size, min_chunk=32, max_chunk=1024)
-
-    assert table.seconds(0, 1024) == pytest.approx(1.124)
-    assert table.seconds(0, 2048) == pytest.approx(2 * 1.124)
-    assert table.seconds(512, 1024) == pytest.approx(1.124 / 2)
-    assert table.seconds(2048, 2048) == 0.0
-
-
-def test_the_table_follows_a_machine_that_becomes_slower():
-    speed = [1.0]
-    table = PrefillTable(lambda start, size: speed[0] * size, min_chunk=32, max_chunk=1024)
-    before = table.seconds(0, 3000)
-
-    speed[0] = 2.0
-
-    assert table.seconds(0, 3000) == pytest.approx(2 * before)

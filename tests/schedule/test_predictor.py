@@ -6,7 +6,7 @@ import pytest
 from mnemosyne.schedule.predictor import LinearPredictor, nonnegative_least_squares
 from mnemosyne.schedule.work import StepWork
 
-COSTS = np.array([2e-3, 1e-5, 3e-9, 2e-8, 1e-4, 2e-4])  # seconds per feature
+COSTS = np.array([2e-3, 1e-5, 3e-9, 2e-8, 1e-4, 2e-4, 5e-6])  # seconds per feature
 
 
 def _work(rng: np.random.Generator) -> StepWork:
@@ -17,6 +17,7 @@ def _work(rng: np.random.Generator) -> StepWork:
         decode_keys=float(decodes * context),
         num_sequences=int(decodes + 1),
         num_sampled=int(decodes),
+        num_exchanged=int(rng.integers(0, 512)),
     )
 
 

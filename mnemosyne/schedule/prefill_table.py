@@ -1,0 +1,112 @@
+"""Predicted time of prefilling a prompt alone, by its length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from mnemosyne.schedule.chunking import solve_lone_chunk
+
+NODE_RATIO = 1.125  # of neighbouring lengths far out, where one chunk changes little
+STALE_SHAPE = 0.1  # change of one chunk against another after which the table is made anew
+
+
+class PrefillTable:
+    """``C[length]``: the chunk rule run over the predictor, once for all prompts.
+
+    Lengths between two nodes are interpolated. Far out a node stands for many chunks: the time
+    of a chunk grows linearly with what is before it, so their mean is that of the first and last.
+    When the machine as a whole becomes slower or faster, the table follows by one factor; when
+    near and far chunks change differently, it is made anew.
+
+    Args:
+        predict: seconds of a step with ``num_tokens`` tokens from position ``start``.
+        min_chunk: smallest chunk, tokens.
+        max_chunk: largest chunk, tokens.
+        depth: chunks of one prompt that are under way at a time, in a pipeline of so many stages.
+    """
+
+    def __init__(
+        self,
+        predict: Callable[[int, int], float],
+        *,
+        min_chunk: int,
+        max_chunk: int,
+        depth: int = 1,
+    ) -> None:
+        self.version = 0  # rises when lengths have to be looked up again
+        self._predict = predict
+        self._min_chunk = min_chunk
+        self._max_chunk = max_chunk
+        self._depth = depth
+        self._clear()
+
+    def seconds(self, done: int, total: int) -> float:
+        """Time to prefill tokens ``done`` to ``total`` of a prompt, alone."""
+        self.extend(total)
+        before, after = self.until(np.array([done, total]))
+        return self.factor() * float(after - before)
+
+    def until(self, num_tokens: np.ndarray) -> np.ndarray:
+        """Seconds of the first tokens of a prompt, before ``factor``.
+
+        Args:
+            num_tokens: lengths that ``extend`` has seen, ``[B]``.
+
+        Returns:
+            float64 ``[B]``.
+        """
+        return np.interp(num_tokens, *self._nodes)
+
+    def factor(self) -> float:
+        """How much slower the machine is now than when the table was made."""
+        if self._first_s <= 0:
+            return 1.0 / self._depth
+        return self._predict(0, self._first) / self._first_s / self._depth
+
+    def extend(self, num_tokens: int) -> None:
+        """Be ready for prompts of this length, and for what the predictor has learned since."""
+        if self._is_stale():
+            self._clear()
+        if self._ends[-1] >= num_tokens:
+            return
+        while self._ends[-1] < num_tokens:
+            self._add_node(self._ends[-1])
+        self._nodes = np.array([self._ends, self._seconds])
+
+    def _clear(self) -> None:
+        self.version += 1
+        self._ends = [0]  # tokens computed at each node
+        self._seconds = [0.0]  # time spent until then, not overlapped
+        self._nodes = np.zeros((2, 1))  # both
+        self._first, self._first_s = 0, 0.0  # the chunk at 0
+        self._last, self._last_start, self._last_s = 0, 0, 0.0  # that before the last node
+
+    def _add_node(self, start: int) -> None:
+        first = self._chunk(start)
+        first_s = self._predict(start, first)
+        end = max(start + first, int(start * NODE_RATIO))
+        self._last_start = end - first
+        self._last, self._last_s = first, self._predict(end - first, first)
+        rate = (first_s + self._last_s) / 2 / first
+        self._ends.append(end)
+        self._seconds.append(self._seconds[-1] + rate * (end - start))
+        if start == 0:
+            self._first, self._first_s = first, first_s
+
+    def _chunk(self, start: int) -> int:
+        return solve_lone_chunk(
+            lambda size: self._predict(start, size),
+            remaining=2**62,
+            min_chunk=self._min_chunk,
+            max_chunk=self._max_chunk,
+        )
+
+    def _is_stale(self) -> bool:
+        """Whether it was made before the predictor knew anything, or a far chunk has changed."""
+        if self._first_s <= 0:
+            return len(self._ends) > 1
+        first_s, last_s = self._predict(0, self._first), self._predict(self._last_start, self._last)
+        expected = first_s * self._last_s
+        return abs(last_s * self._first_s - expected) > STALE_SHAPE * expected

@@ -1,0 +1,174 @@
+"""Requests that wait for pages or a place: who is let in next, and that everyone is in the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mnemosyne.cache.layout import Placement
+from mnemosyne.config import SloConfig
+from mnemosyne.request import Request
+from mnemosyne.schedule.policy import POLICIES, Urgency
+from mnemosyne.schedule.prefill_table import PrefillTable
+from mnemosyne.schedule.prompts import ARRIVAL, DUE, PRIORITY, ROOM, Prompts, few_by_few
+from mnemosyne.schedule.routing import Router
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A request that may start."""
+
+    request: Request
+    placement: Placement
+    due_s: float  # when its first token is due, on the clock of arrivals
+
+
+@dataclass(slots=True)
+class Claim:
+    """Pages that one overdue request will get, whoever comes before it until then.
+
+    Others may take pages of its groups only as long as it would fit beside them. Those that were
+    there before end, so it fits in the end.
+    """
+
+    request: Request
+    pages: dict[int, int]  # by group
+    holders: dict[int, Placement] = field(default_factory=dict)  # let in since, by request
+
+    def held(self, group: int) -> int:
+        """Pages of a group that went to others since the claim was made."""
+        shards = (shard for placement in self.holders.values() for shard in placement.shards)
+        return sum(len(shard.pages) for shard in shards if shard.group == group)
+
+
+class Waiting:
+    """Lets requests in by priority and policy, as far as their pages are free.
+
+    One that does not fit now is passed by others that do, until it can no longer meet its
+    deadline: then it claims pages. One claim stands at a time, and the oldest request of the
+    first class makes it. Under ``fcfs`` nobody passes anybody.
+
+    Args:
+        policy: by name.
+        slo: when a first token is due.
+        router: places requests on the pages of the cache.
+        table: predicted time of a prefill.
+    """
+
+    def __init__(self, policy: str, slo: SloConfig, router: Router, table: PrefillTable) -> None:
+        self._may_pass = policy != "fcfs"
+        self._slo = slo
+        self._router = router
+        self._table = table
+        self._prompts: Prompts[Request] = Prompts(POLICIES[policy], table)
+        self._claim: Claim | None = None
+        self._is_settled = True  # nothing changed since everyone was tried
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def add(self, request: Request) -> float:
+        """Queue a request.
+
+        Returns:
+            Its deadline for the first token, seconds after its arrival.
+        """
+        self._table.extend(request.num_prompt_tokens)
+        deadline_s = request.deadline_s
+        if deadline_s is None:
+            alone_s = self._table.seconds(0, request.num_prompt_tokens)
+            deadline_s = max(self._slo.ttft_min, self._slo.ttft_scale * alone_s)
+        self._prompts.add(request, request, due_s=request.arrival_s + deadline_s)
+        self._is_settled = False
+        return deadline_s
+
+    def discard(self, request_id: int) -> bool:
+        """Forget a request, if it waits here."""
+        if self._prompts.discard(request_id) is None:
+            return False
+        if self._claim is not None and self._claim.request.request_id == request_id:
+            self._claim = None
+        self._is_settled = False
+        return True
+
+    def note_release(self, request_id: int) -> None:
+        """Take note that an admitted request gave its pages and its place back."""
+        if self._claim is not None:
+            self._claim.holders.pop(request_id, None)
+        self._is_settled = False
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._prompts.clear()
+        self._claim = None
+
+    def admit(self, num_places: int, now_s: float) -> list[Entry]:
+        """Let requests in, at most ``num_places``; their pages are reserved."""
+        if self._is_settled or num_places <= 0 or not self._prompts:
+            return []
+        self._is_settled = True
+        urgency = self._prompts.urgency()
+        order = self._prompts.order(urgency, now_s)
+        if self._may_pass:
+            self._update_claim(urgency, now_s)
+            order = order[self._may_fit()[order]]
+            if self._claim is not None:
+                claimant = self._prompts.items.index(self._claim.request)
+                order = np.concatenate([[claimant], order])
+        entries: dict[int, Entry] = {}  # by row
+        for row in few_by_few(order):
+            if len(entries) == num_places:
+                break
+            if row in entries:
+                continue
+            placement = self._place(self._prompts.items[row])
+            if placement is not None:
+                request, due_s = self._prompts.items[row], float(self._prompts.column(DUE)[row])
+                entries[row] = Entry(request, placement, due_s)
+            elif not self._may_pass:
+                break
+        self._prompts.drop(list(entries))
+        return list(entries.values())
+
+    def _place(self, request: Request) -> Placement | None:
+        claim, kept = self._claim, {}
+        is_claimant = claim is not None and claim.request is request
+        if claim is not None and not is_claimant and claim.request.priority <= request.priority:
+            kept = {group: self._kept(claim, group) for group in claim.pages}
+        placement = self._router.place(request.max_tokens, request.num_prompt_tokens, kept=kept)
+        if is_claimant and placement is not None:
+            self._claim = None
+        elif claim is not None and placement is not None:
+            claim.holders[request.request_id] = placement
+        return placement
+
+    def _kept(self, claim: Claim, group: int) -> int:
+        """Free pages of a group that others must leave."""
+        allocator = self._router.allocators[group]
+        for_others = allocator.num_pages - claim.pages[group] - claim.held(group)
+        return max(0, allocator.num_free - for_others)
+
+    def _may_fit(self) -> np.ndarray:
+        """Of each row, whether the pages of its largest shard are free somewhere: bool ``[B]``."""
+        router = self._router
+        tokens = np.minimum(self._prompts.column(ROOM), router.max_tokens_per_group)
+        most_free = max(allocator.num_free for allocator in router.allocators)
+        fits: np.ndarray = tokens <= most_free * router.page_size
+        return fits
+
+    def _update_claim(self, urgency: Urgency, now_s: float) -> None:
+        """Let the oldest request claim that has no time to spare and no room, if nobody does."""
+        if self._claim is not None:
+            return
+        is_late = urgency.slack_s(now_s) <= 0
+        is_several = self._prompts.column(ROOM) > self._router.max_tokens_per_group
+        rows = np.flatnonzero(is_late & (is_several | ~self._may_fit()))
+        by_age = np.lexsort(
+            (self._prompts.column(ARRIVAL)[rows], self._prompts.column(PRIORITY)[rows])
+        )
+        for row in rows[by_age].tolist():
+            request = self._prompts.items[row]
+            if not self._router.has_room(request.max_tokens):
+                self._claim = Claim(request, self._router.best_groups(request.max_tokens))
+                return

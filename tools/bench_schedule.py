@@ -1,0 +1,193 @@
+"""Time of a scheduling decision with one 10M-token prompt and a thousand short requests.
+
+No model and no rank runs: steps are planned, completed with made-up tokens and learned from, on a
+clock that the predictor moves. Short requests that finish are replaced, so that their number stays.
+Three states of the thousand: nearly all of them wait, all are admitted and prefill, all decode.
+
+Usage: python tools/bench_schedule.py [--long 10M] [--short 1000] [--steps 2000] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import count
+
+import numpy as np
+
+from mnemosyne.cache.allocator import PageAllocator
+from mnemosyne.config import ScheduleConfig, SloConfig, parse_size
+from mnemosyne.metrics import percentiles
+from mnemosyne.request import Request, SamplingParams
+from mnemosyne.schedule.predictor import LinearPredictor
+from mnemosyne.schedule.routing import Router
+from mnemosyne.schedule.scheduler import Scheduler
+from mnemosyne.schedule.work import StepWork, WorkModel
+
+PAGE_SIZE = 128
+ENDLESS = 2**20  # output tokens of a request that never finishes here
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One state of the short requests."""
+
+    name: str
+    prompt_tokens: int  # of a short request, at most
+    output_tokens: int
+    max_sequences: int | None  # None: all of them
+
+
+CASES = (
+    Case("64 run, the others wait", prompt_tokens=512, output_tokens=32, max_sequences=64),
+    Case("all prefill", prompt_tokens=8192, output_tokens=1, max_sequences=None),
+    Case("all decode", prompt_tokens=32, output_tokens=ENDLESS, max_sequences=None),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one state took. Times in microseconds."""
+
+    name: str
+    num_decodes: float  # of a step, mean
+    num_chunks: float
+    plan_us: dict[int, float]
+    worst_us: float
+    rest_us: dict[int, float]  # completing the step and learning from it
+
+
+class Crowd:
+    """One long prompt and short requests that are replaced as they finish."""
+
+    def __init__(self, case: Case, long_tokens: int, num_short: int, policy: str) -> None:
+        room = case.prompt_tokens + case.output_tokens + PAGE_SIZE
+        num_pages = (long_tokens + ENDLESS + num_short * room) // PAGE_SIZE + 1
+        max_sequences = case.max_sequences or num_short + 1
+        self.predictor = LinearPredictor()
+        self.predictor.fit(list(gpu_like_steps()))
+        self.scheduler = Scheduler(
+            ScheduleConfig(target_tbt=0.03, max_sequences=max_sequences, policy=policy),
+            SloConfig(),
+            router=Router(
+                [PageAllocator(num_pages)],
+                page_size=PAGE_SIZE,
+                max_tokens_per_group=num_pages * PAGE_SIZE,
+            ),
+            predictor=self.predictor,
+            work_model=WorkModel((None,)),
+        )
+        self.now_s = 0.0
+        self._case = case
+        self._rng = np.random.default_rng(0)
+        self._ids = count()
+        self._left: dict[int, int] = {}  # output tokens to come
+        self.add(long_tokens, ENDLESS)
+        for _ in range(num_short):
+            self.add_short()
+
+    def add_short(self) -> None:
+        self.add(
+            int(self._rng.integers(16, self._case.prompt_tokens + 1)), self._case.output_tokens
+        )
+
+    def add(self, prompt_tokens: int, output_tokens: int) -> None:
+        request_id = next(self._ids)
+        self._left[request_id] = output_tokens
+        self.scheduler.add(
+            Request(
+                request_id=request_id,
+                prompt_ids=np.zeros(prompt_tokens, dtype=np.int64),
+                params=SamplingParams(max_tokens=output_tokens),
+                seed=0,
+                end_token_ids=(),
+                arrival_s=self.now_s,
+            )
+        )
+
+    def step(self) -> tuple[float, float, int, int]:
+        """Seconds of the decision and of all after it; decodes and chunks of the step."""
+        started_s = time.perf_counter()
+        plan = self.scheduler.plan(self.now_s)
+        planned_s = time.perf_counter()
+        assert plan is not None
+        self.now_s += plan.predicted_s
+        tokens = {chunk.request_id: 7 for chunk in plan.chunks if chunk.samples}
+        between_s = time.perf_counter()
+        self.scheduler.complete(plan, tokens)
+        self.scheduler.learn(plan, plan.predicted_s)
+        done_s = time.perf_counter()
+        for request_id in tokens:
+            self._left[request_id] -= 1
+            if self._left[request_id] == 0:
+                self.scheduler.release(request_id)
+                self.add_short()
+        num_decodes = sum(chunk.is_decode for chunk in plan.chunks)
+        return (
+            planned_s - started_s,
+            done_s - between_s,
+            num_decodes,
+            len(plan.chunks) - num_decodes,
+        )
+
+
+def gpu_like_steps() -> Iterator[tuple[StepWork, float]]:
+    """Steps of a machine on which 10M tokens take minutes: about an 8B model on eight H100."""
+    model = WorkModel((None,))
+    for start in (0, 10_000, 1_000_000, 10_000_000):
+        for tokens in (1, 64, 1024):
+            work = model.chunk(start, tokens, samples=True, is_decode=tokens == 1)
+            seconds = 4e-3 + 5e-6 * tokens + 1e-10 * work.prefill_pairs + 5e-9 * work.decode_keys
+            yield work, seconds
+
+
+def measure(case: Case, long_tokens: int, num_short: int, num_steps: int, policy: str) -> Outcome:
+    crowd = Crowd(case, long_tokens, num_short, policy)
+    is_steady = case.output_tokens < ENDLESS
+    while crowd.step()[2] < num_short and not is_steady:
+        pass  # until all of them decode
+    gc.collect()
+    steps = [crowd.step() for _ in range(num_steps)]
+    plan_s, rest_s, num_decodes, num_chunks = zip(*steps, strict=True)
+    return Outcome(
+        name=case.name,
+        num_decodes=float(np.mean(num_decodes)),
+        num_chunks=float(np.mean(num_chunks)),
+        plan_us={p: 1e6 * s for p, s in percentiles(plan_s).items()},
+        worst_us=1e6 * max(plan_s),
+        rest_us={p: 1e6 * s for p, s in percentiles(rest_s).items()},
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--long", default="10M", help="tokens of the long prompt")
+    parser.add_argument("--short", type=int, default=1000, help="short requests")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--policy", default="lars")
+    parser.add_argument("--json", help="write the outcomes to this file")
+    arguments = parser.parse_args()
+    long_tokens = parse_size(arguments.long, "--long")
+    outcomes = []
+    for case in CASES:
+        outcome = measure(case, long_tokens, arguments.short, arguments.steps, arguments.policy)
+        outcomes.append(outcome)
+        plan, rest = outcome.plan_us, outcome.rest_us
+        print(
+            f"{outcome.name:<24}{outcome.num_decodes:6.0f} decodes{outcome.num_chunks:4.0f} chunks"
+            f"   decision p50 {plan[50]:5.0f} p99 {plan[99]:5.0f} worst {outcome.worst_us:6.0f} us"
+            f"   after it p50 {rest[50]:4.0f} p99 {rest[99]:4.0f} us"
+        )
+    if arguments.json:
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            json.dump([asdict(outcome) for outcome in outcomes], file, indent=1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
