@@ -88,12 +88,14 @@ class PrefillPlanner:
         """Predicted time of a step: that of its slowest group."""
         return max(map(self.predictor.predict, work))
 
-    def plan(self, work: Work, now_s: float) -> Prefills:
+    def plan(self, work: Work, now_s: float, *, delays_decodes: bool) -> Prefills:
         """The chunks of a step, beside its decodes; each prompt remembers how far it is planned.
 
         Args:
             work: of the decodes of the step, by group.
             now_s: seconds on the clock of the requests' arrivals.
+            delays_decodes: whether any request decodes, in this step or in others in flight,
+                which follow this one through the stages.
         """
         if not self.prompts:
             return Prefills([], [], work)
@@ -101,7 +103,7 @@ class PrefillPlanner:
         order = self.prompts.order(urgency, now_s)
         if not self.config.is_adaptive:
             sizes = self._fixed_sizes(order)
-        elif len(order) == 1 and work == self.work_model.nothing:
+        elif len(order) == 1 and not delays_decodes:
             sizes = {0: self._lone_size(self.prompts.items[0])}
         else:
             sizes = self._adaptive_sizes(order, urgency, work, now_s)

@@ -143,7 +143,7 @@ class Scheduler:
         num_places = self.config.max_sequences - len(self._running)
         admitted = [self._start(entry) for entry in self._waiting.admit(num_places, now_s)]
         chunks, work = self._decode()
-        prefills = self._prefill.plan(work, now_s)
+        prefills = self._prefill.plan(work, now_s, delays_decodes=self._num_decoding > 0)
         for chunk in prefills.chunks:
             self._note_prefill(chunk)
         chunks += prefills.chunks

@@ -23,13 +23,14 @@ class FixedRates:
         pass
 
 
-def _scheduler(num_pages: int = 1000, **config) -> Scheduler:
+def _scheduler(num_pages: int = 1000, depth: int = 1, **config) -> Scheduler:
     return Scheduler(
         ScheduleConfig(**{"policy": "fcfs", **config}),
         SloConfig(),
         router=Router([PageAllocator(num_pages)], page_size=4, max_tokens_per_group=4 * num_pages),
         predictor=FixedRates(),
         work_model=WorkModel([None]),
+        depth=depth,
     )
 
 
@@ -109,6 +110,19 @@ def test_a_lone_prefill_is_not_cut_to_the_target():
     scheduler.add(_request(0, 3000))
 
     assert _shape(_run(scheduler)) == [(0, 0, 256, False)]
+
+
+def test_a_decode_in_another_step_in_flight_is_not_delayed_by_a_lone_prefill():
+    scheduler = _scheduler(target_tbt=0.2, depth=2)
+    scheduler.add(_request(0, 8))
+    _run(scheduler)
+    scheduler.add(_request(1, 3000))
+
+    with_decode, after_it = scheduler.plan(0.0), scheduler.plan(0.0)
+
+    assert [chunk.is_decode for chunk in with_decode.chunks] == [True, False]
+    assert [chunk.is_decode for chunk in after_it.chunks] == [False]
+    assert max(with_decode.predicted_s, after_it.predicted_s) <= 0.2
 
 
 def test_what_never_fits_is_refused_with_the_numbers():
