@@ -1,5 +1,4 @@
-"""Kernels, one file per operator, under the name and the contract of its torch original.
+"""Triton kernels, one file per operator, under the name and the contract of its torch original.
 
-Triton for GPUs; ``cpu`` for processors with AVX-512 BF16. A kernel lives here only while it is
-measured faster than what it replaces.
+A kernel lives here only while it is measured faster than what it replaces.
 """

@@ -199,3 +199,48 @@ class SimulateConfig:
                 f"metrics.trace must be null in a simulation, got {self.metrics.trace!r}; "
                 "metrics.path writes its steps"
             )
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanSloConfig:
+    """What requests must see; seconds, or text such as 30ms."""
+
+    tbt: float | str = "30ms"  # time between tokens, while a prompt is prefilled beside them
+    ttft: float | str = "60s"  # time to the first token of a prompt of the asked length
+
+    def __post_init__(self) -> None:
+        check_types(self, "slo.")
+        self.tbt = parse_duration(self.tbt, "slo.tbt")
+        self.ttft = parse_duration(self.ttft, "slo.ttft")
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanConfig:
+    """``mnemosyne plan``: which layout serves a model best, before anything is loaded."""
+
+    model: str  # a name in conf/shape, or a Hugging Face directory
+    hardware: HardwareConfig
+    efficiency: EfficiencyConfig
+    calibration: str | None = None  # JSON of measured steps that the efficiencies are fitted to
+    gpus: int = 8
+    context: int | str = "1M"  # tokens of a prompt
+    output: int = 256  # tokens of an answer
+    decodes: int | None = None  # requests that decode beside a prefill; unset: the best number
+    slo: PlanSloConfig = field(default_factory=PlanSloConfig)
+    max_chunk: int = 8192  # tokens
+    page_size: int = 128  # tokens per page
+    memory_share: float = GPU_MEMORY_SHARE  # of what weights and activations leave
+    report: str | None = None  # JSON, every layout
+    plot: str | None = None  # PNG
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        self.context = parse_size(self.context, "context")
+        names = ("gpus", "context", "output", "max_chunk", "page_size")
+        check_positive(self, names, "", "1 is the least")
+        if self.decodes is not None and self.decodes < 1:
+            raise ValueError(f"decodes must be >= 1 or null, got {self.decodes}; 1 is the least")
+        if not 0 < self.memory_share < 1:
+            raise ValueError(
+                f"memory_share must lie in (0, 1), got {self.memory_share}; 0.9 is usual"
+            )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from mnemosyne.metrics import StepRecord
 
 SURFACE, INK, MUTED, GRID = "#ffffff", "#1f2328", "#6b7280", "#e5e7eb"
 BLUE, ORANGE, TEAL = "#2563eb", "#d97706", "#0d9488"
+LINES = (BLUE, ORANGE, TEAL, "#9333ea", "#dc2626", "#6b7280")  # of as many curves
 
 
 def draw_run(
@@ -41,10 +43,48 @@ def draw_run(
         page_axes.plot(times_s, used, color=TEAL, linewidth=1.6)
         page_axes.set(ylabel="cache in use, %", xlabel="time, s", ylim=(0, None))
         for axes in (chunk_axes, time_axes, page_axes):
-            axes.grid(color=GRID, linewidth=0.8)
-            axes.tick_params(colors=MUTED, length=0)
-            axes.spines[["top", "right"]].set_visible(False)
+            _tidy(axes)
         figure.savefig(path, dpi=130)
+
+
+def draw_frontier(
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    path: str | Path,
+    *,
+    title: str,
+    target: tuple[float, float],
+) -> None:
+    """Write a PNG of TTFT against TBT, one curve per layout.
+
+    Args:
+        curves: by name of the layout, ``(tbt_s, ttft_s)`` in order of the budget of a step.
+        path: the file to write.
+        title: above the plot.
+        target: ``(tbt_s, ttft_s)``; what is below and left of it meets both.
+    """
+    with matplotlib.rc_context({"font.size": 10, "axes.edgecolor": GRID, "text.color": INK}):
+        figure = Figure(figsize=(9, 5.5), facecolor=SURFACE, layout="constrained")
+        axes = figure.subplots()
+        for (name, points), color in zip(curves.items(), LINES, strict=False):
+            tbt_ms = [1e3 * tbt_s for tbt_s, _ in points]
+            axes.plot(tbt_ms, [ttft_s for _, ttft_s in points], color=color, label=name)
+        axes.set(xscale="log", yscale="log", xlabel="TBT, ms", ylabel="TTFT, s")
+        axes.axvline(1e3 * target[0], color=INK, linewidth=1, linestyle="--")
+        axes.axhline(target[1], color=INK, linewidth=1, linestyle="--")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(lambda value, _: f"{value:,g}")
+            axis.set_minor_formatter(NullFormatter())
+        axes.set_title(title, loc="left")
+        figure.legend(frameon=False, title="pp x kvp x tp", loc="outside right upper")
+        _tidy(axes)
+        figure.savefig(path, dpi=130)
+
+
+def _tidy(axes) -> None:  # type: ignore[no-untyped-def]
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.tick_params(which="both", colors=MUTED, length=0)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_chunks(axes, records: Sequence[StepRecord]) -> None:  # type: ignore[no-untyped-def]

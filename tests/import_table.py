@@ -73,6 +73,7 @@ TABLE = {
         ("hydra", "omegaconf", "rich"),
     ),
     "cli.simulate": _SIMULATED,
+    "cli.plan": _SIMULATED,
     "cli.demo": _DEMO,
     "cli.demo_view": _DEMO,
     "checkpoint": Rule(("model_zoo", "parallel", "runtime", "serve"), ("torch",)),

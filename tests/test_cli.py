@@ -282,7 +282,7 @@ def test_the_help_of_a_command_lists_groups_and_keys(
     printed = capsys.readouterr().out
     assert f"Usage: mnemosyne {name} " in printed
     assert "schedule: adaptive, fixed" in printed
-    assert "  target_tbt: 0." in printed
+    assert "\nmodel: " in printed
     assert "_quiet" not in printed
 
 

@@ -19,7 +19,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, Vali
 from mnemosyne.cli.arguments import describe_type, key_types, nearest, prepare
 from mnemosyne.cli.ranks import command_of_run, run_on_ranks
 from mnemosyne.config import DemoConfig, GenerateConfig
-from mnemosyne.config_simulate import SimulateConfig
+from mnemosyne.config_simulate import PlanConfig, SimulateConfig
 
 OK, FAILED, INTERRUPTED = 0, 2, 130  # exit statuses
 
@@ -198,10 +198,17 @@ def _simulate(config: SimulateConfig) -> int:
     return simulate(config)
 
 
+def _plan(config: PlanConfig) -> int:
+    from mnemosyne.cli.plan import plan
+
+    return plan(config)
+
+
 COMMANDS = {
     "generate": Command("prompts in, tokens out", GenerateConfig, _generate),
     "demo": Command("a passkey in a long text, short requests beside it", DemoConfig, _demo),
     "simulate": Command(
         "a workload on hardware that is not there", SimulateConfig, _simulate, has_ranks=False
     ),
+    "plan": Command("which layout of a model fits some GPUs", PlanConfig, _plan, has_ranks=False),
 }

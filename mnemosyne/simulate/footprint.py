@@ -118,7 +118,8 @@ class Footprint:
 
     @property
     def kv_bytes(self) -> int:
-        return self.num_tokens * self.kv_per_token
+        """The whole pool: one page more than is handed out takes what padding rows write."""
+        return (self.num_pages + 1) * self.page_size * self.kv_per_token
 
 
 def footprint(

@@ -39,6 +39,7 @@ def tiny_checkpoint(
     window: int | None = None,
     layer_types: list[str] | None = None,
     num_layers: int = 2,
+    mlp_width: int = 48,
     shard_bytes: int | None = None,
     seed: int = 0,
 ) -> Path:
@@ -56,6 +57,7 @@ def tiny_checkpoint(
         window: sliding window; of all layers for mistral, of layers from the second on for qwen.
         layer_types: qwen only, the kind of each layer.
         num_layers: layers.
+        mlp_width: of the MLP.
         shard_bytes: cut the weights into files of at most this size.
         seed: of the weights.
 
@@ -66,7 +68,7 @@ def tiny_checkpoint(
         family,
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
-        intermediate_size=48,
+        intermediate_size=mlp_width,
         num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
