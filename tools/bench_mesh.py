@@ -1,13 +1,15 @@
 """What each axis of the mesh gains on this machine, one thread per rank, side by side in one run.
 
     spp   prefill of one prompt with pp=1 and pp=2, and decode with both
+    hops  decode over a filled cache with pp=1 and pp=2: what a token pays for a second stage
     kvp   decode over a filled cache with kvp=1 and kvp=2: attention with merge, and whole steps
     merge time of exchange and merge by context length, with kvp=2
     tp    prefill and decode at short context with tp=1 and tp=2
 
 Runs alternate and medians are shown. Ranks are started by torchrun on this machine.
 
-Usage: python tools/bench_mesh.py spp|kvp|merge|tp [--repeats 3] [--length 32K] [--json FILE]
+Usage: python tools/bench_mesh.py spp|hops|kvp|merge|tp [--repeats 3] [--length 32K]
+       [--attention auto] [--degree 1] [--json FILE]
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ def serve_prompt(case: Case) -> dict[str, float] | None:
     with LLM(
         "bench",
         mesh=case["mesh"],
+        attention=case["attention"],
         schedule={"chunk": case["chunk"]},
         cache={"max_tokens": case["length"] + 4096},
     ) as llm:
@@ -67,6 +70,7 @@ def decode_filled(case: Case) -> dict[str, float] | None:
     room = (shard_tokens // PAGE_SIZE + 1) * PAGE_SIZE
     config = EngineConfig(
         model="bench",
+        attention=case["attention"],
         mesh=MeshConfig(**case["mesh"]),
         cache=CacheConfig(max_tokens=room, page_size=PAGE_SIZE),
         schedule=ScheduleConfig(chunk=512),
@@ -170,8 +174,9 @@ def cases(what: str, length: int) -> list[Case]:
     if what == "tp":
         fields = {"measure": "serve", "length": min(length, 2048), "chunk": 512}
         return [{"mesh": {"tp": tp}, **fields} for tp in (1, 2)]
-    if what == "kvp":
-        return [{"mesh": {"kvp": n}, "measure": "decode", "length": length} for n in (1, 2)]
+    if what in ("kvp", "hops"):
+        axis = "kvp" if what == "kvp" else "pp"
+        return [{"mesh": {axis: n}, "measure": "decode", "length": length} for n in (1, 2)]
     lengths = [2**13, 2**15, 2**17, 2**18, 2**20]
     return [{"mesh": {"kvp": 2}, "measure": "decode", "length": n} for n in lengths]
 
@@ -189,9 +194,8 @@ def run_case(case: Case) -> dict[str, float]:
     raise SystemExit(f"{case} gave no result:\n{done.stderr[-3000:]}")
 
 
-def compare(what: str, length: int, repeats: int) -> list[Case]:
+def compare(chosen: list[Case], repeats: int) -> list[Case]:
     """Alternate the runs of a comparison; the medians of each."""
-    chosen = cases(what, length)
     seconds: list[dict[str, list[float]]] = [{} for _ in chosen]
     for _ in range(repeats):
         for case, found in zip(chosen, seconds, strict=True):
@@ -213,9 +217,11 @@ def compare(what: str, length: int, repeats: int) -> list[Case]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="?", choices=["spp", "kvp", "merge", "tp"])
+    parser.add_argument("what", nargs="?", choices=["spp", "hops", "kvp", "merge", "tp"])
     parser.add_argument("--length", default=None, help="tokens; 32K, for kvp 256K")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--attention", default="auto", help="backend")
+    parser.add_argument("--degree", type=int, help="run only the cases of this degree")
     parser.add_argument("--json", help="write the outcomes to this file")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -227,10 +233,15 @@ def main() -> int:
             print(RESULT + json.dumps(found), flush=True)
         return 0
     if arguments.what is None:
-        parser.error("say what to compare: spp, kvp, merge or tp")
+        parser.error("say what to compare: spp, hops, kvp, merge or tp")
     default = "256K" if arguments.what == "kvp" else "32K"
     length = parse_size(arguments.length or default, "--length")
-    outcomes = compare(arguments.what, length, arguments.repeats)
+    chosen = [
+        {**case, "attention": arguments.attention}
+        for case in cases(arguments.what, length)
+        if arguments.degree in (None, *case["mesh"].values())
+    ]
+    outcomes = compare(chosen, arguments.repeats)
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump(outcomes, file, indent=1)

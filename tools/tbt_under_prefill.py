@@ -5,7 +5,7 @@ random ids: the decodes are started first, then the long prompt is added, and on
 while it is being prefilled count.
 
 Usage: python tools/tbt_under_prefill.py [--length 32K] [--decodes 8] [--targets 0.2 0.4 0.8]
-       [--fixed 2048] [--model bench] [--json FILE]
+       [--fixed 2048] [--model bench] [--attention auto] [--json FILE]
 """
 
 from __future__ import annotations
@@ -44,13 +44,17 @@ class Outcome:
     prediction_error: float  # median of |predicted / actual - 1| over the steps
 
 
-def measure(model: str, chunk: int | str, target_s: float, length: int, decodes: int) -> Outcome:
+def measure(
+    model: str, attention: str, chunk: int | str, target_s: float, length: int, decodes: int
+) -> Outcome:
     """Serve one long prompt beside running decodes, under one rule for the chunk."""
     rng = np.random.default_rng(0)
     records: list[StepRecord] = []
     schedule = {"chunk": chunk, "target_tbt": target_s}
     cache = {"max_tokens": length + (decodes + 1) * (DECODE_CONTEXT + MAX_TOKENS + 256)}
-    with LLM(model, schedule=schedule, cache=cache, on_step=records.append) as llm:
+    with LLM(
+        model, attention=attention, schedule=schedule, cache=cache, on_step=records.append
+    ) as llm:
         engine = llm.engine
         params = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True, temperature=0.0)
         running = [
@@ -98,12 +102,13 @@ def show(outcomes: Sequence[Outcome]) -> None:
             f"{o.smallest_chunk}-{o.largest_chunk}",
             f"{100 * o.prediction_error:.1f}%",
         )
-    Console().print(table)
+    Console(width=100).print(table)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="bench")
+    parser.add_argument("--attention", default="auto", help="backend")
     parser.add_argument("--length", default="32K", help="tokens of the long prompt")
     parser.add_argument("--decodes", type=int, default=8)
     parser.add_argument("--targets", type=float, nargs="+", default=[0.2, 0.4, 0.8])
@@ -114,7 +119,8 @@ def main() -> int:
     outcomes = []
     for target_s in arguments.targets:
         for chunk in ("adaptive", arguments.fixed):
-            outcomes.append(measure(arguments.model, chunk, target_s, length, arguments.decodes))
+            served = (arguments.model, arguments.attention, chunk, target_s)
+            outcomes.append(measure(*served, length, arguments.decodes))
             show(outcomes[-1:])
     show(outcomes)
     if arguments.json:
