@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from mnemosyne.config import CacheConfig, EngineConfig, MetricsConfig
 from mnemosyne.metrics import StepRecord
 from mnemosyne.model_zoo.decoder import Decoder
 from mnemosyne.model_zoo.spec import ModelSpec
-from mnemosyne.parallel.collectives import smallest
+from mnemosyne.parallel.collectives import gather_counts
 from mnemosyne.parallel.mesh import (
     Mesh,
     check_mesh,
@@ -91,9 +91,9 @@ def build_rank(config: EngineConfig, *, progress: Progress | None = None) -> Ran
         model=checkpoint.name,
     )
     # Every rank of a group must hold the pages that the driver hands out.
-    num_pages = smallest(num_pages, mesh)
+    num_pages = min(gather_counts(num_pages, mesh))
     max_tokens = tokens_per_group(config.cache, num_pages)
-    checkpoint.load(decoder, device, progress)
+    num_bytes = gather_counts(checkpoint.load(decoder, device, progress), mesh)
     trace = _trace(config.metrics, mesh, device)
     worker = Worker(
         decoder,
@@ -105,6 +105,8 @@ def build_rank(config: EngineConfig, *, progress: Progress | None = None) -> Ran
         pipeline=_pipeline(mesh, spec, dtype, device, trace),
         trace=trace,
     )
+    if any(num_bytes):
+        log.info("%s", describe_reads(num_bytes))
     log.info("%s, %s on %s, %s attention", checkpoint.name, dtype, device, backend.name)
     cache = describe_cache(
         num_pages,
@@ -158,6 +160,12 @@ def build_engine(
         depth=executor.depth,
     )
     return Engine(scheduler, executor, rank.intake, on_step=on_step)
+
+
+def describe_reads(num_bytes: Sequence[int]) -> str:
+    """One line: how much of the weights each rank read."""
+    sizes = ", ".join(f"{count / 1e6:,.1f}" for count in num_bytes)
+    return f"weights read: {sizes} MB" + (" by rank" if len(num_bytes) > 1 else "")
 
 
 def choose_device(name: str) -> torch.device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from mnemosyne.parallel.shards import held_slices
 from mnemosyne.runtime.weights import load_weights
 from mnemosyne.serve.defaults import GenerationDefaults
 from mnemosyne.serve.tokenizer import Tokenizer
-
-log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # bytes of weights read, bytes in all
 
@@ -48,17 +45,19 @@ class Checkpoint:
             parallelize(decoder, mesh)
         return decoder
 
-    def load(self, decoder: Decoder, device: torch.device, progress: Progress | None) -> None:
+    def load(self, decoder: Decoder, device: torch.device, progress: Progress | None) -> int:
         """Fill a decoder that ``decoder`` made.
+
+        Returns:
+            Bytes read of the files; 0 for weights from a seed.
 
         Raises:
             ValueError: if the files do not hold the weights of the spec.
         """
         if self.path is None:
             init_random(decoder, BENCH_SEED, device=device)
-            return
-        num_bytes = load_weights(decoder, self.path, device=device, progress=progress)
-        log.info("%s: %.1f MB of weights read", self.name, num_bytes / 1e6)
+            return 0
+        return load_weights(decoder, self.path, device=device, progress=progress)
 
     def tokenizer(self) -> Tokenizer | None:
         """None if the checkpoint has no tokenizer.json."""

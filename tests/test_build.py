@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnemosyne.build import build_engine, build_rank, choose_device
+from mnemosyne.build import build_engine, build_rank, choose_device, describe_reads
 from mnemosyne.config import CacheConfig, EngineConfig, ScheduleConfig
 from mnemosyne.schedule.predictor import LinearPredictor
 from tests.engines import greedy, open_tiny, worker_of
@@ -34,13 +34,19 @@ def test_start_up_says_what_runs_and_what_fits(
 ) -> None:
     caplog.set_level(logging.INFO, logger="mnemosyne")
 
-    build_rank(config(checkpoint))
+    rank = build_rank(config(checkpoint))
 
     said = [record.getMessage() for record in caplog.records if record.name == "mnemosyne.build"]
+    num_bytes = sum(p.nbytes for p in rank.worker._model.parameters())
     assert said == [
+        f"weights read: {num_bytes / 1e6:.1f} MB",
         f"{checkpoint}, torch.float64 on cpu, cpu attention",
         "KV cache: 1,024 tokens in 0.00 GiB; requests that fit: 1 of 1K",
     ]
+
+
+def test_what_every_rank_of_a_mesh_read_is_said_in_one_line() -> None:
+    assert describe_reads([1_400_000, 12_340_000_000]) == "weights read: 1.4, 12,340.0 MB by rank"
 
 
 def test_adaptive_chunks_are_fitted_to_the_machine_and_fixed_ones_are_not(

@@ -67,10 +67,11 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
     return gathered
 
 
-def smallest(value: int, mesh: Mesh) -> int:
-    """The smallest of the values that the ranks of a mesh bring; every rank calls it at once."""
+def gather_counts(value: int, mesh: Mesh) -> list[int]:
+    """What each rank of a mesh brings, by rank; every rank calls it at once."""
     if mesh.world_size == 1:
-        return value
-    tensor = torch.tensor(value, dtype=torch.int64)  # on CPU: gloo is there on every mesh
-    dist.all_reduce(tensor, dist.ReduceOp.MIN)
-    return int(tensor)
+        return [value]
+    counts = torch.zeros(mesh.world_size, dtype=torch.int64)  # on CPU: gloo is there on every mesh
+    counts[mesh.rank] = value
+    dist.all_reduce(counts)
+    return [int(count) for count in counts]

@@ -10,7 +10,12 @@ import torch.distributed as dist
 
 from mnemosyne.config import MeshConfig
 from mnemosyne.parallel import init_mesh, single_mesh
-from mnemosyne.parallel.collectives import SMALL_BYTES, all_gather, all_reduce_sum
+from mnemosyne.parallel.collectives import (
+    SMALL_BYTES,
+    all_gather,
+    all_reduce_sum,
+    gather_counts,
+)
 from mnemosyne.parallel.mesh import check_mesh, head_mesh, local_kv_heads
 from tests.ranks import RankError, run_ranks
 
@@ -38,6 +43,7 @@ def describe(config: MeshConfig) -> dict[str, Any]:
         "first": mesh.rank_of(pp=0, kvp=0, tp=0),
         "next stage": mesh.rank_of(pp=1) if config.pp > 1 else None,
         "itself": mesh.rank_of(),
+        "counts": gather_counts(2**40 + mesh.rank, mesh),
     }
 
 
@@ -50,6 +56,7 @@ def test_axes_join_the_ranks_that_differ_in_nothing_else() -> None:
     assert [s["first"] for s in seen] == [0] * 8
     assert [s["next stage"] for s in seen] == [4, 5, 6, 7] * 2
     assert [s["itself"] for s in seen] == list(range(8))
+    assert [s["counts"] for s in seen] == [[2**40 + rank for rank in range(8)]] * 8
 
 
 def test_the_mlp_is_sharded_as_the_heads_unless_asked_otherwise() -> None:
@@ -101,6 +108,7 @@ def test_one_process_has_a_mesh_without_torch_distributed() -> None:
     assert mesh.label == single_mesh().label == "pp0/kvp0/tp0"
     assert all_reduce_sum(x, mesh.tp) is x
     assert all_gather(x, mesh.ffn).shape == (1, 3)
+    assert gather_counts(7, mesh) == [7]
     assert mesh.device_mesh is None
     assert not dist.is_initialized()
 
