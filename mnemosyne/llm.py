@@ -21,7 +21,7 @@ from mnemosyne.config import (
     SloConfig,
 )
 from mnemosyne.metrics import StepLog, StepRecord
-from mnemosyne.parallel.trace import Trace, write_trace
+from mnemosyne.parallel.trace import Trace, claim_trace, write_trace
 from mnemosyne.request import Piece, RequestOutput, SamplingParams
 from mnemosyne.serve.engine import Engine
 from mnemosyne.serve.intake import Prompt, list_prompts, refused_output
@@ -106,8 +106,10 @@ class LLM:
         progress: Progress | None,
     ) -> None:
         self.config = config
-        # the file is rank 0's; whether it can be written is known before weights are read
+        # the files are rank 0's; whether they can be written is known before weights are read
         writes = config.mesh.world_size == 1 or os.environ.get("RANK", "0") == "0"
+        if writes and config.metrics.trace:
+            claim_trace(config.metrics.trace)
         path = config.metrics.path if writes else None
         self._step_log = StepLog(path) if path else None
         self._on_step = on_step

@@ -296,6 +296,14 @@ def test_steps_are_written_where_metrics_path_says(checkpoint: Path, tmp_path: P
     assert all(isinstance(record, StepRecord) for record in records)
 
 
+@pytest.mark.parametrize("name", ["path", "trace"])
+def test_a_metrics_file_that_cannot_be_written_is_refused_before_the_work(
+    name: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=rf"^metrics\.{name} must be a file .*; name one in"):
+        open_tiny(checkpoint, metrics={name: tmp_path / "nowhere" / "file"})
+
+
 def test_a_progress_bar_is_shown_on_a_terminal_and_changes_nothing(
     llm: LLM, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 
 from mnemosyne.cli.demo_view import DemoView, times_table
 from mnemosyne.config import DemoConfig
@@ -52,6 +53,7 @@ def demo(config: DemoConfig) -> int:
     Raises:
         ValueError: if the config cannot be used.
     """
+    _check_plot(config.plot)
     records: list[StepRecord] = []
     recital = haystack(int(config.length), depth=config.depth, seed=config.seed)
     with LLM.from_config(config, on_step=records.append) as llm:
@@ -100,6 +102,16 @@ def _ask(llm: LLM, name: str) -> Asked:
 
 def _outputs(run: Run) -> list[RequestOutput]:
     return [short.output for short in run.shorts]
+
+
+def _check_plot(plot: str) -> None:
+    """Refuse before the work what could not be drawn after it."""
+    path = Path(plot)
+    if path.suffix != ".png" or path.is_dir() or not path.parent.is_dir():
+        raise ValueError(
+            f"plot must be a .png file in a directory that exists, got {plot!r}; "
+            "plot=demo.png puts it here"
+        )
 
 
 def _draw(records: list[StepRecord], config: DemoConfig) -> None:

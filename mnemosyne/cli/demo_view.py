@@ -105,8 +105,8 @@ def times_table(alone: Sequence[RequestOutput], together: Sequence[RequestOutput
         ttft_s = [o.metrics.ttft_s for o in outputs if o.metrics.ttft_s is not None]
         tbt_s = [gap for o in outputs for gap in o.metrics.tbt_s]
         for name, values in (("TTFT", ttft_s), ("TBT", tbt_s)):
-            found = percentiles(values)
-            table.add_row(name, label, *(f"{1e3 * found[p]:.1f}" for p in (50, 95, 99)))
+            found = percentiles(values).values()
+            table.add_row(name, label, *(f"{1e3 * s:.1f}" if values else "-" for s in found))
     console = Console(width=76)
     with console.capture() as capture:
         console.print(table)

@@ -96,6 +96,21 @@ def _read(store: Store, rank: int) -> str:
     return b"".join(store.get(f"trace/{rank}/{i}") for i in range(num_pieces)).decode()
 
 
+def claim_trace(path: str | Path) -> None:
+    """Make the file of a trace, empty, before the work whose trace it will hold.
+
+    Raises:
+        ValueError: if it cannot be written.
+    """
+    try:
+        Path(path).write_text("", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"metrics.trace must be a file that can be written, got {str(path)!r} "
+            f"({error.strerror}); name one in an existing directory"
+        ) from error
+
+
 def write_trace(path: str | Path, dumps: Iterable[str]) -> None:
     """Write a file for chrome://tracing or ui.perfetto.dev: a row per rank, times from 0.
 
