@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mnemosyne.model_zoo.bench import bench_spec, init_random
+from mnemosyne.model_zoo.bench import bench_spec, init_random, write_bench
 from mnemosyne.model_zoo.decoder import Decoder
 from mnemosyne.model_zoo.needle import write_needle
 from mnemosyne.model_zoo.spec import ModelSpec, read_spec
@@ -77,11 +77,33 @@ def find_checkpoint(name: str) -> Checkpoint:
     if name == "bench":
         return Checkpoint(name, bench_spec(), None)
     if name == "needle":
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        path = write_needle(root / "mnemosyne" / "needle")
+        path = write_needle(_made_models() / "needle")
     else:
         path = Path(os.path.expanduser(name))
     return Checkpoint(name, read_spec(path), path)
+
+
+def path_on_disk(name: str, dtype: str) -> Path:
+    """The directory of a checkpoint that other programs can read; "bench" is written there first.
+
+    Args:
+        name: as for ``find_checkpoint``.
+        dtype: in which "bench" is written; "auto" is its own.
+    """
+    if name != "bench":
+        path = find_checkpoint(name).path
+        assert path is not None, "only bench is made in memory"
+        return path
+    chosen = bench_spec().dtype if dtype == "auto" else dtype
+    path = _made_models() / f"bench-{chosen}"
+    if not (path / "config.json").exists():  # it is written last
+        write_bench(path, BENCH_SEED, getattr(torch, chosen))
+    return path
+
+
+def _made_models() -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "mnemosyne"
 
 
 def weight_bytes(decoder: Decoder) -> int:

@@ -67,7 +67,8 @@ TABLE = {
     # design.md gives it build and config; what it serves with is the offline API beside build
     "cli": Rule(
         (
-            *("build", "llm", "request", "config", "config_simulate", "serve.progress"),
+            *("build", "llm", "request", "serve.progress"),
+            *("config", "config_bench", "config_simulate"),
             *("parallel.launch", "build_simulated"),
         ),
         ("hydra", "omegaconf", "rich"),
@@ -76,6 +77,20 @@ TABLE = {
     "cli.plan": _SIMULATED,
     "cli.demo": _DEMO,
     "cli.demo_view": _DEMO,
+    "cli.bench": Rule(("bench", "checkpoint", "config", "config_bench"), ("rich",)),
+    # `mnemosyne bench`: the engines run in processes of their own
+    "bench": Rule(("config_bench",), ("numpy", "rich")),
+    "bench.picture": Rule(("bench.compare", "bench.report"), ("matplotlib",), itself=False),
+    # programs for other interpreters, which have none of our rooms
+    "bench.peers": Rule((), ("numpy", "torch"), itself=False),
+    "bench.peers.with_transformers": Rule((), ("torch", "transformers"), itself=False),
+    "bench.peers.with_vllm": Rule((), ("vllm",), itself=False),
+    "bench.peers.with_llamacpp": Rule((), ("numpy", "gguf", "llama_cpp"), itself=False),
+    "bench.peers.ours": Rule(
+        ("build", "cache.pages", "config", "request", "runtime", "schedule", "serve"),
+        ("numpy", "torch"),
+        itself=False,
+    ),
     "checkpoint": Rule(("model_zoo", "parallel", "runtime", "serve"), ("torch",)),
     "build": Rule(
         (
@@ -102,6 +117,7 @@ TABLE = {
     ),
     "plot": Rule(("metrics",), ("matplotlib", "numpy")),
     "config": Rule(),
+    "config_bench": Rule(("config",)),
     "config_simulate": Rule(("config",)),
     "request": Rule(("config",), ("numpy",)),
     "metrics": Rule(("config",), ("numpy",)),

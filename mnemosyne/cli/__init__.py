@@ -19,6 +19,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, Vali
 from mnemosyne.cli.arguments import describe_type, key_types, nearest, prepare
 from mnemosyne.cli.ranks import command_of_run, run_on_ranks
 from mnemosyne.config import DemoConfig, GenerateConfig
+from mnemosyne.config_bench import BenchConfig
 from mnemosyne.config_simulate import PlanConfig, SimulateConfig
 
 OK, FAILED, INTERRUPTED = 0, 2, 130  # exit statuses
@@ -204,6 +205,12 @@ def _plan(config: PlanConfig) -> int:
     return plan(config)
 
 
+def _bench(config: BenchConfig) -> int:
+    from mnemosyne.cli.bench import bench
+
+    return bench(config)
+
+
 COMMANDS = {
     "generate": Command("prompts in, tokens out", GenerateConfig, _generate),
     "demo": Command("a passkey in a long text, short requests beside it", DemoConfig, _demo),
@@ -211,4 +218,5 @@ COMMANDS = {
         "a workload on hardware that is not there", SimulateConfig, _simulate, has_ranks=False
     ),
     "plan": Command("which layout of a model fits some GPUs", PlanConfig, _plan, has_ranks=False),
+    "bench": Command("this engine and others side by side", BenchConfig, _bench, has_ranks=False),
 }

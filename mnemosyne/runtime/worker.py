@@ -58,6 +58,11 @@ class Worker:
         self._trace = trace
         self._sequences: dict[int, SequenceState] = {}
 
+    @property
+    def pool(self) -> PagePool:
+        """The KV cache of this rank."""
+        return self._pool
+
     def run(self, plan: Plan) -> StepResult | None:
         """Run the local part of a step.
 
