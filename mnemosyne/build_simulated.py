@@ -10,7 +10,7 @@ from mnemosyne.cache.allocator import PageAllocator
 from mnemosyne.cache.capacity import tokens_per_group
 from mnemosyne.cache.layout import pages_for
 from mnemosyne.config import MeshConfig
-from mnemosyne.config_simulate import EfficiencyConfig, ShapeConfig, SimulateConfig
+from mnemosyne.config_simulate import ShapeConfig, SimulateConfig
 from mnemosyne.metrics import StepRecord
 from mnemosyne.model_zoo.spec import ModelSpec, read_spec
 from mnemosyne.model_zoo.stages import cut_stages
@@ -68,7 +68,6 @@ def build_simulation(
     config: SimulateConfig,
     shape: ShapeConfig,
     *,
-    efficiency: EfficiencyConfig | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
 ) -> Simulation:
     """The engine that serves, over an executor that only counts time.
@@ -79,7 +78,6 @@ def build_simulation(
     Args:
         config: all choices.
         shape: the model.
-        efficiency: fitted to measurements, in place of the one in ``config``.
         on_step: called with the record of each step.
 
     Raises:
@@ -88,7 +86,7 @@ def build_simulation(
     mesh = config.mesh
     stages = stages_of(shape, mesh)
     memory = _memory(config, shape, stages)
-    cost = StepCost(shape, config.hardware, efficiency or config.efficiency, mesh, stages)
+    cost = StepCost(shape, config.hardware, config.efficiency, mesh, stages)
     cluster = SimulatedCluster(cost)
     work_model = WorkModel(shape.windows or [None], mesh.kvp)
     limits = Limits(

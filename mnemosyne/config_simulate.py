@@ -179,7 +179,7 @@ class SimulateConfig:
     model: str  # a name in conf/shape, or a Hugging Face directory
     hardware: HardwareConfig
     efficiency: EfficiencyConfig
-    calibration: str | None = None  # JSON of measured steps that the efficiencies are fitted to
+    calibration: str | None = None  # JSONL of measured steps that the efficiencies are fitted to
     mesh: MeshConfig = field(default_factory=MeshConfig)
     schedule: ScheduleConfig = field(
         default_factory=lambda: ScheduleConfig(target_tbt=GPU_TARGET_TBT)
@@ -221,7 +221,7 @@ class PlanConfig:
     model: str  # a name in conf/shape, or a Hugging Face directory
     hardware: HardwareConfig
     efficiency: EfficiencyConfig
-    calibration: str | None = None  # JSON of measured steps that the efficiencies are fitted to
+    calibration: str | None = None  # JSONL of measured steps that the efficiencies are fitted to
     gpus: int = 8
     context: int | str = "1M"  # tokens of a prompt
     output: int = 256  # tokens of an answer

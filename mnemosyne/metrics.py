@@ -28,6 +28,8 @@ class StepRecord:
     num_pages: int
     num_running: int
     num_waiting: int
+    num_sampled: int = 0  # rows that got logits
+    decode_keys: int = 0  # tokens of context, summed over the decodes
 
     @property
     def chunk_tokens(self) -> int:

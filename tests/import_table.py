@@ -73,6 +73,7 @@ TABLE = {
         ),
         ("hydra", "omegaconf", "rich"),
     ),
+    "cli.shapes": Rule(_SIMULATED.rooms, ("omegaconf",)),
     "cli.simulate": _SIMULATED,
     "cli.plan": _SIMULATED,
     "cli.demo": _DEMO,

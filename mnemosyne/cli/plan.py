@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mnemosyne.build_simulated import stages_of
-from mnemosyne.cli.shapes import find_shape
+from mnemosyne.cli.shapes import calibrated, find_shape
 from mnemosyne.cli.simulate import write_json
 from mnemosyne.config import MeshConfig
 from mnemosyne.config_simulate import PlanConfig, ShapeConfig
@@ -44,6 +44,7 @@ def plan(config: PlanConfig) -> int:
         ValueError: if something in the config cannot be used.
     """
     shape = find_shape(config.model)
+    config = calibrated(config, shape)
     verdicts = plan_layouts(config, shape, stages_of)
     fits = verdicts[0].rank is Rank.FITS
     changes = [] if fits else remedies(config, shape, stages_of, verdicts)

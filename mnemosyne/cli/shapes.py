@@ -1,14 +1,21 @@
-"""The shape of a model by its name: a file of conf/shape, or the config.json of a checkpoint."""
+"""What a simulation is of: a shape from conf/shape or a checkpoint, fitted to a record or not."""
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
+from typing import TypeVar
 
 from omegaconf import OmegaConf
 
 from mnemosyne.cli.arguments import nearest
-from mnemosyne.config_simulate import ShapeConfig
+from mnemosyne.config_simulate import PlanConfig, ShapeConfig, SimulateConfig
+from mnemosyne.metrics import read_steps
+from mnemosyne.simulate.fit import fit_efficiency
+
+Config = TypeVar("Config", SimulateConfig, PlanConfig)
 
 
 def shape_names() -> list[str]:
@@ -44,3 +51,31 @@ def find_shape(model: str) -> ShapeConfig:
     from mnemosyne.build_simulated import shape_of_checkpoint
 
     return shape_of_checkpoint(path)
+
+
+def calibrated(config: Config, shape: ShapeConfig) -> Config:
+    """The config with its efficiencies fitted to the record that it names, if it names one.
+
+    What was found is told on standard error, as keys that another command takes.
+
+    Raises:
+        ValueError: if the record cannot be read or is too short.
+    """
+    if config.calibration is None:
+        return config
+    try:
+        records = read_steps(config.calibration)
+    except OSError as error:
+        raise ValueError(
+            f"calibration must be a file that metrics.path wrote, got {config.calibration!r} "
+            f"({error.strerror}); check the path"
+        ) from error
+    fit = fit_efficiency(records, shape, config.hardware, config.efficiency)
+    found = fit.efficiency
+    keys = (f"efficiency.{name}={getattr(found, name):.3g}" for name in found.__dataclass_fields__)
+    print(
+        f"fitted to {len(records)} steps, errors p50 {fit.error_p50:.1%} and p95 "
+        f"{fit.error_p95:.1%}: {' '.join(keys)}",
+        file=sys.stderr,
+    )
+    return replace(config, efficiency=found)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mnemosyne.build_simulated import Simulation, build_simulation
-from mnemosyne.cli.shapes import find_shape
+from mnemosyne.cli.shapes import calibrated, find_shape
 from mnemosyne.config_simulate import SimulateConfig
 from mnemosyne.metrics import StepLog, StepRecord
 from mnemosyne.simulate.report import Report, make_report, result_rows
@@ -35,6 +35,7 @@ def simulate(config: SimulateConfig) -> int:
         ValueError: if something in the config cannot be used.
     """
     shape = find_shape(config.model)
+    config = calibrated(config, shape)
     arrivals = read_trace(config.workload.trace) if config.workload.trace else draw(config.workload)
     records: list[StepRecord] = []
     with StepLog(config.metrics.path) if config.metrics.path else nullcontext() as log:

@@ -252,5 +252,7 @@ class Engine:
                 num_pages=self.scheduler.router.num_pages,
                 num_running=self.scheduler.num_running,
                 num_waiting=self.scheduler.num_waiting,
+                num_sampled=sum(chunk.samples for chunk in plan.chunks),
+                decode_keys=sum(chunk.stop for chunk in plan.chunks if chunk.is_decode),
             )
         )
