@@ -30,7 +30,9 @@ MESHES = [
     {"pp": 2, "tp": 2},
     {"kvp": 4},
     {"pp": 4},
+    {"kvp": 2, "ffn": "wide"},
     {"kvp": 2, "tp": 2, "ffn": "wide"},
+    {"tp": 4},  # twice as many as KV heads
     {"pp": 2, "kvp": 2, "tp": 2},
     {"pp": 2, "kvp": 2, "tp": 2, "ffn": "wide"},
 ]
@@ -53,7 +55,7 @@ def _open(path: Path, chunk: int | str, mesh: dict[str, Any], **cache: Any) -> L
 
 
 def _params() -> SamplingParams:
-    return SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, logprobs=2)
+    return SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, logprobs=VOCAB_SIZE)
 
 
 def _serve(paths: list[Path], mesh: dict[str, Any], chunks: list[int | str]) -> list[Any]:
@@ -71,8 +73,9 @@ def _serve(paths: list[Path], mesh: dict[str, Any], chunks: list[int | str]) -> 
     return found
 
 
-def _logprobs(output: Any) -> list[float]:
-    return [entry.logprob for entry in output.logprobs]
+def _logprobs(output: Any) -> np.ndarray:
+    """Of every word at every position, ``[T, V]``: the logits but for a constant per row."""
+    return np.array([[value for _, value in sorted(entry.top)] for entry in output.logprobs])
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +114,8 @@ def _check(mesh: dict[str, Any], paths: list[Path], expected: list[Any], chunks:
                 (error, ids) for error, ids, _ in want
             ]
             for (_, _, mine), (_, _, theirs) in zip(outputs, want, strict=True):
-                assert np.abs(np.array(mine) - np.array(theirs)).max() < 1e-10
+                assert mine.shape == theirs.shape == (MAX_TOKENS, VOCAB_SIZE)
+                assert np.abs(mine - theirs).max() < 1e-10
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
