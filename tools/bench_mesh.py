@@ -3,13 +3,14 @@
     spp   prefill of one prompt with pp=1 and pp=2, and decode with both
     hops  decode over a filled cache with pp=1 and pp=2: what a token pays for a second stage
     kvp   decode over a filled cache with kvp=1 and kvp=2: attention with merge, and whole steps
-    merge time of exchange and merge by context length, with kvp=2
+    merge time of exchange and merge by context length, with kvp=2; ranks meet before each, so that
+          neither waits for the other's attention
     tp    prefill and decode at short context with tp=1 and tp=2
 
 Runs alternate and medians are shown. Ranks are started by torchrun on this machine.
 
 Usage: python tools/bench_mesh.py spp|hops|kvp|merge|tp [--repeats 3] [--length 32K]
-       [--attention auto] [--degree 1] [--json FILE]
+       [--attention auto] [--degree 1] [--json FILE] [--trace FILE]
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from mnemosyne.build import Rank, build_rank
 from mnemosyne.cache.layout import Placement, Shard, pages_for
 from mnemosyne.config import CacheConfig, EngineConfig, MeshConfig, ScheduleConfig, parse_size
 from mnemosyne.crew import Driver, Follower
+from mnemosyne.parallel.collectives import all_gather
+from mnemosyne.parallel.mesh import Axis
 from mnemosyne.runtime import step
 from mnemosyne.runtime.executor import LocalExecutor, MeshExecutor
 from mnemosyne.schedule.plan import Admission, Chunk, Executor, Plan
@@ -52,6 +55,7 @@ def serve_prompt(case: Case) -> dict[str, float] | None:
         attention=case["attention"],
         schedule={"chunk": case["chunk"]},
         cache={"max_tokens": case["length"] + 4096},
+        metrics={"trace": case["trace"]},
     ) as llm:
         rng = np.random.default_rng(0)
         params = SamplingParams(max_tokens=NUM_STEPS, ignore_eos=True, temperature=0.0)
@@ -81,6 +85,8 @@ def decode_filled(case: Case) -> dict[str, float] | None:
         "attention_s": _timed(step.PagedAttention, "__call__"),
         "merge_s": _timed(step, "exchange_partials"),
     }
+    if case.get("meets"):
+        _meet_before(step, "exchange_partials", rank.mesh.kvp)
     if rank.mesh.rank > 0:
         follower = Follower(rank)
         follower.close()
@@ -160,6 +166,17 @@ def _timed(owner: Any, name: str) -> list[float]:
     return seconds
 
 
+def _meet_before(owner: Any, name: str, axis: Axis) -> None:
+    """Have ranks wait for each other before a function, so that its time is its own work."""
+    function = getattr(owner, name)
+
+    def met(*arguments: Any, **keywords: Any) -> Any:
+        all_gather(torch.zeros(1), axis)
+        return function(*arguments, **keywords)
+
+    setattr(owner, name, met)
+
+
 MEASURES: dict[str, Callable[[Case], dict[str, float] | None]] = {
     "serve": serve_prompt,
     "decode": decode_filled,
@@ -178,7 +195,8 @@ def cases(what: str, length: int) -> list[Case]:
         axis = "kvp" if what == "kvp" else "pp"
         return [{"mesh": {axis: n}, "measure": "decode", "length": length} for n in (1, 2)]
     lengths = [2**13, 2**15, 2**17, 2**18, 2**20]
-    return [{"mesh": {"kvp": 2}, "measure": "decode", "length": n} for n in lengths]
+    fields = {"mesh": {"kvp": 2}, "measure": "decode", "meets": True}
+    return [{**fields, "length": n} for n in lengths]
 
 
 def run_case(case: Case) -> dict[str, float]:
@@ -223,6 +241,9 @@ def main() -> int:
     parser.add_argument("--attention", default="auto", help="backend")
     parser.add_argument("--degree", type=int, help="run only the cases of this degree")
     parser.add_argument("--json", help="write the outcomes to this file")
+    parser.add_argument(
+        "--trace", help="spp and tp: what ranks did when, of the last run, for Perfetto"
+    )
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
@@ -237,7 +258,7 @@ def main() -> int:
     default = "256K" if arguments.what == "kvp" else "32K"
     length = parse_size(arguments.length or default, "--length")
     chosen = [
-        {**case, "attention": arguments.attention}
+        {**case, "attention": arguments.attention, "trace": arguments.trace}
         for case in cases(arguments.what, length)
         if arguments.degree in (None, *case["mesh"].values())
     ]

@@ -112,13 +112,13 @@ def main() -> int:
     parser.add_argument("--length", default="32K", help="tokens of the long prompt")
     parser.add_argument("--decodes", type=int, default=8)
     parser.add_argument("--targets", type=float, nargs="+", default=[0.2, 0.4, 0.8])
-    parser.add_argument("--fixed", type=int, default=2048)
+    parser.add_argument("--fixed", type=int, default=2048, help="tokens; 0 leaves it out")
     parser.add_argument("--json", help="write the outcomes to this file")
     arguments = parser.parse_args()
     length = parse_size(arguments.length, "--length")
     outcomes = []
     for target_s in arguments.targets:
-        for chunk in ("adaptive", arguments.fixed):
+        for chunk in ("adaptive", *([arguments.fixed] if arguments.fixed else [])):
             served = (arguments.model, arguments.attention, chunk, target_s)
             outcomes.append(measure(*served, length, arguments.decodes))
             show(outcomes[-1:])
