@@ -1,4 +1,5 @@
-"""Triton kernels, one file per operator, under the name and the contract of its torch original.
+"""Kernels, one file per operator, under the name and the contract of its torch original.
 
-A kernel lives here only while it is measured faster than what it replaces.
+Triton for GPUs; ``cpu`` for processors with AVX-512 BF16. A kernel lives here only while it is
+measured faster than what it replaces.
 """

@@ -72,7 +72,7 @@ def build_rank(config: EngineConfig, *, progress: Progress | None = None) -> Ran
     device, checkpoint = _find(config)
     spec = checkpoint.spec
     dtype = getattr(torch, spec.dtype if config.dtype == "auto" else config.dtype)
-    backend = choose_backend(config.attention, device=device, dtype=dtype)
+    backend = choose_backend(config.attention, device=device, dtype=dtype, head_dim=spec.head_dim)
     mesh = init_mesh(config.mesh, device.type)
     decoder = checkpoint.decoder(mesh, dtype)
     token_bytes = _token_bytes(decoder, dtype)

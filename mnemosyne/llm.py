@@ -40,7 +40,7 @@ class LLM:
         model: a Hugging Face directory, ``"needle"`` or ``"bench"``.
         dtype: ``"auto"`` (as the checkpoint says), float64, float32, bfloat16 or float16.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
-        attention: ``"auto"``, ``"reference"``, ``"flex"`` or ``"cpu"``.
+        attention: ``"auto"``, ``"reference"``, ``"flex"``, ``"cpu"`` or ``"avx512"``.
         schedule: a ``ScheduleConfig`` or its fields, e.g. ``{"chunk": 512}``.
         slo: a ``SloConfig`` or its fields, e.g. ``{"ttft_min": 0.5}``.
         cache: a ``CacheConfig`` or its fields, e.g. ``{"max_tokens": "1M"}``.

@@ -8,7 +8,7 @@
 >>> pages = np.array([3])
 >>> chunk = Segment(first_row=1, num_rows=4, first_position=10, num_keys=14, pages=pages)
 >>> batch = AttentionBatch(segments=(decode, chunk), num_rows=5, page_size=page_size)
->>> backend = choose_backend("auto", device=device, dtype=torch.float32)
+>>> backend = choose_backend("auto", device=device, dtype=torch.float32, head_dim=64)
 >>> prepared = backend.prepare(batch, None, device)  # once per step, for all layers
 >>> q_THD = torch.randn(5, 8, 64)  # 8 query heads
 >>> out_THD, lse_TH = backend.attend(
@@ -20,10 +20,12 @@
 
 from __future__ import annotations
 
+import logging
 from difflib import get_close_matches
 
 import torch
 
+from mnemosyne.attention.avx512 import Avx512Backend, why_not_avx512
 from mnemosyne.attention.cpu import CPU_DTYPES, CpuBackend
 from mnemosyne.attention.flex import FLEX_DTYPES, FlexBackend
 from mnemosyne.attention.lse import merge_partials
@@ -35,6 +37,7 @@ __all__ = [
     "Attend",
     "AttentionBackend",
     "AttentionBatch",
+    "Avx512Backend",
     "CpuBackend",
     "FlexBackend",
     "ReferenceBackend",
@@ -43,29 +46,42 @@ __all__ = [
     "merge_partials",
 ]
 
-BACKENDS = ("auto", "cpu", "flex", "reference")
+BACKENDS = ("auto", "avx512", "cpu", "flex", "reference")
+
+log = logging.getLogger(__name__)
 
 
-def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+def choose_backend(
+    name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> AttentionBackend:
     """A backend by name; one that cannot run there is refused, never replaced.
 
     Args:
-        name: ``cpu``, ``flex``, ``reference``, or ``auto``: ``cpu`` on CPU, ``flex`` elsewhere.
+        name: ``avx512``, ``cpu``, ``flex``, ``reference``, or ``auto``: on CPU ``avx512`` where
+            it can run and else ``cpu``, ``flex`` elsewhere.
         device: where q, k and v are.
         dtype: of q, k and v.
+        head_dim: of q, k and v.
 
     Raises:
-        ValueError: if there is no such backend, or it does not run on the device or dtype.
+        ValueError: if there is no such backend, or it does not run on the device, dtype, head dim
+            or processor.
     """
     if name not in BACKENDS:
         close = get_close_matches(name, BACKENDS, n=1)
         remedy = f"did you mean {close[0]!r}?" if close else "auto picks by device"
         raise ValueError(f"attention must be one of {', '.join(BACKENDS)}, got {name!r}; {remedy}")
+    why_not = why_not_avx512(dtype, head_dim)
     if name == "auto":
-        name = "cpu" if device.type == "cpu" else "flex"
+        name = _usual(device, dtype, why_not)
     if name == "reference":
         _require(name, "dtype", dtype.is_floating_point, "a floating one", dtype)
         return ReferenceBackend()
+    if name == "avx512":
+        _require(name, "device", device.type == "cpu", "cpu", device)
+        if why_not is not None:
+            raise ValueError(f"attention=avx512 must be able to run, but {why_not}; use cpu")
+        return Avx512Backend(head_dim)
     if name == "cpu":
         _require(name, "device", device.type == "cpu", "cpu", device)
         _require(name, "dtype", dtype in CPU_DTYPES, f"one of {CPU_DTYPES}", dtype)
@@ -73,6 +89,16 @@ def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> At
     _require(name, "device", device.type in ("cpu", "cuda"), "cpu or cuda", device)
     _require(name, "dtype", dtype in FLEX_DTYPES, f"one of {FLEX_DTYPES}", dtype)
     return FlexBackend()
+
+
+def _usual(device: torch.device, dtype: torch.dtype, why_not_avx512: str | None) -> str:
+    if device.type != "cpu":
+        return "flex"
+    if why_not_avx512 is None:
+        return "avx512"
+    if dtype == torch.bfloat16:
+        log.warning("attention is cpu, not the faster avx512: %s", why_not_avx512)
+    return "cpu"
 
 
 def _require(backend: str, name: str, holds: bool, rule: str, value: object) -> None:

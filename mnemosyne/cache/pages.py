@@ -93,7 +93,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         return torch.zeros(shape, dtype=dtype, device=device)
     # Anonymous memory is zero and takes no room before it is written, so a pool may be
     # declared larger than what a run ends up using; huge pages spare the TLB at long context.
-    buffer = mmap.mmap(-1, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
+    num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    # Private: memory that could be shared gets no huge pages on most systems.
+    buffer = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         buffer.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(buffer, dtype=dtype).view(shape)

@@ -36,7 +36,7 @@ REFERENCE = ReferenceBackend()
 @functools.cache
 def backend_of(name: str, heads: tuple[int, int, int]) -> AttentionBackend:
     """One per kind of heads, as a process has: FlexAttention is traced once for each."""
-    return choose_backend(name, device=CPU, dtype=torch.float64)
+    return choose_backend(name, device=CPU, dtype=torch.float64, head_dim=64)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
@@ -165,7 +165,7 @@ def test_low_precision_is_no_worse_than_eager_torch(
     name: str, dtype: torch.dtype, window: int | None
 ) -> None:
     case = make_case(heads=(2, 4, 64)).to(dtype)
-    backend = choose_backend(name, device=CPU, dtype=dtype)
+    backend = choose_backend(name, device=CPU, dtype=dtype, head_dim=64)
 
     out, lse = case.attend(backend, window, return_lse=True)
 
@@ -192,7 +192,7 @@ def test_flex_on_a_gpu_is_exact_in_float64_and_no_worse_than_eager_below(
 ) -> None:
     exact = make_case(heads=(2, 4, 64), layout=layout).to(dtype).to(torch.float64)
     case = exact.to(dtype, "cuda")
-    backend = choose_backend("auto", device=torch.device("cuda"), dtype=dtype)
+    backend = choose_backend("auto", device=torch.device("cuda"), dtype=dtype, head_dim=64)
 
     out, lse = case.attend(backend, window, return_lse=True)
     out_alone, _ = case.attend(backend, window)

@@ -8,43 +8,62 @@ import pytest
 import torch
 
 from mnemosyne import attention
-from mnemosyne.attention import choose_backend
+from mnemosyne.attention import avx512, choose_backend
+from mnemosyne.kernels.cpu.library import what_is_missing
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize("name", ["cpu", "flex", "reference"])
 def test_a_named_backend_is_the_one_given(name: str) -> None:
-    assert choose_backend(name, device=CPU, dtype=torch.bfloat16).name == name
+    assert choose_backend(name, device=CPU, dtype=torch.bfloat16, head_dim=64).name == name
 
 
 def test_auto_goes_by_the_device() -> None:
-    assert choose_backend("auto", device=CPU, dtype=torch.float32).name == "cpu"
-    assert choose_backend("auto", device=CUDA, dtype=torch.float32).name == "flex"
+    assert choose_backend("auto", device=CPU, dtype=torch.float32, head_dim=64).name == "cpu"
+    usual = "cpu" if what_is_missing() else "avx512"
+    assert choose_backend("auto", device=CPU, dtype=torch.bfloat16, head_dim=64).name == usual
+    assert choose_backend("auto", device=CPU, dtype=torch.bfloat16, head_dim=48).name == "cpu"
+    assert choose_backend("auto", device=CUDA, dtype=torch.float32, head_dim=64).name == "flex"
 
 
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:
     with pytest.raises(
-        ValueError, match="attention must be one of auto, cpu, flex, reference, got"
+        ValueError, match="attention must be one of auto, avx512, cpu, flex, reference, got"
     ):
-        choose_backend("dense", device=CPU, dtype=torch.float32)
+        choose_backend("dense", device=CPU, dtype=torch.float32, head_dim=64)
     with pytest.raises(ValueError, match="did you mean 'flex'"):
-        choose_backend("felx", device=CPU, dtype=torch.float32)
+        choose_backend("felx", device=CPU, dtype=torch.float32, head_dim=64)
 
 
 def test_a_backend_that_cannot_run_there_is_refused() -> None:
     with pytest.raises(ValueError, match="device must be cpu for attention=cpu, got cuda"):
-        choose_backend("cpu", device=CUDA, dtype=torch.float32)
+        choose_backend("cpu", device=CUDA, dtype=torch.float32, head_dim=64)
+    with pytest.raises(ValueError, match="avx512 must be able to run, but it computes in bfloat16"):
+        choose_backend("avx512", device=CPU, dtype=torch.float32, head_dim=64)
+    with pytest.raises(ValueError, match="multiples of 32 up to 256, not 48; use cpu"):
+        choose_backend("avx512", device=CPU, dtype=torch.bfloat16, head_dim=48)
     with pytest.raises(ValueError, match="device must be cpu or cuda for attention=flex, got mps"):
-        choose_backend("auto", device=torch.device("mps"), dtype=torch.float32)
+        choose_backend("auto", device=torch.device("mps"), dtype=torch.float32, head_dim=64)
 
 
 @pytest.mark.parametrize("name", ["cpu", "flex"])
 def test_a_dtype_that_the_backend_lacks_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"dtype must be one of .*, got torch.float8_e4m3fn"):
-        choose_backend(name, device=CPU, dtype=torch.float8_e4m3fn)
+        choose_backend(name, device=CPU, dtype=torch.float8_e4m3fn, head_dim=64)
     with pytest.raises(ValueError, match="dtype must be a floating one"):
-        choose_backend("reference", device=CPU, dtype=torch.int8)
+        choose_backend("reference", device=CPU, dtype=torch.int8, head_dim=64)
+
+
+def test_auto_says_what_it_could_not_choose(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(avx512, "what_is_missing", lambda: "there is no C++ compiler")
+
+    backend = choose_backend("auto", device=CPU, dtype=torch.bfloat16, head_dim=64)
+
+    assert backend.name == "cpu"
+    assert "not the faster avx512: there is no C++ compiler" in caplog.text
 
 
 def test_the_documented_example_runs() -> None:

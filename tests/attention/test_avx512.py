@@ -1,0 +1,139 @@
+"""The C++ kernel: no worse than eager bfloat16, and the same bits however a row is computed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mnemosyne.attention import Avx512Backend, ReferenceBackend
+from mnemosyne.kernels.cpu.library import load_library, what_is_missing
+from tests.attention.cases import (
+    LAYOUTS,
+    WINDOWS,
+    Case,
+    Rows,
+    assert_no_worse_than_eager,
+    make_case,
+)
+from tests.attention.test_backends import seen_only
+
+HEADS = ((2, 1, 32), (2, 2, 64), (1, 4, 128), (1, 8, 64), (1, 20, 64))  # K, G, D
+LONG = [Rows(1, 16500), Rows(70, 8150), Rows(3, 20000)]  # beyond two partial results
+REFERENCE = ReferenceBackend()
+
+pytestmark = pytest.mark.skipif(what_is_missing() is not None, reason=str(what_is_missing()))
+
+
+def make_long() -> Case:
+    return make_case(LONG, heads=(1, 4, 64), layout="shuffled", page_size=64, num_pages=800)
+
+
+def assert_within_budget(case: Case, window: int | None = None) -> None:
+    """The error of a case in bfloat16 is within that of eager torch."""
+    out, lse = case.attend(Avx512Backend(case.q_THD.shape[-1]), window, return_lse=True)
+
+    exact_out, exact_lse = case.to(torch.float64).attend(REFERENCE, window, return_lse=True)
+    eager_out, eager_lse = case.dense(window)
+    assert lse is not None
+    assert exact_lse is not None
+    assert_no_worse_than_eager(out, eager_out, exact_out)
+    assert torch.equal(lse.isneginf(), exact_lse.isneginf())
+    seen = ~lse.isneginf()
+    assert_no_worse_than_eager(lse[seen], eager_lse[seen], exact_lse[seen])
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("heads", HEADS)
+def test_a_mixed_batch_is_no_worse_than_eager(
+    heads: tuple[int, int, int], layout: str, window: int | None
+) -> None:
+    assert_within_budget(make_case(heads=heads, layout=layout).to(torch.bfloat16), window)
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 256])
+def test_any_page_size_is_no_worse_than_eager(page_size: int) -> None:
+    case = make_case(heads=(2, 2, 64), page_size=page_size, num_pages=30 + 4096 // page_size)
+
+    assert_within_budget(case.to(torch.bfloat16), window=40)
+
+
+@pytest.mark.parametrize("window", [None, 9000])
+def test_long_contexts_are_no_worse_than_eager(window: int | None) -> None:
+    assert_within_budget(make_long().to(torch.bfloat16), window)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_slots_that_no_row_may_see_do_not_matter(window: int | None) -> None:
+    case = make_case(heads=(2, 2, 64)).to(torch.bfloat16)
+    k_KSD, v_KSD = (seen_only(case, pool, window) for pool in (case.k_KSD, case.v_KSD))
+    unseen = Case(case.batch, case.q_THD, k_KSD, v_KSD, case.scale)
+
+    out, lse = unseen.attend(Avx512Backend(64), window, return_lse=True)
+
+    expected_out, expected_lse = case.attend(Avx512Backend(64), window, return_lse=True)
+    assert torch.equal(out, expected_out)
+    assert torch.equal(lse, expected_lse)
+
+
+@pytest.mark.parametrize("window", [None, 9000])
+def test_a_row_has_the_same_bits_in_any_chunk_company_and_number_of_threads(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = make_long().to(torch.bfloat16)
+    out, lse = together.attend(Avx512Backend(64), window, return_lse=True)
+    assert lse is not None
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    for segment in together.batch.segments:
+        for row in (0, segment.num_rows // 2, segment.num_rows - 1):
+            alone = type(segment)(
+                first_row=0,
+                num_rows=1,
+                first_position=segment.first_position + row,
+                num_keys=segment.num_keys,
+                pages=segment.pages,
+            )
+            at = segment.first_row + row
+            batch = type(together.batch)((alone,), 1, together.batch.page_size)
+            q_THD = together.q_THD[at : at + 1]
+            case = Case(batch, q_THD, together.k_KSD, together.v_KSD, together.scale)
+            lone_out, lone_lse = case.attend(Avx512Backend(64), window, return_lse=True)
+            assert lone_lse is not None
+            assert torch.equal(lone_out[0], out[at])
+            assert torch.equal(lone_lse[0], lse[at])
+
+
+def test_pages_far_apart_in_a_large_pool_are_found() -> None:
+    """Element offsets pass 2^31: the pool is declared, and only a few pages of it are written."""
+    num_slots, head_dim = (1 << 31) // 64 + 4096, 64
+    k_KSD = torch.empty(1, num_slots, head_dim, dtype=torch.bfloat16)
+    v_KSD = torch.empty(1, num_slots, head_dim, dtype=torch.bfloat16)
+    pages = np.array([3, num_slots // 16 - 2, 1], dtype=np.int64)
+    near = make_case([Rows(5, 40)], heads=(1, 2, 64), page_size=16).to(torch.bfloat16)
+    (segment,) = near.batch.segments
+    for old, new in zip(segment.pages[:3], pages, strict=True):
+        for pool, small in ((k_KSD, near.k_KSD), (v_KSD, near.v_KSD)):
+            pool[:, new * 16 : new * 16 + 16] = small[:, old * 16 : old * 16 + 16]
+    moved = type(segment)(0, 5, 40, 45, pages)
+    far = Case(
+        type(near.batch)((moved,), near.batch.num_rows, 16), near.q_THD, k_KSD, v_KSD, near.scale
+    )
+
+    assert torch.equal(far.attend(Avx512Backend(64))[0], near.attend(Avx512Backend(64))[0])
+
+
+def test_a_library_is_compiled_once_and_kept(
+    tmp_path: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    load_library.cache_clear()
+
+    first = load_library("attention", HEAD_DIM=32)
+    load_library.cache_clear()
+    monkeypatch.setattr("mnemosyne.kernels.cpu.library._compile", pytest.fail)
+    second = load_library("attention", HEAD_DIM=32)
+
+    assert first._name == second._name
+    assert first._name.startswith(str(tmp_path))
