@@ -13,7 +13,7 @@ PYTHON ?= $(shell for newest in 12 99; do for python in python3 python3.12 pytho
 
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint paper clean
 
 demo: $(VENV)/installed-plots
 	$(VENV)/bin/mnemosyne demo
@@ -28,6 +28,10 @@ lint: $(VENV)/installed-plots-serve-dev
 	$(VENV)/bin/ruff check --quiet .
 	$(VENV)/bin/ruff format --check --quiet .
 	$(VENV)/bin/mypy
+
+# docs/paper.md: the paper's figures beside simulated ones; about ten minutes
+paper: $(VENV)/installed-plots
+	$(VENV)/bin/python tools/paper
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

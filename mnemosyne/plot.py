@@ -43,7 +43,7 @@ def draw_run(
         page_axes.plot(times_s, used, color=TEAL, linewidth=1.6)
         page_axes.set(ylabel="cache in use, %", xlabel="time, s", ylim=(0, None))
         for axes in (chunk_axes, time_axes, page_axes):
-            _tidy(axes)
+            tidy(axes)
         figure.savefig(path, dpi=130)
 
 
@@ -77,11 +77,12 @@ def draw_frontier(
             axis.set_minor_formatter(NullFormatter())
         axes.set_title(title, loc="left")
         figure.legend(frameon=False, title="pp x kvp x tp", loc="outside right upper")
-        _tidy(axes)
+        tidy(axes)
         figure.savefig(path, dpi=130)
 
 
-def _tidy(axes) -> None:  # type: ignore[no-untyped-def]
+def tidy(axes) -> None:  # type: ignore[no-untyped-def]
+    """Take from axes what does not help to read them."""
     axes.grid(color=GRID, linewidth=0.8)
     axes.tick_params(which="both", colors=MUTED, length=0)
     axes.spines[["top", "right"]].set_visible(False)

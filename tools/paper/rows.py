@@ -1,0 +1,206 @@
+"""Rows of the main table of docs/paper.md: theirs, ours, the ratio."""
+
+from __future__ import annotations
+
+from typing import Any
+
+M = 2**20
+Results = dict[str, Any]
+
+
+def step_rows(results: Results) -> list[tuple[str, ...]]:
+    """What single steps cost."""
+    attention, static = results["attention"], results["static/512"]["tbt_max_s"]
+    more = 100 * (attention["cost_32"] - 1)
+    return [
+        (
+            "smallest chunk that saturates attention",
+            "70B, 8 H100, 1M",
+            "~40",
+            f"{attention['saturating']}",
+            _ratio(attention["saturating"], 40),
+        ),
+        (
+            "attention of a prefill, chunk 32 against 2048",
+            "70B, 8 H100, 1M",
+            "+11%",
+            f"{more:+.1f}%",
+            _ratio(1 + more / 100, 1.11),
+        ),
+        (
+            "decode that rides along a static chunk of 512",
+            "8B, 8 H100, 1M",
+            "~250 ms",
+            f"{1e3 * static:.0f} ms",
+            _ratio(static, 0.25),
+        ),
+    ]
+
+
+def layout_rows(results: Results) -> list[tuple[str, ...]]:
+    """One long request in each layout, and the scaling of the axes."""
+
+    def ttft(model: str, context: int, pp: int = 16) -> float:
+        return results[f"alone/{model}/{context}/{pp}"]["ttft_s"]
+
+    def tpot(kvp: int) -> float:
+        return results[f"tpot/llama3_8b/{10 * M}/{kvp}"]["tpot_s"]
+
+    against = results[f"cp/llama3_8b/{M}"] / ttft("llama3_8b", M)
+    penalty = (
+        results[f"alone/llama3_8b/{2 * M}/8"]["tpot_s"]
+        / results[f"alone/llama3_8b/{2 * M}/1"]["tpot_s"]
+    )
+    rows = [
+        (
+            "SPP + TP against context parallelism",
+            "8B, 128 H100, 1M",
+            "1.64x faster",
+            f"{against:.2f}x",
+            _ratio(against, 1.64),
+        ),
+    ]
+    for name, model, theirs_1m, theirs_10m in (
+        ("8B", "llama3_8b", 8.5, 830.0),
+        ("70B", "llama3_70b", 44.0, 4160.0),
+    ):
+        for context, theirs in ((M, theirs_1m), (10 * M, theirs_10m)):
+            ours = ttft(model, context)
+            rows.append(
+                (
+                    "TTFT, TP 8 x SPP 16",
+                    f"{name}, 128 H100, {context // M}M",
+                    f"{theirs:,g} s",
+                    f"{ours:,.1f} s",
+                    _ratio(ours, theirs),
+                )
+            )
+    for name, model, pp, theirs in (("70B", "llama3_70b", 8, 0.85), ("8B", "llama3_8b", 16, 0.8)):
+        ours = efficiency(results, model, M, pp)
+        rows.append(
+            (
+                f"scaling efficiency of SPP {pp}",
+                f"{name}, {8 * pp} H100, 1M",
+                "85%" if theirs > 0.8 else ">= 80%",
+                f"{ours:.0%}",
+                _ratio(ours, theirs),
+            )
+        )
+    rows += [
+        (
+            "TPOT, SPP 4 x TP 8 x KVP 2",
+            "8B, 64 H100, 10M",
+            "~33 ms",
+            f"{1e3 * tpot(2):.1f} ms",
+            _ratio(tpot(2), 0.033),
+        ),
+        (
+            "the same against KVP 1",
+            "8B, 10M",
+            "-40%",
+            f"{100 * (tpot(2) / tpot(1) - 1):.0f}%",
+            _ratio(tpot(2) / tpot(1), 0.6),
+        ),
+        (
+            "decode penalty of SPP 8",
+            "8B, H100, 2M",
+            "+16%",
+            f"{100 * (penalty - 1):+.0f}%",
+            _ratio(penalty, 1.16),
+        ),
+        (
+            "memory bandwidth that decode reaches",
+            "H100, 4 to 10M",
+            "up to 92%",
+            "90%, an assumption",
+            "",
+        ),
+        (
+            "context parallelism, FP8 theirs, bfloat16 ours",
+            "405B, 128 H100, 1M (Meta)",
+            "77 s",
+            f"{results['cp/llama3_405b/1048576']:.0f} s",
+            _ratio(results["cp/llama3_405b/1048576"], 77),
+        ),
+    ]
+    return rows
+
+
+def mix_rows(results: Results) -> list[tuple[str, ...]]:
+    """Short and long requests together."""
+    ours = results["mix/lars/0.75"]
+    rows = []
+    for name, kind, label in (
+        ("LoongServe-like", "ttft_s", "LARS against LoongServe-like, TTFT p50 / p99"),
+        ("LoongServe-like", "short_ttft_s", "the same, short requests only"),
+        (best_static(results, 0.75), "ttft_s", "LARS against FCFS, static chunk, TTFT p50 / p99"),
+        (best_static(results, 0.75), "short_ttft_s", "the same, short requests only"),
+    ):
+        base = results[f"mix/{name}/0.75"]
+        median, tail = (base[kind][i] / ours[kind][i] for i in (0, 2))
+        theirs = "30x / 174x lower" if name == "LoongServe-like" and kind == "ttft_s" else ""
+        ratio = f"{_two(median / 30)} / {_two(tail / 174)}" if theirs else ""
+        rows.append(
+            (
+                label,
+                "8B, 16 A100, 0.75/s, 5% long",
+                theirs,
+                f"{_two(median)}x / {_two(tail)}x lower",
+                ratio,
+            )
+        )
+    for name in ("LoongServe-like", best_static(results, 0.75)):
+        ratio = results["capacity/lars"] / results[f"capacity/{name}"]
+        rows.append(
+            (
+                f"capacity of LARS against {name}",
+                "8B, 16 A100, 5% long",
+                "5x",
+                f"{ratio:.1f}x",
+                _ratio(ratio, 5),
+            )
+        )
+    for policy in ("lrs", "lars"):
+        plain = results[f"mix/{policy}, not packed/0.75"]["ttft_s"][0]
+        gain = plain / results[f"mix/{policy}/0.75"]["ttft_s"][0]
+        rows.append(
+            (
+                f"packing under {policy.upper()}, TTFT p50",
+                "8B, 16 A100, 0.75/s, 5% long",
+                "1.6 to 1.8x lower" if policy == "lrs" else "",
+                f"{gain:.2f}x lower",
+                _ratio(gain, 1.7) if policy == "lrs" else "",
+            )
+        )
+    deep = ("SPP 4, KVP 2", "SPP 2, KVP 4")
+    for kind, label, theirs in (
+        ("tpot_s", "TPOT p50 of 3D against 2D, short requests", "> 2x lower"),
+        ("long_tpot_s", "the same, long requests", ""),
+    ):
+        best = min(results[f"mix70/{name}"][kind][0] for name in deep)
+        gain = results["mix70/SPP 8"][kind][0] / best
+        setting = "70B, 64 H100, 5% of 2M, 1.75/s"
+        rows.append(
+            (label, setting, theirs, f"{gain:.2f}x lower", _ratio(gain, 2) if theirs else "")
+        )
+    return rows
+
+
+def best_static(results: Results, rate: float) -> str:
+    """The static chunk that does better at a rate: the fairer baseline."""
+    names = ("vLLM-like, 512", "vLLM-like, 2048")
+    return min(names, key=lambda name: results[f"mix/{name}/{rate}"]["ttft_s"][0])
+
+
+def efficiency(results: Results, model: str, context: int, pp: int) -> float:
+    """Scaling efficiency of sequence pipeline parallelism against one stage."""
+    alone, many = (results[f"alone/{model}/{context}/{n}"]["ttft_s"] for n in (1, pp))
+    return alone / many / pp
+
+
+def _ratio(ours: float, theirs: float) -> str:
+    return _two(ours / theirs)
+
+
+def _two(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:,.0f}"
