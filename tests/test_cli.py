@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -148,6 +149,22 @@ def test_a_dash_reads_standard_input(seen: Seen) -> None:
     cli.main(["generate", "model=x", "-"])
 
     assert seen[0].prompt_file == "-"
+
+
+def test_a_single_run_makes_no_folder_that_a_kill_would_leave(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made: list[list[Path]] = []
+    stand_in(monkeypatch, lambda config: made.append(list(tmp_path.iterdir())) or cli.OK)
+
+    cli.main(["generate", "model=x", "prompt=one"])
+    cli.main(["generate", "model=x", "prompt=one", "--multirun"])
+
+    single, sweep = made
+    assert single == []
+    assert len(sweep) == 1, "a sweep has one, which goes with it"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_multirun_runs_every_combination_and_leaves_no_files(seen: Seen, tmp_path: Path) -> None:

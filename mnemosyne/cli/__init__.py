@@ -108,16 +108,28 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
             raise RuntimeError(f"mnemosyne {name} ended with status {status}")
 
     run = hydra.main(config_path="pkg://mnemosyne.conf", config_name=name, version_base="1.3")(job)
-    # A sweep leaves a record of itself somewhere; the caller's folder stays clean.
     with (
-        tempfile.TemporaryDirectory(prefix="mnemosyne-") as scratch,
-        process_arguments(f"mnemosyne {name}", *flags, f"hydra.sweep.dir={scratch}", *words),
+        sweep_folder(flags) as folder,
+        process_arguments(f"mnemosyne {name}", *flags, *folder, *words),
     ):
         try:
             run()
         except SystemExit as stop:  # after --help, or what Hydra itself refuses
             return int(stop.code or OK)
     return max(statuses, default=OK)
+
+
+@contextmanager
+def sweep_folder(flags: Sequence[str]) -> Iterator[list[str]]:
+    """Where a sweep leaves a record of itself, as an override; the caller's folder stays clean.
+
+    A single run has none: a rank that is killed could not take it away.
+    """
+    if not {"--multirun", "-m"} & set(flags):
+        yield []
+        return
+    with tempfile.TemporaryDirectory(prefix="mnemosyne-") as folder:
+        yield [f"hydra.sweep.dir={folder}"]
 
 
 @contextmanager
