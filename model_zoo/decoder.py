@@ -85,10 +85,22 @@ class Decoder(nn.Module):
         Returns:
             ``hidden_TE``, after the final norm on the last stage.
         """
-        hidden_TE = x if self.embed is None else self.embed(x)
-        rotary = rotary_cos_sin(positions_T, self.spec.rope, self.dtype)
+        hidden_TE, rotary = self.enter(x, positions_T)
         for index, layer in enumerate(self.layers.values()):
             hidden_TE = layer(hidden_TE, rotary, index, attend)
+        return self.leave(hidden_TE)
+
+    def decoder_layers(self) -> list[DecoderLayer]:
+        """The layers held here, in order."""
+        return [layer for layer in self.layers.values() if isinstance(layer, DecoderLayer)]
+
+    def enter(self, x: Tensor, positions_T: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """What the first layer held begins with: ``hidden_TE``, and cos and sin of the step."""
+        hidden_TE = x if self.embed is None else self.embed(x)
+        return hidden_TE, rotary_cos_sin(positions_T, self.spec.rope, self.dtype)
+
+    def leave(self, hidden_TE: Tensor) -> Tensor:
+        """What comes after the last layer held: the final norm, on the last stage."""
         return hidden_TE if self.norm is None else self.norm(hidden_TE)
 
     def logits(self, hidden_BE: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 from mnemosyne.attention.segments import Attend
 from mnemosyne.model_zoo.rope import rotate
 from mnemosyne.model_zoo.spec import ModelSpec
+
+FeedForward = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # an MLP and its input
 
 
 def norm(width: int, spec: ModelSpec) -> nn.RMSNorm:
@@ -31,17 +35,18 @@ class Attention(nn.Module):
         self.q_norm = norm(spec.head_dim, spec) if spec.qk_norm else None
         self.k_norm = norm(spec.head_dim, spec) if spec.qk_norm else None
 
-    def forward(
-        self, x_TE: Tensor, rotary: tuple[Tensor, Tensor], layer: int, attend: Attend
-    ) -> Tensor:
-        """Attention output [T, E] of the normed input; ``rotary`` is this step's cos and sin."""
+    def project(self, x_TE: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated ``q_THD`` and ``k_TKD``, and ``v_TKD``; ``rotary`` is this step's cos and sin."""
         # The head count is read off the projection: under tp it is the local one.
         q_THD = self.wq(x_TE).unflatten(-1, (-1, self.head_dim))
         k_TKD = self.wk(x_TE).unflatten(-1, (-1, self.head_dim))
         v_TKD = self.wv(x_TE).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
             q_THD, k_TKD = self.q_norm(q_THD), self.k_norm(k_TKD)
-        out_THD = attend(layer, rotate(q_THD, *rotary), rotate(k_TKD, *rotary), v_TKD)
+        return rotate(q_THD, *rotary), rotate(k_TKD, *rotary), v_TKD
+
+    def forward(self, out_THD: Tensor) -> Tensor:
+        """What attention found, projected back: [T, E]."""
         return self.wo(out_THD.flatten(1))
 
 
@@ -69,12 +74,23 @@ class DecoderLayer(nn.Module):
         self.mlp_norm = norm(spec.width, spec)
         self.mlp = MLP(spec)
 
+    def project(
+        self, hidden_TE: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What this layer hands to attention: ``q_THD``, ``k_TKD`` and ``v_TKD``."""
+        return self.attn.project(self.attn_norm(hidden_TE), rotary)
+
+    def finish(self, hidden_TE: Tensor, out_THD: Tensor, feed_forward: FeedForward) -> Tensor:
+        """The residual stream after this layer, [T, E], once attention has given ``out_THD``."""
+        hidden_TE = hidden_TE + self.attn(out_THD)
+        return hidden_TE + feed_forward(self.mlp, self.mlp_norm(hidden_TE))
+
     def forward(
         self, hidden_TE: Tensor, rotary: tuple[Tensor, Tensor], layer: int, attend: Attend
     ) -> Tensor:
         """The residual stream after this layer, [T, E]."""
-        hidden_TE = hidden_TE + self.attn(self.attn_norm(hidden_TE), rotary, layer, attend)
-        return hidden_TE + attend.feed_forward(self.mlp, self.mlp_norm(hidden_TE))
+        out_THD = attend(layer, *self.project(hidden_TE, rotary))
+        return self.finish(hidden_TE, out_THD, attend.feed_forward)
 
 
 class Unembed(nn.Module):
