@@ -29,8 +29,9 @@ from mnemosyne.parallel.mesh import (
 )
 from mnemosyne.parallel.pipeline import Pipeline
 from mnemosyne.parallel.trace import Trace
+from mnemosyne.runtime.compile import CompiledModel
 from mnemosyne.runtime.executor import Crew, LocalExecutor, MeshExecutor
-from mnemosyne.runtime.step import LayerShape
+from mnemosyne.runtime.step import LayerShape, Model
 from mnemosyne.runtime.worker import Worker
 from mnemosyne.schedule.calibrate import Limits, calibrate
 from mnemosyne.schedule.plan import Executor
@@ -58,12 +59,18 @@ class Rank:
     metrics: MetricsConfig  # where rank 0 writes it
 
 
-def build_rank(config: EngineConfig, *, progress: Progress | None = None) -> Rank:
+def build_rank(
+    config: EngineConfig,
+    *,
+    progress: Progress | None = None,
+    compiling: Progress | None = None,
+) -> Rank:
     """Load this rank's layers and slices, and give it its pages. Every rank calls it.
 
     Args:
         config: all choices, the same on every rank.
         progress: called while weights are read.
+        compiling: called while the model is compiled.
 
     Raises:
         ValueError: for a checkpoint, device, mesh or memory that cannot be used; for all that the
@@ -96,7 +103,7 @@ def build_rank(config: EngineConfig, *, progress: Progress | None = None) -> Ran
     num_bytes = gather_counts(checkpoint.load(decoder, device, progress), mesh)
     trace = _trace(config.metrics, mesh, device)
     worker = Worker(
-        decoder,
+        _compile(decoder, config.compile, device, compiling),
         _layer_shape(decoder, spec),
         pool=_pool(decoder, config.cache, num_pages, dtype, device),
         backend=backend,
@@ -212,6 +219,16 @@ def _find(config: EngineConfig) -> tuple[torch.device, Checkpoint]:
 def _layer_shape(decoder: Decoder, spec: ModelSpec) -> LayerShape:
     windows = [spec.windows[int(index)] for index in decoder.layers]
     return LayerShape(windows=windows, scale=spec.head_dim**-0.5)
+
+
+def _compile(decoder: Decoder, mode: str, device: torch.device, progress: Progress | None) -> Model:
+    if mode == "none":
+        return decoder
+    started_s = time.perf_counter()
+    model = CompiledModel(decoder, mode, device)
+    model.warm_up(progress)
+    log.info("compile=%s: ready in %.1f s", mode, time.perf_counter() - started_s)
+    return model
 
 
 def _token_bytes(decoder: Decoder, dtype: torch.dtype) -> int:

@@ -21,7 +21,7 @@ from mnemosyne.runtime.weights import load_weights
 from mnemosyne.serve.defaults import GenerationDefaults
 from mnemosyne.serve.tokenizer import Tokenizer
 
-Progress = Callable[[int, int], None]  # bytes of weights read, bytes in all
+Progress = Callable[[int, int], None]  # how much is done (bytes of weights, say), how much in all
 
 BENCH_SEED = 0
 

@@ -13,6 +13,7 @@ from typing import Any
 SIZE_SUFFIXES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 ATTENTION_BACKENDS = ("auto", "reference", "flex", "cpu", "avx512")
+COMPILE_MODES = ("none", "layer", "step")
 FFN_LAYOUTS = ("tp", "wide")
 POLICIES = ("fcfs", "edf", "lrs", "lars")
 
@@ -214,6 +215,7 @@ class EngineConfig:
     dtype: str = "auto"  # auto: as the checkpoint says
     device: str = "auto"  # auto: cuda where there is one, else cpu
     attention: str = "auto"  # reference, flex, cpu, avx512; auto: the usual one of the device
+    compile: str = "none"  # layer: what surrounds attention; step: all but attention, ids to logits
     mesh: MeshConfig = field(default_factory=MeshConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     slo: SloConfig = field(default_factory=SloConfig)
@@ -231,6 +233,19 @@ class EngineConfig:
             raise ValueError(
                 f"attention must be one of {', '.join(ATTENTION_BACKENDS)}, "
                 f"got {self.attention!r}; auto takes the usual one of the device"
+            )
+        self._check_compile()
+
+    def _check_compile(self) -> None:
+        if self.compile not in COMPILE_MODES:
+            raise ValueError(
+                f"compile must be one of {', '.join(COMPILE_MODES)}, got {self.compile!r}; "
+                "step is the fastest at decode"
+            )
+        if self.compile != "none" and self.mesh.world_size > 1:
+            raise ValueError(
+                f"compile must be none on a mesh of several ranks, got {self.compile!r} for "
+                f"{self.mesh.world_size}; drop it, or serve on one rank"
             )
 
 

@@ -41,6 +41,7 @@ class LLM:
         dtype: ``"auto"`` (as the checkpoint says), float64, float32, bfloat16 or float16.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         attention: ``"auto"``, ``"reference"``, ``"flex"``, ``"cpu"`` or ``"avx512"``.
+        compile: ``"none"``, ``"layer"`` or ``"step"``: what is compiled before the first request.
         schedule: a ``ScheduleConfig`` or its fields, e.g. ``{"chunk": 512}``.
         slo: a ``SloConfig`` or its fields, e.g. ``{"ttft_min": 0.5}``.
         cache: a ``CacheConfig`` or its fields, e.g. ``{"max_tokens": "1M"}``.
@@ -48,6 +49,7 @@ class LLM:
         metrics: a ``MetricsConfig`` or its fields, e.g. ``{"path": "steps.jsonl"}``.
         on_step: called with the ``StepRecord`` of each step.
         progress: called with (bytes read, bytes in all) while weights are read.
+        compiling: called with (buckets done, buckets in all) while the model is compiled.
 
     Raises:
         ValueError: naming the value, the rule and the remedy, before any weight is read where
@@ -65,6 +67,7 @@ class LLM:
         dtype: str = "auto",
         device: str = "auto",
         attention: str = "auto",
+        compile: str = "none",
         schedule: ScheduleConfig | Mapping[str, Any] | None = None,
         slo: SloConfig | Mapping[str, Any] | None = None,
         cache: CacheConfig | Mapping[str, Any] | None = None,
@@ -72,19 +75,21 @@ class LLM:
         metrics: MetricsConfig | Mapping[str, Any] | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
         progress: Progress | None = None,
+        compiling: Progress | None = None,
     ) -> None:
         config = EngineConfig(
             model=str(model),
             dtype=dtype,
             device=device,
             attention=attention,
+            compile=compile,
             schedule=_typed("schedule", ScheduleConfig, schedule),
             slo=_typed("slo", SloConfig, slo),
             cache=_typed("cache", CacheConfig, cache),
             mesh=_typed("mesh", MeshConfig, mesh),
             metrics=_typed("metrics", MetricsConfig, metrics),
         )
-        self._open(config, on_step, progress)
+        self._open(config, on_step, progress, compiling)
 
     @classmethod
     def from_config(
@@ -93,10 +98,11 @@ class LLM:
         *,
         on_step: Callable[[StepRecord], None] | None = None,
         progress: Progress | None = None,
+        compiling: Progress | None = None,
     ) -> Self:
         """The same from a whole config, as the command line makes it."""
         llm = cls.__new__(cls)
-        llm._open(config, on_step, progress)
+        llm._open(config, on_step, progress, compiling)
         return llm
 
     def _open(
@@ -104,6 +110,7 @@ class LLM:
         config: EngineConfig,
         on_step: Callable[[StepRecord], None] | None,
         progress: Progress | None,
+        compiling: Progress | None,
     ) -> None:
         self.config = config
         # the files are rank 0's; whether they can be written is known before weights are read
@@ -118,7 +125,7 @@ class LLM:
         self._driver: Driver | None = None
         self._follower: Follower | None = None
         try:
-            rank = build_rank(config, progress=progress)
+            rank = build_rank(config, progress=progress, compiling=compiling)
             self._trace = rank.trace
             if rank.mesh.world_size > 1:
                 self._driver, self._follower = _join(rank)

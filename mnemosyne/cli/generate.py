@@ -34,7 +34,7 @@ def generate(config: GenerateConfig) -> int:
     with (
         open_output(config.output) as file,
         Bars() as bars,
-        LLM.from_config(config, progress=bars.read_weights) as llm,
+        LLM.from_config(config, progress=bars.read_weights, compiling=bars.compile) as llm,
     ):
         has_text = llm.tokenizer is not None
         is_streamed = config.stream and len(prompts) == params.n == 1 and has_text

@@ -14,6 +14,9 @@ from mnemosyne.cache.pages import PagePool
 from mnemosyne.parallel.mesh import Axis
 from mnemosyne.runtime.inputs import StepInputs
 
+Projections = tuple[Tensor, Tensor, Tensor]
+FeedForward = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # an MLP and its input
+
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
@@ -31,6 +34,29 @@ class Model(Protocol):
 
     def logits(self, hidden_BE: Tensor) -> Tensor:
         """Logits ``[B, V]``, float32 or wider."""
+
+
+class Layer(Protocol):
+    """One layer of a decoder, cut at its attention."""
+
+    def project(self, hidden_TE: Tensor, rotary: tuple[Tensor, Tensor]) -> Projections:
+        """``q_THD``, ``k_TKD`` and ``v_TKD``, from the residual stream and the step's rotation."""
+
+    def finish(self, hidden_TE: Tensor, out_THD: Tensor, feed_forward: FeedForward) -> Tensor:
+        """The residual stream after the layer, from what attention gave."""
+
+
+class LayeredModel(Model, Protocol):
+    """A decoder that can be run in pieces, and so compiled."""
+
+    def decoder_layers(self) -> Sequence[Layer]:
+        """The layers held here."""
+
+    def enter(self, x: Tensor, positions_T: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """What the first layer begins with: the residual stream, cos and sin of the step."""
+
+    def leave(self, hidden_TE: Tensor) -> Tensor:
+        """What comes after the last layer."""
 
 
 class PagedAttention:

@@ -1,4 +1,4 @@
-"""Signs of life on standard error: weights read, prompt tokens computed, requests done."""
+"""Signs of life on standard error: weights, compilation, prompt tokens computed, requests done."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class Bars:
             disable=not (console.is_terminal or console.is_jupyter),
         )
         self._weights: TaskID | None = None
+        self._compiled: TaskID | None = None
         self._prefilled: dict[int | None, int] = {}
         self._num_done = 0
 
@@ -39,6 +40,12 @@ class Bars:
         if self._weights is None:
             self._weights = self._progress.add_task("weights", total=num_bytes / 1e6, unit="MB")
         self._progress.update(self._weights, completed=num_read / 1e6)
+
+    def compile(self, num_done: int, num_buckets: int) -> None:
+        """Show how much of the model is compiled, in sizes of a step."""
+        if self._compiled is None:
+            self._compiled = self._progress.add_task("compile", total=num_buckets, unit="sizes")
+        self._progress.update(self._compiled, completed=num_done)
 
     def expect(self, outputs: Sequence[RequestOutput]) -> None:
         """Show bars for requests that are about to run."""
