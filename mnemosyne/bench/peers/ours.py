@@ -59,8 +59,8 @@ class Ours:
         config = _engine_config(settings["engine"])
         rank = build_rank(config)
         built = build_engine(rank, config)
-        self._executor = SkippingExecutor(LocalExecutor(rank.worker))
-        self._engine = Engine(built.scheduler, self._executor, built.intake, clock=self._clock)
+        self.executor = SkippingExecutor(LocalExecutor(rank.worker))
+        self._engine = Engine(built.scheduler, self.executor, built.intake, clock=self._clock)
         self._index: dict[int | None, int] = {}
         if settings["fills"]:
             fill_randomly(rank.worker.pool)
@@ -72,10 +72,10 @@ class Ours:
         assert output.request_id is not None, "a prompt that is refused raises"
         self._index[output.request_id] = index
         if request["is_filled"]:
-            self._executor.skipped.add(output.request_id)
+            self.executor.skipped.add(output.request_id)
 
     def step(self) -> list[tuple[int, int]]:
-        if self._executor.skipped:
+        if self.executor.skipped:
             return self._skip_prefills()
         pieces = self._engine.step()
         return [(self._index[p.request_id], t) for p in pieces for t in p.token_ids]
@@ -86,7 +86,7 @@ class Ours:
 
     def _clock(self) -> float:
         """Seconds, as if skipped steps had taken what was predicted: they teach nothing."""
-        return time.perf_counter() + self._executor.skipped_s
+        return time.perf_counter() + self.executor.skipped_s
 
     def _skip_prefills(self) -> list[tuple[int, int]]:
         """One step that admits all filled requests and passes over their prompts."""
@@ -94,7 +94,7 @@ class Ours:
         rule, scheduler.config.chunk = scheduler.config.chunk, ONE_STEP
         pieces = self._engine.step()
         scheduler.config.chunk = rule
-        self._executor.skipped.clear()
+        self.executor.skipped.clear()
         return [(self._index[p.request_id], t) for p in pieces for t in p.token_ids]
 
 
