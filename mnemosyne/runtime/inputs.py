@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +20,7 @@ SMALLEST_MULTIPLE = 8  # powers of two below it
 BUCKETS_PER_DOUBLING = 32  # at most 1/32 of a long step is padding
 
 
-@dataclass(frozen=True, slots=True)
-class PlacedChunk:
+class PlacedChunk(NamedTuple):
     """A chunk of the plan that this rank computes, and where its rows are."""
 
     chunk: Chunk
@@ -81,7 +81,7 @@ def build_inputs(
         device: where the tensors go.
     """
     views = [_local_view(chunk, sequences[chunk.request_id], group) for chunk in plan.chunks]
-    num_tokens = sum(view.chunk.num_tokens for view in views if view)
+    num_tokens = sum(view.chunk.num_tokens for view in views if view is not None)
     num_rows = bucket_size(max(num_tokens, 1))
     packed = np.zeros((3, num_rows), dtype=np.int64)  # ids, positions, slots
     packed[2] = padding_slot
@@ -90,12 +90,19 @@ def build_inputs(
         if view is None:
             continue
         chunk, tokens = view.chunk, view.sequence.tokens
-        rows = slice(row, row + chunk.num_tokens)
-        packed[0, rows] = tokens[chunk.start : chunk.stop]
-        packed[1, rows] = np.arange(chunk.start, chunk.stop)
-        if view.stores:
-            first = chunk.start - view.positions.start
-            packed[2, rows] = slots_of(view.pages, first, chunk.num_tokens, page_size)
+        if chunk.num_tokens == 1:
+            # a step may hold a thousand decodes, and arrays of one cost as much as long ones
+            packed[0, row], packed[1, row] = tokens[chunk.start], chunk.start
+            if view.stores:
+                page, offset = divmod(chunk.start - view.positions.start, page_size)
+                packed[2, row] = view.pages[page] * page_size + offset
+        else:
+            rows = slice(row, row + chunk.num_tokens)
+            packed[0, rows] = tokens[chunk.start : chunk.stop]
+            packed[1, rows] = np.arange(chunk.start, chunk.stop)
+            if view.stores:
+                first = chunk.start - view.positions.start
+                packed[2, rows] = slots_of(view.pages, first, chunk.num_tokens, page_size)
         segments.append(
             Segment(
                 first_row=row,
@@ -111,7 +118,7 @@ def build_inputs(
     ids, positions, slots = torch.from_numpy(packed).to(device).unbind()
     first_rows = {placed.chunk.request_id: placed.first_row for placed in chunks}
     wide = _wide_rows(plan, sequences, first_rows, group, num_groups) if is_wide else None
-    shared = _shared_rows(plan, sequences, first_rows)
+    shared = _shared_rows(plan, sequences, first_rows) if num_groups > 1 else None
     return StepInputs(
         token_ids_T=ids,
         positions_T=positions,
@@ -174,9 +181,8 @@ def _joined(parts: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate([*parts, np.empty(0, dtype=np.int64)]))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _LocalView:
-    """What one group has to do with a chunk."""
+class _LocalView(NamedTuple):
+    """What one group has to do with a chunk; a tuple, because a step may hold a thousand."""
 
     chunk: Chunk
     sequence: SequenceState

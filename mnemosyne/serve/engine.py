@@ -6,10 +6,18 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from mnemosyne.metrics import StepRecord
-from mnemosyne.request import Piece, Request, RequestMetrics, RequestOutput, Sampled, SamplingParams
+from mnemosyne.request import (
+    Logprobs,
+    Piece,
+    Request,
+    RequestMetrics,
+    RequestOutput,
+    Sampled,
+    SamplingParams,
+)
 from mnemosyne.schedule.plan import Chunk, Executor, Plan, StepResult
 from mnemosyne.schedule.scheduler import Scheduler
 from mnemosyne.serve.intake import Intake, Prompt
@@ -192,8 +200,7 @@ class Engine:
                 output.stop_reason = sampled.token_id
             self._finish(active, reason)
         logprobs = () if sampled.logprobs is None else (sampled.logprobs,)
-        piece = self._piece(active)
-        return replace(piece, token_ids=(sampled.token_id,), text=text, logprobs=logprobs)
+        return self._piece(active, (sampled.token_id,), text, logprobs)
 
     @staticmethod
     def _finish_reason(active: Active, token_id: int) -> str | None:
@@ -223,9 +230,17 @@ class Engine:
         output.metrics.finished_s = self.clock()
 
     @staticmethod
-    def _piece(active: Active) -> Piece:
+    def _piece(
+        active: Active,
+        token_ids: tuple[int, ...] = (),
+        text: str = "",
+        logprobs: tuple[Logprobs, ...] = (),
+    ) -> Piece:
         return Piece(
             request_id=active.request.request_id,
+            token_ids=token_ids,
+            text=text,
+            logprobs=logprobs,
             finish_reason=active.output.finish_reason,
             error=active.output.error,
             prefilled=active.prefilled,
