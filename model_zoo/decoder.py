@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mnemosyne.attention.segments import Attend
-from mnemosyne.model_zoo.layers import DecoderLayer, Unembed, norm
+from mnemosyne.model_zoo.layers import DecoderLayer, Linear, Unembed, norm
 from mnemosyne.model_zoo.rope import rotary_cos_sin
 from mnemosyne.model_zoo.spec import ModelSpec
 
@@ -71,7 +71,7 @@ class Decoder(nn.Module):
         self.norm = norm(spec.width, spec) if self.is_last else None
         # A tied head far from its embedding owns a copy of it.
         owns_head = self.is_last and not (spec.tied and self.is_first)
-        self.head = nn.Linear(spec.width, spec.vocab_size, bias=False) if owns_head else None
+        self.head = Linear(spec.width, spec.vocab_size, bias=False) if owns_head else None
         self.unembed = Unembed()
 
     def forward(self, x: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnemosyne.attention.segments import Attend
+from mnemosyne.kernels.cpu import linear
 from mnemosyne.model_zoo.rope import rotate
 from mnemosyne.model_zoo.spec import ModelSpec
 
@@ -20,6 +21,21 @@ def norm(width: int, spec: ModelSpec) -> nn.RMSNorm:
     return nn.RMSNorm(width, eps=spec.norm_eps)
 
 
+class Linear(nn.Linear):
+    """``nn.Linear``; a few rows in bfloat16 on CPU take the kernel that reads the weight once."""
+
+    def forward(self, x_TE: Tensor) -> Tensor:
+        """``x W^T + b``, in the dtype of ``x_TE``."""
+        return multiply(x_TE, self.weight, self.bias)
+
+
+def multiply(x_TE: Tensor, weight_NE: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """``x W^T + b``, in the dtype of ``x_TE``, by whichever product is the faster."""
+    if torch.compiler.is_compiling() or not linear.is_fast_for(x_TE, weight_NE):
+        return F.linear(x_TE, weight_NE, bias_N)
+    return linear.linear(x_TE, weight_NE, bias_N)
+
+
 class Attention(nn.Module):
     """Project, rotate, attend, project back."""
 
@@ -28,10 +44,10 @@ class Attention(nn.Module):
         self.head_dim = spec.head_dim
         q_width = spec.num_heads * spec.head_dim
         kv_width = spec.num_kv_heads * spec.head_dim
-        self.wq = nn.Linear(spec.width, q_width, bias=spec.qkv_bias)
-        self.wk = nn.Linear(spec.width, kv_width, bias=spec.qkv_bias)
-        self.wv = nn.Linear(spec.width, kv_width, bias=spec.qkv_bias)
-        self.wo = nn.Linear(q_width, spec.width, bias=spec.o_bias)
+        self.wq = Linear(spec.width, q_width, bias=spec.qkv_bias)
+        self.wk = Linear(spec.width, kv_width, bias=spec.qkv_bias)
+        self.wv = Linear(spec.width, kv_width, bias=spec.qkv_bias)
+        self.wo = Linear(q_width, spec.width, bias=spec.o_bias)
         self.q_norm = norm(spec.head_dim, spec) if spec.qk_norm else None
         self.k_norm = norm(spec.head_dim, spec) if spec.qk_norm else None
 
@@ -55,9 +71,9 @@ class MLP(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.gate = nn.Linear(spec.width, spec.mlp_width, bias=spec.mlp_bias)
-        self.up = nn.Linear(spec.width, spec.mlp_width, bias=spec.mlp_bias)
-        self.down = nn.Linear(spec.mlp_width, spec.width, bias=spec.mlp_bias)
+        self.gate = Linear(spec.width, spec.mlp_width, bias=spec.mlp_bias)
+        self.up = Linear(spec.width, spec.mlp_width, bias=spec.mlp_bias)
+        self.down = Linear(spec.mlp_width, spec.width, bias=spec.mlp_bias)
 
     def forward(self, x_TE: Tensor) -> Tensor:
         """MLP output [T, E] of the normed input."""
@@ -101,4 +117,4 @@ class Unembed(nn.Module):
         wide = torch.promote_types(hidden_BE.dtype, torch.float32)
         if hidden_BE.is_cuda and hidden_BE.dtype != wide:
             return torch.mm(hidden_BE, weight_VE.t(), out_dtype=wide)
-        return F.linear(hidden_BE, weight_VE).to(wide)
+        return multiply(hidden_BE, weight_VE).to(wide)

@@ -146,7 +146,8 @@ TABLE = {
     ),
     "attention": Rule(("cache", "kernels", "parallel", "config"), ("torch", "numpy")),
     "model_zoo": Rule(
-        ("attention", "parallel", "config"), ("torch", "numpy", "safetensors", "tokenizers")
+        ("attention", "kernels", "parallel", "config"),
+        ("torch", "numpy", "safetensors", "tokenizers"),
     ),
     "runtime": Rule(
         ("request", "schedule.plan", "cache", "attention", "parallel", "config"),

@@ -88,14 +88,8 @@ void pack_keys(const bf16* k, const int64_t* slot, const int64_t* next, bf16* pa
   for (int j = 0; j < num_keys; j += 16) {
     bf16* to = packed + (j / 64) * 64 * D + (j % 64) * 2;
     for (int i = 0; i < 16; i++) prefetch(k + next[j + i] * D);
-    for (int d = 0; d < D; d += 32) {
-      __m512i r[16];
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(k + slot[j + i] * D + d);
-      transpose(r);
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; i++) _mm512_store_si512(to + (d / 2 + i) * 128, r[i]);
-    }
+    for (int d = 0; d < D; d += 32)
+      pack_words([&](int i) { return k + slot[j + i] * D + d; }, to + d * 64, 128);
   }
 }
 

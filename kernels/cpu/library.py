@@ -54,6 +54,7 @@ def load_library(name: str, **constants: int) -> ctypes.CDLL:
     for path in (source, *headers):
         digest.update(path.read_bytes())
     target = _folder() / f"{name}-{digest.hexdigest()[:20]}.so"
+    _share_openmp()
     if not target.exists():
         _compile([compiler, *FLAGS, *defines], source, target)
     return ctypes.CDLL(str(target))

@@ -89,6 +89,17 @@ inline void transpose(__m512i r[16]) {
   }
 }
 
+// Columns of 16 rows of 32 elements, pairs of neighbours kept together: 16 vectors, step apart.
+template <typename Row>
+inline void pack_words(Row row, bf16* to, int64_t step) {
+  __m512i r[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(row(i));
+  transpose(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) _mm512_store_si512(to + i * step, r[i]);
+}
+
 // Call body with the number of rows, 1 to GROUP, as a compile-time constant.
 template <typename Body>
 inline void for_rows(int rows, Body body) {
