@@ -136,7 +136,7 @@ TABLE = {
     ),
     "cache.capacity": Rule(("config", "cache.pages", "cache.layout"), ("torch",)),
     "kernels": Rule((), ("torch", "triton")),
-    "parallel": Rule(("config",), ("torch", "numpy", "msgspec")),
+    "parallel": Rule(("config", "kernels"), ("torch", "numpy", "msgspec")),
     # plans travel, and they are free of torch
     "parallel.codec": Rule(
         ("schedule.plan", "request", "cache.layout"), ("msgspec", "numpy"), itself=False

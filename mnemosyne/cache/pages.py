@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from mnemosyne.kernels.cpu.memory import huge_zeros
 
 
 class PagePool:
@@ -91,11 +92,5 @@ def free_memory(device: torch.device) -> int:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # Anonymous memory is zero and takes no room before it is written, so a pool may be
-    # declared larger than what a run ends up using; huge pages spare the TLB at long context.
-    num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    # Private: memory that could be shared gets no huge pages on most systems.
-    buffer = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        buffer.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(buffer, dtype=dtype).view(shape)
+    # A pool may be declared larger than what a run ends up using.
+    return huge_zeros(shape, dtype)

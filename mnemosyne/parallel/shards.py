@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mnemosyne.kernels.cpu.memory import huge_zeros
+
 Slices = tuple[slice, ...]
 
 
@@ -40,7 +42,10 @@ def allocate(owner: nn.Module, attribute: str, device: torch.device | str) -> Te
     parameter = owner.get_parameter(attribute)
     if not parameter.is_meta:
         return parameter.data
-    shape = [held.stop - held.start for held in held_slices(parameter)]
-    local = torch.empty(shape, dtype=parameter.dtype, device=device)
+    shape = tuple(held.stop - held.start for held in held_slices(parameter))
+    if torch.device(device).type == "cpu":
+        local = huge_zeros(shape, parameter.dtype)
+    else:
+        local = torch.empty(shape, dtype=parameter.dtype, device=device)
     owner.register_parameter(attribute, nn.Parameter(local, requires_grad=False))
     return local

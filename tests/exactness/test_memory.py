@@ -86,8 +86,8 @@ def prefill_peak(num_tokens: int, chunk: int | str) -> dict[str, Any]:
 
 
 def allocated(found: Mapping[str, int]) -> int:
-    """The peak beside weights, cache and what an idle process with torch holds."""
-    return found["peak"] - found["weights"] - found["pool"] - found["imported"]
+    """The peak beside the cache and what a process with the model in memory holds."""
+    return found["peak"] - found["pool"] - found["loaded"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system tells no peak")
