@@ -12,7 +12,7 @@ from typing import Any
 
 SIZE_SUFFIXES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
-ATTENTION_BACKENDS = ("auto", "reference", "flex", "cpu", "avx512")
+ATTENTION_BACKENDS = ("auto", "reference", "flex", "triton", "cpu", "avx512")
 COMPILE_MODES = ("none", "layer", "step")
 FFN_LAYOUTS = ("tp", "wide")
 POLICIES = ("fcfs", "edf", "lrs", "lars")
@@ -214,7 +214,7 @@ class EngineConfig:
     model: str  # a Hugging Face directory, "needle" or "bench"
     dtype: str = "auto"  # auto: as the checkpoint says
     device: str = "auto"  # auto: cuda where there is one, else cpu
-    attention: str = "auto"  # reference, flex, cpu, avx512; auto: the usual one of the device
+    attention: str = "auto"  # reference, flex, triton, cpu, avx512; auto: the device's usual one
     compile: str = "none"  # layer: what surrounds attention; step: all but attention, ids to logits
     mesh: MeshConfig = field(default_factory=MeshConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,10 @@ import torch
 from hypothesis import settings
 
 SLOW_TIMEOUT_S = 3600
+
+# Without a GPU the Triton kernels run in the interpreter; it must be asked for before the import.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Fixed seeds, here too; and no deadline, because a busy machine is no error of the code.
 settings.register_profile("mnemosyne", derandomize=True, deadline=None)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import logging
 from difflib import get_close_matches
+from importlib.util import find_spec
 
 import torch
 
@@ -46,7 +47,7 @@ __all__ = [
     "merge_partials",
 ]
 
-BACKENDS = ("auto", "avx512", "cpu", "flex", "reference")
+BACKENDS = ("auto", "avx512", "cpu", "flex", "reference", "triton")
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +58,8 @@ def choose_backend(
     """A backend by name; one that cannot run there is refused, never replaced.
 
     Args:
-        name: ``avx512``, ``cpu``, ``flex``, ``reference``, or ``auto``: on CPU ``avx512`` where
-            it can run and else ``cpu``, ``flex`` elsewhere.
+        name: ``avx512``, ``cpu``, ``flex``, ``reference``, ``triton``, or ``auto``: on CPU
+            ``avx512`` where it can run and else ``cpu``, ``flex`` elsewhere.
         device: where q, k and v are.
         dtype: of q, k and v.
         head_dim: of q, k and v.
@@ -86,6 +87,8 @@ def choose_backend(
         _require(name, "device", device.type == "cpu", "cpu", device)
         _require(name, "dtype", dtype in CPU_DTYPES, f"one of {CPU_DTYPES}", dtype)
         return CpuBackend()
+    if name == "triton":
+        return _triton_backend(device, dtype, head_dim)
     _require(name, "device", device.type in ("cpu", "cuda"), "cpu or cuda", device)
     _require(name, "dtype", dtype in FLEX_DTYPES, f"one of {FLEX_DTYPES}", dtype)
     return FlexBackend()
@@ -99,6 +102,23 @@ def _usual(device: torch.device, dtype: torch.dtype, why_not_avx512: str | None)
     if dtype == torch.bfloat16:
         log.warning("attention is cpu, not the faster avx512: %s", why_not_avx512)
     return "cpu"
+
+
+def _triton_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
+    if find_spec("triton") is None:
+        raise ValueError(
+            "triton must be installed for attention=triton, got none; "
+            "pip install 'mnemosyne[gpu]' or choose another attention backend"
+        )
+    # Not at the top: the package works where triton is missing.
+    from mnemosyne.attention.triton import TRITON_DTYPES, TritonBackend
+    from mnemosyne.kernels.configs import is_interpreted
+
+    runs = device.type == "cuda" or (device.type == "cpu" and is_interpreted())
+    _require("triton", "device", runs, "cuda (or cpu under TRITON_INTERPRET=1)", device)
+    _require("triton", "dtype", dtype in TRITON_DTYPES, f"one of {TRITON_DTYPES}", dtype)
+    _require("triton", "head_dim", head_dim <= 256, "<= 256", head_dim)
+    return TritonBackend()
 
 
 def _require(backend: str, name: str, holds: bool, rule: str, value: object) -> None:

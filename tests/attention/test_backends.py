@@ -82,8 +82,24 @@ def test_a_mixed_batch_is_exact(
     assert_exact(lse, expected_lse)
 
 
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_mixed_batch_is_exact_in_the_interpreter_of_triton(window: int | None) -> None:
+    case = make_case(heads=(1, 3, 24))
+
+    backend = backend_of("triton", (1, 3, 24))
+    unseen = replace(
+        case, k_KSD=seen_only(case, case.k_KSD, window), v_KSD=seen_only(case, case.v_KSD, window)
+    )
+
+    out, lse = unseen.attend(backend, window, return_lse=True)
+
+    expected_out, expected_lse = case.attend(REFERENCE, window, return_lse=True)
+    assert_exact(out, expected_out)
+    assert_exact(lse, expected_lse)
+
+
 @pytest.mark.parametrize("page_size", [1, 3, 256])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "triton"])
 def test_any_page_size_is_exact(name: str, page_size: int) -> None:
     case = make_case(page_size=page_size, num_pages=30 + 4096 // page_size)
 
@@ -125,7 +141,7 @@ def seen_only(case: Case, pool: torch.Tensor, window: int | None) -> torch.Tenso
 
 
 @pytest.mark.parametrize("window", [None, 25])
-@pytest.mark.parametrize("name", ["reference", *NAMES])
+@pytest.mark.parametrize("name", ["reference", *NAMES, "triton"])
 def test_shards_merge_to_the_whole(name: str, window: int | None) -> None:
     whole = make_case([Rows(1, 80), Rows(33, 60), Rows(5, 0)])
     backend = backend_of(name, (2, 2, 16))
@@ -160,7 +176,7 @@ def shard_of(case: Case, start: int, stop: int) -> Case:
 
 @pytest.mark.parametrize("window", [None, 5, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["reference", *NAMES])
+@pytest.mark.parametrize("name", ["reference", *NAMES, "triton"])
 def test_low_precision_is_no_worse_than_eager_torch(
     name: str, dtype: torch.dtype, window: int | None
 ) -> None:
@@ -187,12 +203,13 @@ def test_low_precision_is_no_worse_than_eager_torch(
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
 )
-def test_flex_on_a_gpu_is_exact_in_float64_and_no_worse_than_eager_below(
-    dtype: torch.dtype, layout: str, window: int | None
+@pytest.mark.parametrize("name", ["flex", "triton"])
+def test_a_gpu_is_exact_in_float64_and_no_worse_than_eager_below(
+    name: str, dtype: torch.dtype, layout: str, window: int | None
 ) -> None:
     exact = make_case(heads=(2, 4, 64), layout=layout).to(dtype).to(torch.float64)
     case = exact.to(dtype, "cuda")
-    backend = choose_backend("auto", device=torch.device("cuda"), dtype=dtype, head_dim=64)
+    backend = choose_backend(name, device=torch.device("cuda"), dtype=dtype, head_dim=64)
 
     out, lse = case.attend(backend, window, return_lse=True)
     out_alone, _ = case.attend(backend, window)

@@ -14,7 +14,7 @@ from mnemosyne.kernels.cpu.library import what_is_missing
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-@pytest.mark.parametrize("name", ["cpu", "flex", "reference"])
+@pytest.mark.parametrize("name", ["cpu", "flex", "reference", "triton"])
 def test_a_named_backend_is_the_one_given(name: str) -> None:
     assert choose_backend(name, device=CPU, dtype=torch.bfloat16, head_dim=64).name == name
 
@@ -29,7 +29,7 @@ def test_auto_goes_by_the_device() -> None:
 
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:
     with pytest.raises(
-        ValueError, match="attention must be one of auto, avx512, cpu, flex, reference, got"
+        ValueError, match="attention must be one of auto, avx512, cpu, flex, reference, triton, got"
     ):
         choose_backend("dense", device=CPU, dtype=torch.float32, head_dim=64)
     with pytest.raises(ValueError, match="did you mean 'flex'"):
@@ -47,7 +47,19 @@ def test_a_backend_that_cannot_run_there_is_refused() -> None:
         choose_backend("auto", device=torch.device("mps"), dtype=torch.float32, head_dim=64)
 
 
-@pytest.mark.parametrize("name", ["cpu", "flex"])
+def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(
+        ValueError, match=r"device must be cuda \(or cpu under TRITON_INTERPRET=1\)"
+    ):
+        choose_backend("triton", device=CPU, dtype=torch.float32, head_dim=64)
+
+    monkeypatch.setattr(attention, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"triton must be installed for attention=triton"):
+        choose_backend("triton", device=CUDA, dtype=torch.float32, head_dim=64)
+
+
+@pytest.mark.parametrize("name", ["cpu", "flex", "triton"])
 def test_a_dtype_that_the_backend_lacks_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"dtype must be one of .*, got torch.float8_e4m3fn"):
         choose_backend(name, device=CPU, dtype=torch.float8_e4m3fn, head_dim=64)

@@ -17,7 +17,7 @@ from tests.model_zoo.tiny import tiny_checkpoint
 pytestmark = pytest.mark.gpu
 
 PROMPTS = random_prompts((1, 5, 16, 33, 64, 97, 130, 41))
-BACKENDS = ("flex", "reference")
+BACKENDS = ("flex", "reference", "triton")
 
 
 @pytest.fixture(scope="module", params=["default", "yarn"])

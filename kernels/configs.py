@@ -1,0 +1,65 @@
+"""How the attention kernels are built, by GPU: data, chosen by ``tools/gpu_suite.py``."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from mnemosyne.kernels.tile import TileConfig
+
+# Candidates by the major compute capability; the first one is used, the GPU suite times them all.
+# None is measured yet: the order is by what fits registers and shared memory without spills.
+DECODE_CONFIGS: dict[int, tuple[TileConfig, ...]] = {
+    8: (TileConfig(16, 64, 4, 5), TileConfig(16, 128, 4, 5), TileConfig(16, 64, 4, 7)),
+    9: (TileConfig(16, 64, 4, 5), TileConfig(16, 64, 4, 7), TileConfig(16, 128, 4, 5)),
+    10: (TileConfig(16, 64, 4, 5), TileConfig(16, 64, 4, 7), TileConfig(16, 128, 4, 5)),
+}
+CHUNK_CONFIGS: dict[int, tuple[TileConfig, ...]] = {
+    8: (TileConfig(64, 64, 8, 3), TileConfig(64, 32, 4, 3)),
+    9: (
+        TileConfig(128, 128, 8, 2, descriptor=True),
+        TileConfig(128, 64, 8, 3, descriptor=True),
+        TileConfig(128, 64, 8, 3),
+        TileConfig(64, 64, 4, 3),
+    ),
+    10: (
+        TileConfig(128, 128, 8, 2, descriptor=True),
+        TileConfig(128, 64, 8, 3, descriptor=True),
+        TileConfig(128, 64, 8, 3),
+        TileConfig(64, 64, 4, 3),
+    ),
+}
+# Products of float32 and float64 keep their digits only outside TF32, which takes more registers.
+WIDE_CONFIGS = {"decode": TileConfig(16, 32, 8, 2), "chunk": TileConfig(32, 32, 8, 2)}
+LONG_HEAD_CONFIGS = {"decode": TileConfig(16, 32, 4, 2), "chunk": TileConfig(64, 32, 8, 2)}
+INTERPRETED = TileConfig(16, 32, 4, 2)
+
+
+def is_interpreted() -> bool:
+    """Whether this process runs kernels in Triton's interpreter, on CPU tensors."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def configs_for(
+    kind: str, dtype: torch.dtype, head_dim: int, page_size: int, capability: int | None
+) -> tuple[TileConfig, ...]:
+    """Candidates for a kernel, best first.
+
+    Args:
+        kind: ``decode`` or ``chunk``.
+        dtype: of queries, keys and values.
+        head_dim: D; above 128 tiles are smaller.
+        page_size: tokens per page.
+        capability: major compute capability; None for the interpreter.
+    """
+    if capability is None:
+        return (INTERPRETED,)
+    if dtype.itemsize > 2:
+        return (WIDE_CONFIGS[kind],)
+    if head_dim > 128:
+        return (LONG_HEAD_CONFIGS[kind],)
+    table = DECODE_CONFIGS if kind == "decode" else CHUNK_CONFIGS
+    configs = table[max(key for key in table if key <= max(8, capability))]
+    # A descriptor reads neighbouring slots: blocks must lie in one page, whole heads in a block.
+    fits = head_dim in (16, 32, 64, 128)
+    return tuple(c for c in configs if not c.descriptor or (fits and page_size % c.block_n == 0))

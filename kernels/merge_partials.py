@@ -1,0 +1,134 @@
+"""The log-sum-exp merge: twin of ``merge_partials`` in torch, and its ragged form."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def merge_kernel(
+    partial_out,  # [X, H, D]
+    partial_lse,  # [X, H]
+    out,  # [T, H, D]
+    lse,  # [T, H]
+    merges,  # int64 [M, 4]: row, first partial, number, distance; None: all rows alike
+    num_partials,
+    num_rows,
+    num_heads,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One row and head: weights e^(lse - top), summed as they come."""
+    pid = tl.program_id(0).to(tl.int64)
+    head = pid % num_heads
+    if merges is None:
+        row = pid // num_heads
+        partial, count, distance = row, num_partials, num_rows
+    else:
+        fields = merges + pid // num_heads * 4
+        row = tl.load(fields)
+        partial = tl.load(fields + 1)
+        count = tl.load(fields + 2).to(tl.int32)
+        distance = tl.load(fields + 3)
+    d = tl.arange(0, BLOCK_D)
+    inside = d < HEAD_DIM
+    acc = tl.zeros([BLOCK_D], dtype=partial_lse.dtype.element_ty)
+    total = tl.zeros([1], dtype=partial_lse.dtype.element_ty)
+    top = total - float("inf")
+    for index in range(count):
+        at = (partial + index * distance) * num_heads + head
+        part_lse = tl.load(partial_lse + at + tl.arange(0, 1))
+        part = tl.load(partial_out + at * HEAD_DIM + d, mask=inside, other=0.0)
+        new_top = tl.maximum(top, part_lse)
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        decay, weight = tl.exp(top - shift), tl.exp(part_lse - shift)
+        acc = acc * decay + part.to(acc.dtype) * weight
+        total = total * decay + weight
+        top = new_top
+    safe = tl.where(total == 0.0, 1.0, total)
+    at = row * num_heads + head
+    tl.store(out + at * HEAD_DIM + d, (acc / safe).to(out.dtype.element_ty), mask=inside)
+    # top is -inf where no partial saw a key, and so is the sum
+    tl.store(lse + at + tl.arange(0, 1), top + tl.log(safe))
+
+
+def merge_partials(out_RTHD: Tensor, lse_RTH: Tensor) -> tuple[Tensor, Tensor]:
+    """Combine R partial results into attention over the union of their keys.
+
+    Args:
+        out_RTHD: partial outputs, contiguous; 0 where they saw no key.
+        lse_RTH: natural-log LSE of each, float32 or float64, contiguous.
+
+    Returns:
+        ``out_THD`` in the dtype of ``out_RTHD`` and ``lse_TH`` in the dtype of ``lse_RTH``;
+        (0, -inf) for a row that no partial saw.
+    """
+    _check(out_RTHD, lse_RTH)
+    num_partials, num_rows, num_heads, head_dim = out_RTHD.shape
+    out_THD, lse_TH = torch.empty_like(out_RTHD[0]), torch.empty_like(lse_RTH[0])
+    if num_rows:
+        merge_kernel[(num_rows * num_heads,)](
+            out_RTHD,
+            lse_RTH,
+            out_THD,
+            lse_TH,
+            None,
+            num_partials,
+            num_rows,
+            num_heads,
+            HEAD_DIM=head_dim,
+            BLOCK_D=triton.next_power_of_2(head_dim),
+            num_warps=1,
+        )
+    return out_THD, lse_TH
+
+
+def merge_splits(
+    partial_out_XHD: Tensor,
+    partial_lse_XH: Tensor,
+    out_THD: Tensor,
+    lse_TH: Tensor,
+    merges: Tensor,
+) -> None:
+    """Merge a number of partials of its own for each of some rows, in place.
+
+    Args:
+        partial_out_XHD: partial outputs, float32 or float64, contiguous.
+        partial_lse_XH: their natural-log LSE in the same dtype, contiguous.
+        out_THD: the rows that ``merges`` names are overwritten; contiguous.
+        lse_TH: likewise.
+        merges: int64 [M, 4], see ``Tiles``.
+    """
+    _check(partial_out_XHD, partial_lse_XH)
+    assert out_THD.is_contiguous()
+    assert lse_TH.is_contiguous()
+    num_heads, head_dim = out_THD.shape[1:]
+    if len(merges):
+        merge_kernel[(len(merges) * num_heads,)](
+            partial_out_XHD,
+            partial_lse_XH,
+            out_THD,
+            lse_TH,
+            merges,
+            0,
+            0,
+            num_heads,
+            HEAD_DIM=head_dim,
+            BLOCK_D=triton.next_power_of_2(head_dim),
+            num_warps=1,
+        )
+
+
+def _check(out: Tensor, lse: Tensor) -> None:
+    if lse.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"lse must be float32 or float64, got {lse.dtype}; cast it first")
+    if out.shape[:-1] != lse.shape:
+        raise ValueError(
+            f"lse must have the shape of out without its last dim, {tuple(out.shape[:-1])}, "
+            f"got {tuple(lse.shape)}; stack both over the same partials"
+        )
+    assert out.is_contiguous()
+    assert lse.is_contiguous()

@@ -1,0 +1,135 @@
+"""Attention by the Triton kernels: one launch for all decodes of a step, one for all chunks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mnemosyne.attention.segments import AttentionBatch, Segment
+from mnemosyne.attention.tiles import cut_rows, split_keys
+from mnemosyne.kernels.configs import configs_for
+from mnemosyne.kernels.paged_chunk import paged_chunk, tile_rows
+from mnemosyne.kernels.paged_decode import paged_decode
+from mnemosyne.kernels.tile import TileConfig, Tiles
+
+TRITON_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+PROGRAMS_PER_PROCESSOR = {"decode": 2, "chunk": 4}
+INTERPRETED_PROGRAMS = 8
+MIN_SPLIT_KEYS = {"decode": 256, "chunk": 1024}  # below, a merge costs more than it spreads
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Prepared:
+    """Segments of a step; tables follow for a number of heads when a layer first asks."""
+
+    decodes: list[Segment]
+    chunks: list[Segment]
+    page_size: int
+    window: int | None
+    device: torch.device
+    tiles: dict[tuple[str, int, int], Tiles]  # by kind, KV heads, rows of a tile
+
+
+class TritonBackend:
+    """Paged attention kernels of our own, for CUDA; on CPU in Triton's interpreter, for tests.
+
+    Any page size, head ratio and head dim up to 256; float64, float32, bfloat16, float16, with
+    LSE in float32 (float64 for float64 input). Slots that no row of a segment may see are never
+    read. The keys of long sequences are split over the GPU and merged by log-sum-exp.
+    """
+
+    name = "triton"
+
+    def prepare(self, batch: AttentionBatch, window: int | None, device: torch.device) -> _Prepared:
+        """Sort the segments by kind (see ``AttentionBackend``)."""
+        decodes = [segment for segment in batch.segments if segment.num_rows == 1]
+        chunks = [segment for segment in batch.segments if segment.num_rows > 1]
+        return _Prepared(decodes, chunks, batch.page_size, window, device, {})
+
+    def attend(
+        self,
+        q_THD: Tensor,
+        k_KSD: Tensor,
+        v_KSD: Tensor,
+        prepared: _Prepared,
+        *,
+        scale: float,
+        return_lse: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of the packed rows (see ``AttentionBackend``)."""
+        if q_THD.dtype not in TRITON_DTYPES:
+            raise ValueError(
+                f"q_THD must have a dtype of {TRITON_DTYPES}, got {q_THD.dtype}; cast it"
+            )
+        num_kv_heads, _, head_dim = k_KSD.shape
+        group = q_THD.shape[1] // num_kv_heads
+        wide = torch.float64 if q_THD.dtype == torch.float64 else torch.float32
+        out_THD = torch.zeros(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+        lse_TH = torch.full(q_THD.shape[:2], -torch.inf, dtype=wide, device=q_THD.device)
+        q_THD = q_THD if q_THD.stride(-1) == 1 else q_THD.contiguous()
+        tensors = q_THD, k_KSD, v_KSD, out_THD, lse_TH
+        size = prepared.page_size
+        if prepared.decodes:
+            config = _config("decode", q_THD, size)
+            tiles = _tiles(prepared, "decode", num_kv_heads, 1, config)
+            paged_decode(*tensors, tiles, page_size=size, scale=scale, config=config)
+        if prepared.chunks:
+            config = _config("chunk", q_THD, size)
+            rows = tile_rows(config, head_dim, group)
+            tiles = _tiles(prepared, "chunk", num_kv_heads, rows, config)
+            window = prepared.window
+            paged_chunk(*tensors, tiles, page_size=size, window=window, scale=scale, config=config)
+        return out_THD, lse_TH if return_lse else None
+
+
+def _config(kind: str, q_THD: Tensor, page_size: int) -> TileConfig:
+    capability = torch.cuda.get_device_capability(q_THD.device)[0] if q_THD.is_cuda else None
+    return configs_for(kind, q_THD.dtype, q_THD.shape[-1], page_size, capability)[0]
+
+
+def _tiles(
+    prepared: _Prepared, kind: str, num_kv_heads: int, rows: int, config: TileConfig
+) -> Tiles:
+    key = kind, num_kv_heads, rows
+    if key not in prepared.tiles:
+        segments = prepared.decodes if kind == "decode" else prepared.chunks
+        prepared.tiles[key] = make_tiles(
+            segments,
+            prepared.window,
+            tile_rows=rows,
+            num_shares=_programs(kind, prepared.device) // num_kv_heads,
+            min_keys=MIN_SPLIT_KEYS[kind],
+            block=config.block_n,
+            device=prepared.device,
+        )
+    return prepared.tiles[key]
+
+
+def make_tiles(
+    segments: list[Segment],
+    window: int | None,
+    *,
+    tile_rows: int,
+    num_shares: int,
+    min_keys: int,
+    block: int,
+    device: torch.device,
+) -> Tiles:
+    """The tables of one launch on the device; arguments as for ``cut_rows`` and ``split_keys``."""
+    tiles = cut_rows(segments, tile_rows, window)
+    items, merges, num_partials = split_keys(
+        tiles, num_shares=num_shares, min_keys=min_keys, block=block
+    )
+    pages = np.concatenate([segment.pages for segment in segments]).astype(np.int32)
+    on_device = [torch.from_numpy(table).to(device) for table in (items, merges, pages)]
+    return Tiles(on_device[0], on_device[1], on_device[2], num_partials)
+
+
+def _programs(kind: str, device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETED_PROGRAMS
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return processors * PROGRAMS_PER_PROCESSOR[kind]
