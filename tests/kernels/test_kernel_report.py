@@ -1,0 +1,45 @@
+"""Every kernel compiles ahead of time for three generations of GPUs, and nothing spills."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def report(pattern: str) -> list[tuple[str, int, int, int]]:
+    """Label, registers, shared and stack bytes of each line; outside the interpreter."""
+    environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "tools/kernel_report.py", pattern],
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = re.findall(r"^(sm_.*?) +(\d+) +(\d+) +(\d+) +[\d.]+ *$", done.stdout, re.MULTILINE)
+    return [(label, *map(int, numbers)) for label, *numbers in lines]
+
+
+def test_the_kernels_of_the_usual_model_do_not_spill() -> None:
+    lines = report("used (paged_(decode|chunk) bf16 D128 N128|merge)")
+
+    assert len(lines) == 9
+    for label, registers, _, stack_bytes in lines:
+        assert stack_bytes == 0, label
+        assert registers <= (168 if "decode" in label else 255), label
+
+
+@pytest.mark.slow
+def test_no_kernel_that_may_be_used_spills() -> None:
+    lines = report("used")
+
+    assert len(lines) == 3 * (7 * 2 + 1)
+    assert not any(stack_bytes for *_, stack_bytes in lines)
