@@ -56,6 +56,7 @@ def test_tokens_are_those_of_transformers_and_of_the_eager_engine(
         _assert_greedy(checkpoint, prompt.tolist(), token_ids)
 
 
+@SLOW
 def test_the_number_of_threads_is_that_of_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
