@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from operator import sub
 
 import numpy as np
 
@@ -44,12 +45,13 @@ class PageAllocator:
             start = self._starts[index]
             stop = min(self._stops[index], start + missing)
             self._shrink(index, stop)
+            self._references[start:stop] = 1
             taken.append(np.arange(start, stop, dtype=np.int64))
             missing -= stop - start
-        pages = np.concatenate(taken) if taken else np.empty(0, dtype=np.int64)
-        self._references[pages] = 1
         self.num_free -= count
-        return pages
+        if len(taken) == 1:
+            return taken[0]
+        return np.concatenate(taken) if taken else np.empty(0, dtype=np.int64)
 
     def share(self, pages: np.ndarray) -> None:
         """Add a reference to pages that are in use."""
@@ -58,6 +60,18 @@ class PageAllocator:
 
     def release(self, pages: np.ndarray) -> None:
         """Drop a reference; pages with none left are free again."""
+        if len(pages) == 0:
+            return
+        first, stop = int(pages[0]), int(pages[-1]) + 1
+        if stop - first == len(pages) and self._references[first:stop].max() == 1:
+            assert self._references[first:stop].min() == 1, "a free page cannot be released"
+            self._references[first:stop] = 0
+            self._insert(first, stop)
+            self.num_free += len(pages)
+        else:
+            self._release_scattered(pages)
+
+    def _release_scattered(self, pages: np.ndarray) -> None:
         assert (self._references[pages] > 0).all(), "a free page cannot be released"
         self._references[pages] -= 1
         free = np.sort(pages[self._references[pages] == 0])
@@ -70,9 +84,9 @@ class PageAllocator:
 
     def _best_run(self, count: int) -> int:
         """Index of the smallest run that holds ``count`` pages, else of the largest."""
-        sizes = np.array(self._stops) - np.array(self._starts)
-        fitting = np.where(sizes >= count, sizes, np.iinfo(np.int64).max)
-        return int(np.argmin(fitting)) if (sizes >= count).any() else int(np.argmax(sizes))
+        sizes = list(map(sub, self._stops, self._starts))
+        fitting = [size for size in sizes if size >= count]
+        return sizes.index(min(fitting) if fitting else max(sizes))
 
     def _shrink(self, index: int, start: int) -> None:
         if start == self._stops[index]:
