@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -37,8 +40,9 @@ from mnemosyne.schedule.calibrate import Limits, calibrate
 from mnemosyne.schedule.plan import Executor
 from mnemosyne.schedule.predictor import LinearPredictor, Predictor
 from mnemosyne.schedule.routing import Router
+from mnemosyne.schedule.saved_fits import fits_folder, load_fit, save_fit
 from mnemosyne.schedule.scheduler import Scheduler
-from mnemosyne.schedule.work import WorkModel
+from mnemosyne.schedule.work import StepWork, WorkModel
 from mnemosyne.serve.engine import Engine
 from mnemosyne.serve.intake import Intake
 
@@ -57,6 +61,7 @@ class Rank:
     tokens_per_group: int  # of one request
     trace: Trace | None  # of what this rank does
     metrics: MetricsConfig  # where rank 0 writes it
+    backend: str  # of attention
 
 
 def build_rank(
@@ -122,7 +127,10 @@ def build_rank(
         num_groups=mesh.kvp.degree,
     )
     log.info("%s", cache)
-    return Rank(mesh, checkpoint, worker, intake, num_pages, max_tokens, trace, config.metrics)
+    return Rank(
+        *(mesh, checkpoint, worker, intake, num_pages, max_tokens, trace, config.metrics),
+        backend=backend.name,
+    )
 
 
 def build_engine(
@@ -288,8 +296,48 @@ def _fit(
         step_s=2 * config.schedule.target_tbt,
     )
     started_s = time.perf_counter()
-    samples = calibrate(executor, work_model, limits, clock=time.perf_counter)
+    measure = partial(calibrate, executor, work_model, limits, clock=time.perf_counter)
+    folder, key = fits_folder(), _fit_key(config, rank)
+    rows = load_fit(folder, key) if config.schedule.saved_fit else None
+    if rows is not None:
+        predictor.fit_rows(rows)
+        if _still_holds(predictor, measure(is_probe=True)):
+            log.info("step times of an earlier start, in %.1f s", time.perf_counter() - started_s)
+            return
+    samples = measure()
     if samples:
         predictor.fit(samples)
+        if config.schedule.saved_fit:
+            save_fit(folder, key, predictor.samples)
     seconds = time.perf_counter() - started_s
     log.info("step times fitted from %d steps in %.1f s", len(samples), seconds)
+
+
+def _still_holds(predictor: LinearPredictor, probes: list[tuple[StepWork, float]]) -> bool:
+    """Whether a fit is right within a factor of two, which is what online correction is for."""
+    errors = [seconds / predictor.predict(work) for work, seconds in probes]
+    return all(0.5 <= error <= 2.0 for error in errors)
+
+
+def _fit_key(config: EngineConfig, rank: Rank) -> dict[str, str]:
+    """All that step times depend on, for a fit to be found again."""
+    keys = rank.worker.pool.k[0]
+    return {
+        "model": repr(rank.checkpoint.spec),
+        "hardware": _hardware(keys.device),
+        "layout": repr(config.mesh),
+        "dtype": str(keys.dtype),
+        "backend": rank.backend,
+        "pages": f"{config.cache.page_size} tokens",
+        "torch": torch.__version__,
+    }
+
+
+def _hardware(device: torch.device) -> str:
+    """The processor that computes, and how much of it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads"

@@ -136,6 +136,7 @@ class ScheduleConfig:
     policy: str = "lars"  # who is prefilled next: fcfs, edf, lrs or lars
     long_tokens: int | str = "32K"  # a prefill beyond this context is long: one of them per step
     max_relative_slack: float = 0.4  # share of a step that a long prefill with slack gives up
+    saved_fit: bool = True  # start from the step times that an earlier start measured
 
     def __post_init__(self) -> None:
         check_types(self, "schedule.")

@@ -31,6 +31,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def fits_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A test never starts from step times that another one measured, nor leaves any behind."""
+    folder = tmp_path_factory.mktemp("fits")
+    monkeypatch.setattr("mnemosyne.build.fits_folder", lambda: folder)
+
+
+@pytest.fixture(autouse=True)
 def torch_settings_survive() -> Iterator[None]:
     """A test may set the number of threads or the default dtype; the next one does not notice."""
     num_threads, dtype = torch.get_num_threads(), torch.get_default_dtype()

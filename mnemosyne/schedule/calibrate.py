@@ -18,6 +18,7 @@ CHUNK_SWEEP = ((0, 32), (0, 128), (0, 512), (0, 2048), (0, 8192))  # (context, t
 CONTEXT_SWEEP = ((4096, 32), (4096, 256), (32768, 32), (32768, 128), (32768, 512))
 DECODE_SWEEP = ((512, 1), (512, 4), (512, 16), (32768, 1))  # (context, sequences)
 MIXED_SWEEP = ((512, 8, 64), (512, 8, 256))  # (context, sequences, chunk beside them)
+PROBE = (((0, 128, False),), ((512, 1, True),) * 4)  # steps that tell whether a fit still holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ def calibrate(
     limits: Limits,
     *,
     clock: Callable[[], float],
+    is_probe: bool = False,
 ) -> list[tuple[StepWork, float]]:
     """Time synthetic steps on an idle executor.
 
@@ -49,12 +51,14 @@ def calibrate(
         work_model: counts the work of each step.
         limits: the size of cache, model and step.
         clock: seconds.
+        is_probe: a few small steps only, to check what an earlier sweep found.
 
     Returns:
         ``(work, seconds)`` of each step that fits; none if the cache is tiny.
     """
     samples: list[tuple[StepWork, float]] = []
-    for family in _families():
+    families = [[shape] for shape in PROBE] if is_probe else _families()
+    for family in families:
         for shape in family:
             plans = _plans(shape, limits)
             if plans is None:
