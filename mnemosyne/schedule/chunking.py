@@ -46,8 +46,8 @@ def solve_chunk(
     size = max(fitting * CHUNK_MULTIPLE, smallest)
     if size == remaining or remaining - size >= min_chunk:
         return size
-    shorter = (remaining - min_chunk) // CHUNK_MULTIPLE * CHUNK_MULTIPLE
-    if shorter < min_chunk or predict(remaining) <= budget_s:
+    shorter = max((remaining - min_chunk) // CHUNK_MULTIPLE * CHUNK_MULTIPLE, min_chunk)
+    if remaining - shorter < min_chunk or predict(remaining) <= budget_s:
         return remaining
     return shorter
 

@@ -216,22 +216,20 @@ class PrefillPlanner:
         groups = {placement.shards[shard].group: shard for shard in range(num_active)}
         others = [part for group, part in enumerate(work) if group not in groups]
         others_s = max(map(self.predictor.predict, others), default=0.0)
-        num_remaining, model = running.num_remaining, self.work_model
+        num_remaining, model, is_alone = running.num_remaining, self.work_model, num_active == 1
 
         def predict(num_tokens: int) -> float:
             step_s = others_s
             for group, shard in groups.items():
-                own = model.chunk(
-                    start,
-                    num_tokens,
-                    samples=num_tokens == num_remaining,
-                    is_decode=False,
-                    keys=None
-                    if num_active == 1
-                    else placement.positions(shard, start + num_tokens),
-                    is_shared=num_active > 1,
+                keys = None if is_alone else placement.positions(shard, start + num_tokens)
+                samples = num_tokens == num_remaining
+                part = model.with_prefill(
+                    *(work[group], start, num_tokens),
+                    samples=samples,
+                    keys=keys,
+                    is_shared=not is_alone,
                 )
-                step_s = max(step_s, self.predictor.predict(work[group] + own))
+                step_s = max(step_s, self.predictor.predict(part))
             return step_s
 
         return predict

@@ -51,7 +51,7 @@ class Prompts(Generic[Item]):
         if row == self._columns.shape[1]:
             self._columns = np.concatenate([self._columns, np.empty_like(self._columns)], axis=1)
         length = request.num_prompt_tokens
-        total_s, done_s = self._table.until(np.array([length, num_done]))
+        total_s, done_s = self._table.until(np.array([length, num_done])).tolist()
         self._columns[:, row] = (
             *(request.priority, request.arrival_s, due_s, request.max_tokens),
             *(length, num_done, total_s, done_s),
@@ -99,6 +99,8 @@ class Prompts(Generic[Item]):
 
     def order(self, urgency: Urgency, now_s: float) -> np.ndarray:
         """Rows, int64 ``[B]``, the most urgent first: by priority, policy, then as they came."""
+        if len(self.items) == 1:
+            return np.zeros(1, dtype=np.int64)
         return np.lexsort((self._policy(urgency, now_s), self.column(PRIORITY)))
 
     def column(self, index: int) -> np.ndarray:

@@ -104,6 +104,26 @@ class WorkModel:
             num_tokens if is_shared else 0,
         )
 
+    def with_prefill(
+        self,
+        part: StepWork,
+        start: int,
+        num_tokens: int,
+        *,
+        samples: bool,
+        keys: range | None,
+        is_shared: bool,
+    ) -> StepWork:
+        """The work of a group with one more prefill chunk: ``part + chunk(...)``, in one go."""
+        return StepWork(
+            part.num_tokens + num_tokens,
+            part.prefill_pairs + self._pairs(start, num_tokens, keys),
+            part.decode_keys,
+            part.num_sequences + 1,
+            part.num_sampled + samples,
+            part.num_exchanged + num_tokens if is_shared else part.num_exchanged,
+        )
+
     def add(self, work: Work, chunk: Chunk, placement: Placement) -> Work:
         """The work of a step with one more chunk in it: each active group computes its rows."""
         total = list(work)

@@ -46,3 +46,30 @@ def test_active_groups_share_the_keys_and_repeat_the_rows():
     assert work[2].prefill_pairs == 10 * 60
     assert work[0].prefill_pairs == sum(range(41, 51))
     assert work[1] == work[3] == StepWork()
+
+
+@pytest.mark.parametrize("windows", [(None,), (None, 100)])
+def test_one_more_prefill_chunk_adds_its_work(windows):
+    model = WorkModel(windows)
+    part = model.chunk(500, 1, samples=True, is_decode=True)
+
+    for start, size, samples, shared in ((0, 64, True, False), (300, 32, False, True)):
+        own = model.chunk(start, size, samples=samples, is_decode=False, is_shared=shared)
+        both = model.with_prefill(part, start, size, samples=samples, keys=None, is_shared=shared)
+        assert both == part + own
+
+
+def test_decodes_together_are_the_sum_of_decodes_one_by_one():
+    model = WorkModel((None, 100), num_groups=2)
+    pages = np.arange(100)
+    alone = Placement((Shard(1, pages),), 1000)
+    shared = Placement((Shard(0, pages), Shard(1, pages)), 1000)
+    rows = [(5, alone), (700, alone), (400, shared), (1500, shared)]
+
+    work = model.nothing
+    for position, placement in rows:
+        chunk = Chunk(0, position, 1, samples=True, token_id=3)
+        work = model.add(work, chunk, placement)
+
+    assert model.decodes(rows) == work
+    assert [part.num_exchanged for part in work] == [1, 1]
