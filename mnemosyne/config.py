@@ -276,6 +276,8 @@ class GenerateConfig(EngineConfig):
     ignore_eos: bool = False
     n: int = 1
     logprobs: int | None = None
+    priority: int = 0
+    deadline: float | None = None
 
 
 @dataclass(kw_only=True, slots=True)

@@ -23,6 +23,7 @@ from mnemosyne.config import (
 from mnemosyne.metrics import StepLog, StepRecord
 from mnemosyne.parallel.trace import Trace, claim_trace, write_trace
 from mnemosyne.request import Piece, RequestOutput, SamplingParams
+from mnemosyne.schedule.predictor import Predictor
 from mnemosyne.serve.engine import Engine
 from mnemosyne.serve.intake import Prompt, list_prompts, refused_output
 from mnemosyne.serve.tokenizer import Tokenizer
@@ -48,6 +49,8 @@ class LLM:
         mesh: a ``MeshConfig`` or its fields.
         metrics: a ``MetricsConfig`` or its fields, e.g. ``{"path": "steps.jsonl"}``.
         on_step: called with the ``StepRecord`` of each step.
+        predictor: step time by step work, in place of the one that is fitted here; an object with
+            ``predict(work) -> seconds``, and ``observe(work, seconds)`` if it wants to learn.
         progress: called with (bytes read, bytes in all) while weights are read.
         compiling: called with (buckets done, buckets in all) while the model is compiled.
 
@@ -74,6 +77,7 @@ class LLM:
         mesh: MeshConfig | Mapping[str, Any] | None = None,
         metrics: MetricsConfig | Mapping[str, Any] | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
+        predictor: Predictor | None = None,
         progress: Progress | None = None,
         compiling: Progress | None = None,
     ) -> None:
@@ -89,7 +93,7 @@ class LLM:
             mesh=_typed("mesh", MeshConfig, mesh),
             metrics=_typed("metrics", MetricsConfig, metrics),
         )
-        self._open(config, on_step, progress, compiling)
+        self._open(config, on_step, predictor, progress, compiling)
 
     @classmethod
     def from_config(
@@ -97,18 +101,20 @@ class LLM:
         config: EngineConfig,
         *,
         on_step: Callable[[StepRecord], None] | None = None,
+        predictor: Predictor | None = None,
         progress: Progress | None = None,
         compiling: Progress | None = None,
     ) -> Self:
         """The same from a whole config, as the command line makes it."""
         llm = cls.__new__(cls)
-        llm._open(config, on_step, progress, compiling)
+        llm._open(config, on_step, predictor, progress, compiling)
         return llm
 
     def _open(
         self,
         config: EngineConfig,
         on_step: Callable[[StepRecord], None] | None,
+        predictor: Predictor | None,
         progress: Progress | None,
         compiling: Progress | None,
     ) -> None:
@@ -130,7 +136,9 @@ class LLM:
             if rank.mesh.world_size > 1:
                 self._driver, self._follower = _join(rank)
             if self._follower is None:
-                self._engine = build_engine(rank, config, crew=self._driver, on_step=self._record)
+                self._engine = build_engine(
+                    rank, config, crew=self._driver, predictor=predictor, on_step=self._record
+                )
             if self._driver is not None:
                 self._driver.tell_ready(self._engine)
         except BaseException as error:

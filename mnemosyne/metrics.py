@@ -30,6 +30,8 @@ class StepRecord:
     num_waiting: int
     num_sampled: int = 0  # rows that got logits
     decode_keys: int = 0  # tokens of context, summed over the decodes
+    slack_s: tuple[float, ...] = ()  # of each prefill's request as planned, before its deadline
+    num_missed: int = 0  # first tokens of this step that came after their deadlines
 
     @property
     def chunk_tokens(self) -> int:
@@ -83,6 +85,7 @@ def read_steps(path: str | Path) -> list[StepRecord]:
             try:
                 fields = json.loads(line)
                 fields["chunks"] = tuple(tuple(chunk) for chunk in fields["chunks"])
+                fields["slack_s"] = tuple(fields.get("slack_s", ()))
                 records.append(StepRecord(**fields))
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ValueError(

@@ -39,6 +39,8 @@ class SamplingParams:
     n: int = 1  # independent samples of the same prompt
     logprobs: int | None = None  # report the k most likely tokens of each output position
     prompt_logprobs: int | None = None  # the same for each prompt position but the first
+    priority: int = 0  # a lower number is admitted and prefilled first, whatever the policy
+    deadline: float | None = None  # of the first token, seconds from acceptance; unset: by slo
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -108,6 +110,14 @@ class SamplingParams:
             self.seed,
             "use None for a random one",
         )
+        value = self.deadline
+        _require(
+            value is None or (math.isfinite(value) and value > 0),
+            "deadline",
+            "be a finite number of seconds > 0",
+            value,
+            "use None for the one of the slo config",
+        )
 
     def _check_tokens(self) -> None:
         for name in ("logit_bias", "stop_token_ids"):
@@ -162,7 +172,11 @@ class RequestMetrics:
     """Times of one request in seconds, and how its prompt was cut."""
 
     arrival_s: float
+    deadline_s: float | None = None  # of the first token, from acceptance
+    queued_s: float | None = None  # from acceptance until its pages were reserved
     ttft_s: float | None = None  # first token out minus accepted
+    missed_deadline: bool | None = None  # once there is a first token
+    num_shards: int | None = None  # groups that hold its cache
     tbt_s: list[float] = field(default_factory=list)  # gaps between consecutive tokens
     chunks: list[int] = field(default_factory=list)  # tokens per prefill chunk
     finished_s: float | None = None

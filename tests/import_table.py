@@ -59,7 +59,7 @@ TABLE = {
     "llm": Rule(
         (
             *("build", "checkpoint", "config", "crew", "metrics", "request", "serve"),
-            "parallel.trace",
+            *("parallel.trace", "schedule.predictor"),
         ),
         ("numpy",),
     ),

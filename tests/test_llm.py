@@ -18,6 +18,7 @@ from mnemosyne.metrics import StepRecord, read_steps
 from mnemosyne.model_zoo.haystack import cycle, haystack, text_of
 from mnemosyne.model_zoo.needle import write_needle
 from mnemosyne.request import SamplingParams
+from mnemosyne.schedule.work import StepWork
 from tests.engines import (
     WrappedExecutor,
     greedy,
@@ -346,3 +347,60 @@ def test_reading_weights_reports_bytes(checkpoint: Path) -> None:
     done, totals = zip(*seen, strict=True)
     assert list(done) == sorted(done)
     assert set(totals) == {done[-1]}
+
+
+def test_priority_and_deadline_of_a_prompt_decide_who_comes_first(checkpoint: Path) -> None:
+    urgent = [
+        SamplingParams(max_tokens=2, deadline=1e-9),
+        SamplingParams(max_tokens=2, deadline=1e6),
+        SamplingParams(max_tokens=2, priority=-1),
+    ]
+    firsts: list[int] = []
+    with open_tiny(checkpoint, policy="edf", max_sequences=1) as llm:
+        for index, piece in llm.stream(PROMPTS, urgent):
+            if piece.finish_reason is not None:
+                firsts.append(index)
+        outputs = llm.generate(PROMPTS, urgent)
+
+    assert firsts == [2, 0, 1]
+    assert [output.metrics.missed_deadline for output in outputs[:2]] == [True, False]
+    assert [output.metrics.deadline_s for output in outputs] == [1e-9, 1e6, 1.0]
+
+
+def test_metrics_say_how_long_a_request_waited_and_where_its_cache_is(llm: LLM) -> None:
+    output = llm.generate(PROMPTS[1], greedy(3))[0]
+
+    assert output.metrics.num_shards == 1
+    assert 0 <= output.metrics.queued_s <= output.metrics.ttft_s
+
+
+def test_slack_and_missed_deadlines_are_in_the_step_records(checkpoint: Path) -> None:
+    records: list[StepRecord] = []
+    with open_tiny(checkpoint, on_step=records.append) as llm:
+        llm.generate(PROMPTS[1], greedy(3, deadline=1e-9))
+        llm.generate(PROMPTS[1], greedy(3, deadline=1e6))
+
+    assert all(len(record.slack_s) == len(record.chunks) for record in records)
+    assert [record.num_missed for record in records] == [0] * 4 + [1] + [0] * 9
+    slacks = [slack for record in records for slack in record.slack_s]
+    assert max(slacks[:5]) < 0 < 9e5 < min(slacks[5:])
+
+
+class OneMillisecond:
+    """A user's own predictor: one method."""
+
+    def predict(self, work: StepWork) -> float:
+        return 1e-3 * (work.num_tokens > 0)
+
+
+def test_a_predictor_of_ones_own_needs_one_method(checkpoint: Path) -> None:
+    records: list[StepRecord] = []
+    with open_tiny(
+        checkpoint, chunk="adaptive", predictor=OneMillisecond(), on_step=records.append
+    ) as llm:
+        llm.generate(PROMPTS, greedy(3))
+        error = llm.engine.prediction_error()
+
+    assert {record.predicted_s for record in records} == {1e-3}
+    errors = [abs(record.predicted_s / record.actual_s - 1) for record in records]
+    assert error[50] == pytest.approx(np.median(errors))

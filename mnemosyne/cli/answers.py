@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from math import isnan
 from pathlib import Path
 from typing import TextIO
 
@@ -48,16 +49,29 @@ def print_answers(answers: Sequence[Answer], *, has_text: bool) -> None:
             print(f"[{label}] {text}" if is_labelled else text)
 
 
-def summary(answers: Sequence[Answer], seconds: float) -> str:
-    """One line: how many were finished, how much came, how fast."""
+def summary(answers: Sequence[Answer], seconds: float, error: Mapping[int, float]) -> str:
+    """One line: how many were finished, how much came, how fast, how late, how well foreseen.
+
+    Args:
+        answers: of all prompts.
+        seconds: that serving them took.
+        error: percentiles of the relative error of predicted step times, nan if there are none.
+    """
     samples = [sample for answer in answers for sample in answer.samples]
     num_finished = sum(answer.is_finished for answer in answers)
     num_tokens = sum(len(sample.token_ids) for sample in samples)
     firsts_s = [s.metrics.ttft_s for s in samples if s.metrics.ttft_s is not None]
     first = f", the first after {min(firsts_s):.2f} s" if firsts_s else ""
+    num_missed = sum(sample.metrics.missed_deadline is True for sample in samples)
+    missed = f", {num_missed} after their deadlines" if num_missed else ""
+    foreseen = (
+        ""
+        if isnan(error[50])
+        else f"; step times foreseen within {error[50]:.1%} (median), {error[95]:.0%} (p95)"
+    )
     return (
         f"{num_finished} of {len(answers)} prompts finished: "
-        f"{num_tokens} tokens in {seconds:.2f} s{first}"
+        f"{num_tokens} tokens in {seconds:.2f} s{first}{missed}{foreseen}"
     )
 
 

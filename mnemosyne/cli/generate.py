@@ -46,6 +46,7 @@ def generate(config: GenerateConfig) -> int:
         started_s = time.perf_counter()
         is_interrupted = serve(llm, printer(bars) if is_streamed else bars.update)
         seconds = time.perf_counter() - started_s
+        error = llm.engine.prediction_error()
         bars.stop()
         if is_streamed:
             print()  # ends the line of the streamed text
@@ -56,7 +57,7 @@ def generate(config: GenerateConfig) -> int:
     errors = [error for answer in answers for error in answer.errors]
     print(
         *(f"error: {error}" for error in errors),
-        summary(answers, seconds),
+        summary(answers, seconds, error),
         sep="\n",
         file=sys.stderr,
     )

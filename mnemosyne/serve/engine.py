@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mnemosyne.metrics import StepRecord
+from mnemosyne.metrics import StepRecord, percentiles
 from mnemosyne.request import (
     Logprobs,
     Piece,
@@ -24,6 +24,8 @@ from mnemosyne.serve.intake import Intake, Prompt
 from mnemosyne.serve.stream import TextStream
 
 log = logging.getLogger(__name__)
+
+MAX_ERRORS = 4096  # steps that the error of the prediction is told over
 
 
 @dataclass(slots=True, eq=False)
@@ -65,6 +67,8 @@ class Engine:
         self._active: dict[int, Active] = {}
         self._in_flight: deque[tuple[Plan, float]] = deque()
         self._started_s = clock()
+        self._num_missed = 0  # deadlines, in the step that is being handed out
+        self._errors: deque[float] = deque(maxlen=MAX_ERRORS)  # of predicted step times
 
     @property
     def has_work(self) -> bool:
@@ -94,13 +98,13 @@ class Engine:
         Raises:
             ValueError: if no empty cache could hold it.
         """
-        self.scheduler.add(request)
+        deadline_s = self.scheduler.add(request)
         output = RequestOutput(
             request_id=request.request_id,
             prompt_token_ids=request.prompt_ids,
             logprobs=None if request.params.logprobs is None else [],
             prompt_logprobs=None if request.params.prompt_logprobs is None else [None],
-            metrics=RequestMetrics(arrival_s=request.arrival_s),
+            metrics=RequestMetrics(arrival_s=request.arrival_s, deadline_s=deadline_s),
         )
         tokenizer = self.intake.tokenizer
         text = (
@@ -112,6 +116,10 @@ class Engine:
         )
         self._active[request.request_id] = Active(request, output, text)
         return output
+
+    def prediction_error(self) -> dict[int, float]:
+        """Percentiles of ``|predicted / actual - 1|`` over recent steps; nan if there are none."""
+        return percentiles(self._errors)
 
     def unfinished(self) -> list[RequestOutput]:
         """Outputs of the requests that still run or wait."""
@@ -134,6 +142,7 @@ class Engine:
             plan = self.scheduler.plan(planned_s)
             if plan is None:
                 break
+            self._note_admitted(plan, planned_s)
             self._in_flight.append((plan, planned_s))
             self._executor.submit(plan)
         if not self._in_flight:
@@ -202,6 +211,12 @@ class Engine:
         logprobs = () if sampled.logprobs is None else (sampled.logprobs,)
         return self._piece(active, (sampled.token_id,), text, logprobs)
 
+    def _note_admitted(self, plan: Plan, now_s: float) -> None:
+        for admission in plan.admitted:
+            metrics = self._active[admission.request_id].output.metrics
+            metrics.queued_s = now_s - metrics.arrival_s
+            metrics.num_shards = len(admission.placement.shards)
+
     @staticmethod
     def _finish_reason(active: Active, token_id: int) -> str | None:
         params, num_output = active.request.params, len(active.output.token_ids)
@@ -216,6 +231,9 @@ class Engine:
         now_s, metrics = self.clock(), active.output.metrics
         if active.last_token_s is None:
             metrics.ttft_s = now_s - metrics.arrival_s
+            assert metrics.deadline_s is not None
+            metrics.missed_deadline = metrics.ttft_s > metrics.deadline_s
+            self._num_missed += metrics.missed_deadline
         else:
             metrics.tbt_s.append(now_s - active.last_token_s)
         active.last_token_s = now_s
@@ -251,6 +269,9 @@ class Engine:
         """Measure the step from its planning to here, learn from it, report it."""
         actual_s = self.clock() - planned_s
         self.scheduler.learn(plan, actual_s)
+        num_missed, self._num_missed = self._num_missed, 0
+        if plan.predicted_s > 0 and actual_s > 0:
+            self._errors.append(abs(plan.predicted_s / actual_s - 1))
         if self.on_step is None:
             return
         self.on_step(
@@ -269,5 +290,7 @@ class Engine:
                 num_waiting=self.scheduler.num_waiting,
                 num_sampled=sum(chunk.samples for chunk in plan.chunks),
                 decode_keys=sum(chunk.stop for chunk in plan.chunks if chunk.is_decode),
+                slack_s=plan.slack_s,
+                num_missed=num_missed,
             )
         )

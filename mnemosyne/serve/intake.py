@@ -68,6 +68,8 @@ class Intake:
                     seed=_sample_seed(seed, sample),
                     end_token_ids=self.defaults.end_token_ids,
                     arrival_s=arrival_s,
+                    priority=params.priority,
+                    deadline_s=params.deadline,
                 )
             )
         return requests
