@@ -1,0 +1,203 @@
+"""Short requests that arrive while one long prompt is prefilled and others decode, in real time.
+
+The same arrivals on the same ids are served by this engine under ``lars`` with adaptive chunks and
+under ``fcfs`` with chunks of 2048, and by vLLM if an interpreter that has it is named; each in a
+process of its own with all cores. Every engine is opened and warmed before the clock starts.
+
+Usage: python tools/shorts_beside_long.py [--length 64K] [--shorts 20] [--every 3] [--target 0.5]
+       [--engines lars fcfs] [--vllm PYTHON] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+DECODES = 4  # requests that decode from before the long prompt until the end
+DECODE_CONTEXT = 512
+LONG, FIRST_SHORT = DECODES, DECODES + 1  # indices of requests
+LONG_AT_S = 2.0
+SHORT_TOKENS = 16  # that a short request asks for
+ENDLESS = 4096  # tokens of a request that decodes until the end
+
+
+def serve(engine: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Serve requests from when they are due until all but the endless ones have their tokens.
+
+    Args:
+        engine: with ``add(index, request)`` and ``step() -> [(index, token_id)]``.
+        requests: of each ``ids``, ``max_tokens`` and ``at_s``, in order of ``at_s``.
+
+    Returns:
+        Of each request ``added_s`` and ``times_s`` of its tokens. A request counts from when it is
+        due, though an engine that is inside a step takes it only afterwards.
+    """
+    answers: list[dict[str, Any]] = []
+    waiting_for = {i for i, r in enumerate(requests) if r["max_tokens"] < ENDLESS}
+    started_s = time.perf_counter()
+    while waiting_for:
+        now_s = time.perf_counter() - started_s
+        while len(answers) < len(requests) and requests[len(answers)]["at_s"] <= now_s:
+            engine.add(len(answers), requests[len(answers)])
+            answers.append({"added_s": requests[len(answers)]["at_s"], "times_s": []})
+        for index, _ in engine.step():
+            answers[index]["times_s"].append(time.perf_counter() - started_s)
+            if len(answers[index]["times_s"]) == requests[index]["max_tokens"]:
+                waiting_for.discard(index)
+    engine.stop()
+    return answers
+
+
+def run_engine(path: str) -> None:
+    """What the process of an engine does: a line of settings and requests in, answers out."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever the engine prints
+    settings, requests = json.loads(sys.stdin.readline())
+    spec = importlib.util.spec_from_file_location("engine_under_test", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    engine = module.open_engine(settings)
+    warm = [{"ids": r["ids"][:256], "max_tokens": 4, "is_filled": False} for r in requests[:2]]
+    serve(engine, [{**request, "at_s": 0.0} for request in warm])
+    answers.write(json.dumps(serve(engine, requests)) + "\n")
+    answers.flush()
+
+
+def make_requests(length: int, num_shorts: int, every_s: float) -> list[dict[str, Any]]:
+    """Decodes at 0, the long prompt at 2 s, then a short one at about every ``every_s`` seconds."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+
+    def request(num_tokens: int, max_tokens: int, at_s: float) -> dict[str, Any]:
+        ids = rng.integers(0, 32_000, num_tokens).tolist()
+        return {"ids": ids, "max_tokens": max_tokens, "at_s": at_s, "is_filled": False}
+
+    found = [request(DECODE_CONTEXT, ENDLESS, 0.0) for _ in range(DECODES)]
+    found.append(request(length, 1, LONG_AT_S))
+    at_s = LONG_AT_S
+    for _ in range(num_shorts):
+        at_s += every_s * rng.uniform(0.5, 1.5)
+        found.append(request(int(rng.integers(32, 513)), SHORT_TOKENS, at_s))
+    return found
+
+
+def make_settings(requests: list[dict[str, Any]], schedule: dict[str, Any]) -> dict[str, Any]:
+    """The settings of ``mnemosyne.bench.peers``."""
+    from mnemosyne.checkpoint import path_on_disk
+
+    model = str(path_on_disk("bench", "bfloat16"))
+    room = sum(len(r["ids"]) + r["max_tokens"] + 256 for r in requests)
+    return {
+        "model": model,
+        "dtype": "bfloat16",
+        "threads": len(os.sched_getaffinity(0)),
+        "chunk": 2048,
+        "max_tokens": room,
+        "max_length": max(len(r["ids"]) + r["max_tokens"] for r in requests),
+        "max_requests": len(requests),
+        "fills": False,
+        "engine": {
+            "model": model,
+            "dtype": "bfloat16",
+            "schedule": schedule,
+            "cache": {"max_tokens": room},
+        },
+    }
+
+
+def summarise(answers: list[dict[str, Any]], num_shorts: int) -> dict[str, float]:
+    """Seconds: first tokens of the short ones, gaps of those that decode, the long one's end."""
+    from mnemosyne.metrics import percentiles
+
+    shorts = answers[FIRST_SHORT : FIRST_SHORT + num_shorts]
+    ttft_s = percentiles(answer["times_s"][0] - answer["added_s"] for answer in shorts)
+    long_end_s = answers[LONG]["times_s"][0]
+    gaps_s = [
+        after - before
+        for answer in answers[:DECODES]
+        for before, after in zip(answer["times_s"], answer["times_s"][1:], strict=False)
+        if LONG_AT_S < after <= long_end_s
+    ]
+    tbt_s = percentiles(gaps_s)
+    return {
+        "ttft_p50_s": ttft_s[50],
+        "ttft_p99_s": ttft_s[99],
+        "tbt_p50_s": tbt_s[50],
+        "tbt_p99_s": tbt_s[99],
+        "long_s": long_end_s - LONG_AT_S,
+        "last_short_s": max(answer["added_s"] for answer in shorts) - LONG_AT_S,
+    }
+
+
+def measure(python: str, file: str, settings: Any, requests: Any) -> list[dict[str, Any]]:
+    """Serve the requests by one engine in a process of its own.
+
+    Raises:
+        subprocess.CalledProcessError: if the engine fails; what it says goes to standard error.
+    """
+    peers = Path(__file__).parents[1] / "mnemosyne" / "bench" / "peers"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(settings["threads"])}
+    done = subprocess.run(
+        [python, __file__, "--serve", str(peers / file)],
+        input=json.dumps([settings, requests]) + "\n",
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    answers: list[dict[str, Any]] = json.loads(done.stdout)
+    return answers
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--length", default="64K", help="tokens of the long prompt")
+    parser.add_argument("--shorts", type=int, default=20)
+    parser.add_argument("--every", type=float, default=3.0, help="seconds between short ones, mean")
+    parser.add_argument("--target", type=float, default=0.5, help="seconds of schedule.target_tbt")
+    parser.add_argument("--engines", nargs="*", default=["lars", "fcfs"], help="of ours")
+    parser.add_argument("--vllm", help="an interpreter that has vLLM")
+    parser.add_argument("--json", help="add a line per engine to this file")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        run_engine(arguments.serve)
+        return 0
+    from mnemosyne.config import parse_size
+
+    length = parse_size(arguments.length, "--length")
+    requests = make_requests(length, arguments.shorts, arguments.every)
+    schedules = {
+        "lars": {"policy": "lars", "target_tbt": arguments.target},
+        "fcfs": {"policy": "fcfs", "chunk": 2048},
+    }
+    runs = [(name, sys.executable, "ours.py", schedules[name]) for name in arguments.engines]
+    if arguments.vllm:
+        runs.append(("vllm", arguments.vllm, "with_vllm.py", {}))
+    for name, python, file, schedule in runs:
+        answers = measure(python, file, make_settings(requests, schedule), requests)
+        outcome = summarise(answers, arguments.shorts)
+        print(
+            f"{name:<6}TTFT of shorts p50 {outcome['ttft_p50_s']:7.2f} p99 "
+            f"{outcome['ttft_p99_s']:7.2f} s   TBT p50 {outcome['tbt_p50_s']:6.2f} p99 "
+            f"{outcome['tbt_p99_s']:6.2f} s   long done after {outcome['long_s']:6.1f} s, "
+            f"last short came after {outcome['last_short_s']:5.1f} s"
+        )
+        if arguments.json:
+            with open(arguments.json, "a", encoding="utf-8") as lines:
+                lines.write(json.dumps({"engine": name, "length": length, **outcome}) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
