@@ -328,6 +328,7 @@ def _fit_key(config: EngineConfig, rank: Rank) -> dict[str, str]:
         "layout": repr(config.mesh),
         "dtype": str(keys.dtype),
         "backend": rank.backend,
+        "compile": config.compile,
         "pages": f"{config.cache.page_size} tokens",
         "torch": torch.__version__,
     }
