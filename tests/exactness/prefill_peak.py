@@ -1,4 +1,4 @@
-"""Prefills one prompt on the yardstick model and prints, in bytes, the memory that took at its peak.
+"""Prefills one prompt on the yardstick model and prints, in bytes, what that took at its peak.
 
 Run as a program, because the peak of a process is that of its whole life:
 ``python -m tests.exactness.prefill_peak NUM_TOKENS CHUNK``
