@@ -1,4 +1,4 @@
-"""How the attention kernels are built, by GPU: data, chosen by ``tools/gpu_suite.py``."""
+"""How the attention kernels are built, by GPU: data, not yet measured on any."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import triton
 
 from mnemosyne.kernels.tile import TileConfig
 
-# Candidates by the major compute capability; the first one is used, the GPU suite times them all.
-# None is measured yet: the order is by what fits registers and shared memory without spills.
+# Candidates by the major compute capability; the first one is used. The order is by what fits
+# registers and shared memory without spills: nothing here was timed on a GPU yet.
 DECODE_CONFIGS: dict[int, tuple[TileConfig, ...]] = {
     8: (TileConfig(16, 64, 4, 5), TileConfig(16, 128, 4, 5), TileConfig(16, 64, 4, 7)),
     9: (TileConfig(16, 64, 4, 5), TileConfig(16, 64, 4, 7), TileConfig(16, 128, 4, 5)),
@@ -30,7 +30,7 @@ CHUNK_CONFIGS: dict[int, tuple[TileConfig, ...]] = {
     ),
 }
 # Products of float32 and float64 keep their digits only outside TF32, which takes more registers.
-WIDE_CONFIGS = {"decode": TileConfig(16, 32, 8, 2), "chunk": TileConfig(32, 32, 8, 2)}
+WIDE_CONFIGS = {"decode": TileConfig(16, 32, 8, 2), "chunk": TileConfig(16, 16, 4, 2)}
 LONG_HEAD_CONFIGS = {"decode": TileConfig(16, 32, 4, 2), "chunk": TileConfig(64, 32, 8, 2)}
 INTERPRETED = TileConfig(16, 32, 4, 2)
 

@@ -241,7 +241,7 @@ class EngineConfig:
         if self.compile not in COMPILE_MODES:
             raise ValueError(
                 f"compile must be one of {', '.join(COMPILE_MODES)}, got {self.compile!r}; "
-                "step is the fastest at decode"
+                "step compiles the most"
             )
         if self.compile != "none" and self.mesh.world_size > 1:
             raise ValueError(

@@ -23,8 +23,8 @@ from mnemosyne.attention.segments import Attend
 from mnemosyne.runtime.few_rows import compile_few_rows
 from mnemosyne.runtime.step import Layer, LayeredModel
 
-# Steps of so many rows have graphs of their own, where a linear layer is a sum per row. From 4 rows
-# on the matrix product is as fast; with 8 the sums take four times as long as it does.
+# Steps of so many rows have graphs of their own, where a linear layer is a sum per row. With more
+# rows the sums gained little in one measurement and lost much in another.
 CPU_ROWS = (1, 2)
 CUDA_ROWS = (1,)
 MANY_ROWS = 16  # of the steps that the graph for any number of rows is traced with
