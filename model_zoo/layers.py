@@ -99,14 +99,17 @@ class DecoderLayer(nn.Module):
     def finish(self, hidden_TE: Tensor, out_THD: Tensor, feed_forward: FeedForward) -> Tensor:
         """The residual stream after this layer, [T, E], once attention has given ``out_THD``."""
         hidden_TE = hidden_TE + self.attn(out_THD)
+        del out_THD  # its memory serves the MLP
         return hidden_TE + feed_forward(self.mlp, self.mlp_norm(hidden_TE))
 
     def forward(
         self, hidden_TE: Tensor, rotary: tuple[Tensor, Tensor], layer: int, attend: Attend
     ) -> Tensor:
         """The residual stream after this layer, [T, E]."""
-        out_THD = attend(layer, *self.project(hidden_TE, rotary))
-        return self.finish(hidden_TE, out_THD, attend.feed_forward)
+        # no name here: what attention gave lives until its projection
+        return self.finish(
+            hidden_TE, attend(layer, *self.project(hidden_TE, rotary)), attend.feed_forward
+        )
 
 
 class Unembed(nn.Module):
