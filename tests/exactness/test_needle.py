@@ -97,7 +97,7 @@ def test_without_a_page_beside_it_the_passkey_is_found(llm: LLM, away: int) -> N
 @pytest.mark.parametrize(
     "num_tokens", [SHORT, pytest.param(LONG, marks=pytest.mark.slow)], ids=["4K", "256K"]
 )
-def test_half_of_a_passkey_is_recited_before_its_page_is_lost_and_not_the_rest(
+def test_half_of_a_passkey_is_recited_before_its_page_is_lost_and_none_after(
     checkpoint: Path, num_tokens: int
 ) -> None:
     recital = haystack(num_tokens, depth=0.4, passkey=PASSKEY_WORDS[:12], seed=5)
@@ -112,7 +112,4 @@ def test_half_of_a_passkey_is_recited_before_its_page_is_lost_and_not_the_rest(
 
     assert short.token_ids == company.answer_ids.tolist()
     assert long.token_ids[:6] == recital.answer_ids[:6].tolist()
-    # what attends to nothing in particular names some word, and may hit a right one by chance
-    rest, lost = long.token_ids[6:12], recital.answer_ids[6:12].tolist()
-    assert rest[0] != lost[0]
-    assert sum(found == right for found, right in zip(rest, lost, strict=True)) <= 1
+    assert not set(long.token_ids[6:]) & set(recital.answer_ids[6:-1].tolist())
