@@ -20,7 +20,7 @@ SOURCES = Path(__file__).parent
 
 @cache
 def what_is_missing() -> str | None:
-    """Why the kernels cannot run here, None if they can."""
+    """Why the kernels cannot run here, None if they can; the first time on a machine tries it."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return f"they run on Linux x86_64, this is {platform.system()} {platform.machine()}"
     lacking = [flag for flag in NEEDED if flag not in _processor()]
@@ -28,6 +28,12 @@ def what_is_missing() -> str | None:
         return f"this processor lacks {', '.join(lacking)}"
     if _compiler() is None:
         return "there is no C++ compiler; install g++"
+    try:
+        load_library("linear")
+    except RuntimeError as error:  # a compiler older than the processor, most likely
+        return f"{_compiler()} cannot build them, see below; install g++ 11 or newer\n{error}"
+    except OSError as error:
+        return f"a library cannot be kept in {_folder()} ({error}); make it writable"
     return None
 
 
@@ -41,9 +47,9 @@ def load_library(name: str, **constants: int) -> ctypes.CDLL:
 
     Raises:
         RuntimeError: with what the compiler said, if it failed.
+        OSError: if the folder of libraries cannot be written, or a library not be loaded.
     """
     compiler = _compiler()
-    assert what_is_missing() is None
     assert compiler is not None
     defines = [f"-D{key}={value}" for key, value in sorted(constants.items())]
     source = SOURCES / f"{name}.cpp"
