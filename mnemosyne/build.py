@@ -95,13 +95,7 @@ def build_rank(
         device=device,
         num_sharing=ranks_on_host() if device.type == "cpu" else 1,
     )
-    intake = Intake(
-        vocab_size=spec.vocab_size,
-        max_positions=spec.max_positions,
-        defaults=checkpoint.defaults(),
-        tokenizer=checkpoint.tokenizer(),
-        model=checkpoint.name,
-    )
+    intake = _intake(checkpoint)
     # Every rank of a group must hold the pages that the driver hands out.
     num_pages = min(gather_counts(num_pages, mesh))
     max_tokens = tokens_per_group(config.cache, num_pages)
@@ -120,13 +114,11 @@ def build_rank(
     if any(num_bytes):
         log.info("%s", describe_reads(num_bytes))
     log.info("%s, %s on %s, %s attention", checkpoint.name, dtype, device, backend.name)
-    cache = describe_cache(
-        num_pages,
-        config.cache.page_size,
-        token_bytes=token_bytes,
-        num_groups=mesh.kvp.degree,
+    page_size, num_groups = config.cache.page_size, mesh.kvp.degree
+    log.info(
+        "%s",
+        describe_cache(num_pages, page_size, token_bytes=token_bytes, num_groups=num_groups),
     )
-    log.info("%s", cache)
     return Rank(
         *(mesh, checkpoint, worker, intake, num_pages, max_tokens, trace, config.metrics),
         backend=backend.name,
@@ -222,6 +214,16 @@ def _find(config: EngineConfig) -> tuple[torch.device, Checkpoint]:
         vocab_size=spec.vocab_size,
     )
     return device, checkpoint
+
+
+def _intake(checkpoint: Checkpoint) -> Intake:
+    return Intake(
+        vocab_size=checkpoint.spec.vocab_size,
+        max_positions=checkpoint.spec.max_positions,
+        defaults=checkpoint.defaults(),
+        tokenizer=checkpoint.tokenizer(),
+        model=checkpoint.name,
+    )
 
 
 def _layer_shape(decoder: Decoder, spec: ModelSpec) -> LayerShape:

@@ -96,11 +96,6 @@ def build_simulation(
         vocab_size=shape.vocab_size,
         step_s=2 * config.schedule.target_tbt,
     )
-    predictor = LinearPredictor()
-    sweep = SimulatedCluster(cost)
-    samples = calibrate(sweep, work_model, limits, clock=sweep.clock)
-    if samples:
-        predictor.fit(samples)
     router = Router(
         [PageAllocator(memory.num_pages) for _ in range(mesh.kvp)],
         page_size=memory.page_size,
@@ -110,7 +105,7 @@ def build_simulation(
         config.schedule,
         config.slo,
         router=router,
-        predictor=predictor,
+        predictor=_fitted(cost, work_model, limits),
         work_model=work_model,
         depth=cluster.depth,
     )
@@ -123,6 +118,15 @@ def build_simulation(
     )
     engine = Engine(scheduler, cluster, intake, on_step=on_step, clock=cluster.clock)
     return Simulation(engine, cluster, memory)
+
+
+def _fitted(cost: StepCost, work_model: WorkModel, limits: Limits) -> LinearPredictor:
+    predictor = LinearPredictor()
+    sweep = SimulatedCluster(cost)
+    samples = calibrate(sweep, work_model, limits, clock=sweep.clock)
+    if samples:
+        predictor.fit(samples)
+    return predictor
 
 
 def stages_of(shape: ShapeConfig, mesh: MeshConfig) -> tuple[int, ...]:

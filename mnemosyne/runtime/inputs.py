@@ -89,32 +89,10 @@ def build_inputs(
     for view in views:
         if view is None:
             continue
-        chunk, tokens = view.chunk, view.sequence.tokens
-        if chunk.num_tokens == 1:
-            # a step may hold a thousand decodes, and arrays of one cost as much as long ones
-            packed[0, row], packed[1, row] = tokens[chunk.start], chunk.start
-            if view.stores:
-                page, offset = divmod(chunk.start - view.positions.start, page_size)
-                packed[2, row] = view.pages[page] * page_size + offset
-        else:
-            rows = slice(row, row + chunk.num_tokens)
-            packed[0, rows] = tokens[chunk.start : chunk.stop]
-            packed[1, rows] = np.arange(chunk.start, chunk.stop)
-            if view.stores:
-                first = chunk.start - view.positions.start
-                packed[2, rows] = slots_of(view.pages, first, chunk.num_tokens, page_size)
-        segments.append(
-            Segment(
-                first_row=row,
-                num_rows=chunk.num_tokens,
-                first_position=chunk.start,
-                num_keys=len(view.positions),
-                pages=view.pages,
-                first_key=view.positions.start,
-            )
-        )
-        chunks.append(PlacedChunk(chunk, row))
-        row += chunk.num_tokens
+        _pack(packed, row, view, page_size)
+        segments.append(_segment(view, row))
+        chunks.append(PlacedChunk(view.chunk, row))
+        row += view.chunk.num_tokens
     ids, positions, slots = torch.from_numpy(packed).to(device).unbind()
     first_rows = {placed.chunk.request_id: placed.first_row for placed in chunks}
     wide = _wide_rows(plan, sequences, first_rows, group, num_groups) if is_wide else None
@@ -127,6 +105,35 @@ def build_inputs(
         chunks=tuple(chunks),
         shared=shared.to(device) if shared else None,
         wide=wide.to(device) if wide else None,
+    )
+
+
+def _pack(packed: np.ndarray, row: int, view: _LocalView, page_size: int) -> None:
+    """Enter the ids, positions and slots of a chunk, from a row on."""
+    chunk, tokens = view.chunk, view.sequence.tokens
+    first = chunk.start - view.positions.start
+    if chunk.num_tokens == 1:
+        # a step may hold a thousand decodes, and arrays of one cost as much as long ones
+        packed[0, row], packed[1, row] = tokens[chunk.start], chunk.start
+        if view.stores:
+            page, offset = divmod(first, page_size)
+            packed[2, row] = view.pages[page] * page_size + offset
+        return
+    rows = slice(row, row + chunk.num_tokens)
+    packed[0, rows] = tokens[chunk.start : chunk.stop]
+    packed[1, rows] = np.arange(chunk.start, chunk.stop)
+    if view.stores:
+        packed[2, rows] = slots_of(view.pages, first, chunk.num_tokens, page_size)
+
+
+def _segment(view: _LocalView, row: int) -> Segment:
+    return Segment(
+        first_row=row,
+        num_rows=view.chunk.num_tokens,
+        first_position=view.chunk.start,
+        num_keys=len(view.positions),
+        pages=view.pages,
+        first_key=view.positions.start,
     )
 
 
