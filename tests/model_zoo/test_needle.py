@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
 
 from mnemosyne.model_zoo import read_spec
 from mnemosyne.model_zoo.haystack import (
@@ -56,11 +56,12 @@ def oracle(request: pytest.FixtureRequest, checkpoint: Path) -> LlamaForCausalLM
 def greedy(model: LlamaForCausalLM, recital: Recital, first_position: int = 0) -> np.ndarray:
     """As many greedy tokens as the answer has; the first token stands at ``first_position``."""
     ids: Tensor = torch.from_numpy(recital.prompt_ids)[None]
-    position, cache, found = first_position, None, []
+    position, cache, found = first_position, DynamicCache(config=model.config), []
     for _ in recital.answer_ids:
         positions = torch.arange(position, position + ids.shape[1])[None]
-        out = model(ids, position_ids=positions, past_key_values=cache, logits_to_keep=1)
-        position, cache = position + ids.shape[1], out.past_key_values
+        # by place: its keyword is past_key_values before transformers 5.24, and cache from there on
+        out = model(ids, None, positions, cache, logits_to_keep=1)
+        position += ids.shape[1]
         ids = out.logits[:, -1:].argmax(-1)
         found.append(int(ids))
     return np.array(found)

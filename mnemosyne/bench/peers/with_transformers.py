@@ -38,12 +38,11 @@ class Transformers:
     def step(self) -> list[tuple[int, int]]:
         chunk, self._waiting = self._waiting[: self._chunk], self._waiting[self._chunk :]
         ids = torch.tensor([chunk])
-        logits = self._model(
-            input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1
-        ).logits
+        # by place: its keyword is past_key_values before transformers 5.24, and cache from there on
+        out = self._model(ids, None, None, self._cache, use_cache=True, logits_to_keep=1)
         if self._waiting:
             return []
-        token_id = int(logits[0, -1].argmax())
+        token_id = int(out.logits[0, -1].argmax())
         self._waiting = [token_id]
         return [(0, token_id)]
 
