@@ -29,17 +29,26 @@ def report(pattern: str) -> list[tuple[str, int, int, int]]:
 
 
 def test_the_kernels_of_the_usual_model_do_not_spill() -> None:
-    lines = report("used (paged_(decode|chunk) bf16 D128 N128|merge)")
+    lines = report(
+        "used (paged_(decode|chunk) bf16 D128 N128|merge|rotate.* bf16 D128|add.* bf16 E4096)"
+    )
 
-    assert len(lines) == 9
+    assert len(lines) == 3 * 5
     for label, registers, _, stack_bytes in lines:
         assert stack_bytes == 0, label
-        assert registers <= (168 if "decode" in label else 255), label
+        assert registers <= most_registers(label), label
+
+
+def most_registers(label: str) -> int:
+    """Per thread: what lets enough blocks share a processor."""
+    if "paged_chunk" in label:
+        return 255
+    return 168 if "paged_decode" in label else 96
 
 
 @pytest.mark.slow
 def test_no_kernel_that_may_be_used_spills() -> None:
     lines = report("used")
 
-    assert len(lines) == 3 * (7 * 2 + 1)
+    assert len(lines) == 3 * (7 * 2 + 1 + 3 + 4)
     assert not any(stack_bytes for *_, stack_bytes in lines)
