@@ -1,0 +1,1 @@
+"""Sections of the GPU suite; ``tools/gpu_suite.py`` runs each in a process of its own."""
