@@ -5,12 +5,14 @@
     kvp   decode over a filled cache with kvp=1 and kvp=2: attention with merge, and whole steps
     merge time of exchange and merge by context length, with kvp=2; ranks meet before each, so that
           neither waits for the other's attention
+    overlap  decode of one long request over two groups beside short ones on each, once with every
+          exchange waited for at once, once with the short ones computed meanwhile
     tp    prefill and decode at short context with tp=1 and tp=2
 
 Runs alternate and medians are shown. Ranks are started by torchrun on this machine.
 
-Usage: python tools/bench_mesh.py spp|hops|kvp|merge|tp [--repeats 3] [--length 32K]
-       [--attention auto] [--degree 1] [--json FILE] [--trace FILE]
+Usage: python tools/bench_mesh.py spp|hops|kvp|merge|overlap|tp [--repeats 3]
+       [--length 32K] [--attention auto] [--degree 1] [--json FILE] [--trace FILE]
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from statistics import median
 from typing import Any
 
@@ -29,6 +31,7 @@ import numpy as np
 import torch
 
 from mnemosyne import LLM, SamplingParams
+from mnemosyne.attention import kvp
 from mnemosyne.build import Rank, build_rank
 from mnemosyne.cache.layout import Placement, Shard, pages_for
 from mnemosyne.config import CacheConfig, EngineConfig, MeshConfig, ScheduleConfig, parse_size
@@ -43,6 +46,7 @@ RESULT = "bench_mesh_result "  # before the line of JSON that rank 0 prints
 PAGE_SIZE = 128
 NUM_STEPS = 24  # decode steps timed, after NUM_WARM of them
 NUM_WARM = 4
+SHORT_TOKENS = 8192  # of a request beside the long one
 
 Case = dict[str, Any]
 
@@ -71,7 +75,8 @@ def decode_filled(case: Case) -> dict[str, float] | None:
     """Median times of a decode step over a cache that is filled with random keys and values."""
     num_groups = case["mesh"].get("kvp", 1)
     shard_tokens = pages_for(case["length"], PAGE_SIZE * num_groups) * PAGE_SIZE
-    room = (shard_tokens // PAGE_SIZE + 1) * PAGE_SIZE
+    shorts = case.get("shorts", 0)  # on each group
+    room = shard_tokens + PAGE_SIZE + shorts * SHORT_TOKENS
     config = EngineConfig(
         model="bench",
         attention=case["attention"],
@@ -81,12 +86,14 @@ def decode_filled(case: Case) -> dict[str, float] | None:
     )
     rank = build_rank(config)
     _fill(rank)
-    clocks = {
-        "attention_s": _timed(step.PagedAttention, "__call__"),
-        "merge_s": _timed(step, "exchange_partials"),
-    }
+    merge_s: list[float] = []
+    _timed(step, "start_exchange", merge_s)
+    _timed(kvp.Exchange, "finish", merge_s)
+    clocks = {"attention_s": _timed(step.PagedAttention, "__call__", []), "merge_s": merge_s}
     if case.get("meets"):
-        _meet_before(step, "exchange_partials", rank.mesh.kvp)
+        _meet_before(step, "start_exchange", rank.mesh.kvp)
+    if case.get("waits"):
+        _wait_at_once()
     if rank.mesh.rank > 0:
         follower = Follower(rank)
         follower.close()
@@ -98,42 +105,50 @@ def decode_filled(case: Case) -> dict[str, float] | None:
             rank.worker, driver, num_groups=num_groups, num_stages=rank.mesh.pp.degree
         )
         driver.tell_ready()
-    placement = _placement(num_groups, shard_tokens, room // PAGE_SIZE)
-    times = _decode(executor, case["length"], placement, clocks)
+    requests = [(case["length"], _placement(range(num_groups), shard_tokens))]
+    for index in range(shorts * num_groups):
+        first = shard_tokens + PAGE_SIZE + index // num_groups * SHORT_TOKENS
+        placement = _placement([index % num_groups], SHORT_TOKENS, first)
+        requests.append((SHORT_TOKENS, placement))
+    times = _decode(executor, requests, clocks)
     if driver is not None:
         driver.close()
     return times
 
 
-def _placement(num_groups: int, shard_tokens: int, num_pages: int) -> Placement:
-    pages = np.arange(num_pages, dtype=np.int64)
-    shards = tuple(Shard(group, pages) for group in range(num_groups))
-    # decodes stay in the last shard: it has a page more than its share
-    return Placement(shards, shard_tokens)
+def _placement(groups: Iterable[int], shard_tokens: int, first_slot: int = 0) -> Placement:
+    # decodes stay in the last shard: a long request has a page more than its share
+    pages = first_slot // PAGE_SIZE + np.arange(shard_tokens // PAGE_SIZE + 1, dtype=np.int64)
+    return Placement(tuple(Shard(group, pages) for group in groups), shard_tokens)
 
 
 def _decode(
     executor: Executor,
-    length: int,
-    placement: Placement,
+    requests: list[tuple[int, Placement]],
     clocks: dict[str, list[float]],
 ) -> dict[str, float]:
-    start = length - NUM_WARM - NUM_STEPS
-    admission = Admission(
-        request_id=0,
-        prompt_ids=np.zeros(start, dtype=np.int64),
-        params=SamplingParams(max_tokens=NUM_WARM + NUM_STEPS + 1, temperature=0.0),
-        seed=0,
-        end_token_ids=(),
-        placement=placement,
+    starts = [length - NUM_WARM - NUM_STEPS for length, _ in requests]
+    admitted = tuple(
+        Admission(
+            request_id=request_id,
+            prompt_ids=np.zeros(starts[request_id], dtype=np.int64),
+            params=SamplingParams(max_tokens=NUM_WARM + NUM_STEPS + 1, temperature=0.0),
+            seed=0,
+            end_token_ids=(),
+            placement=placement,
+        )
+        for request_id, (_, placement) in enumerate(requests)
     )
     seconds: dict[str, list[float]] = {"step_s": [], **{name: [] for name in clocks}}
     for index in range(NUM_WARM + NUM_STEPS):
         for clock in clocks.values():
             clock.clear()
-        chunk = Chunk(0, start + index, 1, samples=True, token_id=5)
+        chunks = tuple(
+            Chunk(request_id, start + index, 1, samples=True, token_id=5)
+            for request_id, start in enumerate(starts)
+        )
         started_s = time.perf_counter()
-        executor.submit(Plan(index, (chunk,), admitted=(admission,) if index == 0 else ()))
+        executor.submit(Plan(index, chunks, admitted=admitted if index == 0 else ()))
         executor.collect()
         seconds["step_s"].append(time.perf_counter() - started_s)
         for name, clock in clocks.items():
@@ -151,9 +166,9 @@ def _fill(rank: Rank) -> None:
             part.copy_(block[: part.numel()])
 
 
-def _timed(owner: Any, name: str) -> list[float]:
-    """Have every call of a function add its seconds to the list that comes back."""
-    function, seconds = getattr(owner, name), []
+def _timed(owner: Any, name: str, seconds: list[float]) -> list[float]:
+    """Have every call of a function add its seconds to a list, which comes back."""
+    function = getattr(owner, name)
 
     def timed(*arguments: Any, **keywords: Any) -> Any:
         started_s = time.perf_counter()
@@ -177,6 +192,19 @@ def _meet_before(owner: Any, name: str, axis: Axis) -> None:
     setattr(owner, name, met)
 
 
+def _wait_at_once() -> None:
+    """Have every exchange be there before anything else is computed."""
+    start = step.start_exchange
+
+    def waited(*arguments: Any) -> kvp.Exchange:
+        exchange = start(*arguments)
+        exchange.gather.wait()
+        exchange.gather.works.clear()
+        return exchange
+
+    step.start_exchange = waited
+
+
 MEASURES: dict[str, Callable[[Case], dict[str, float] | None]] = {
     "serve": serve_prompt,
     "decode": decode_filled,
@@ -194,6 +222,9 @@ def cases(what: str, length: int) -> list[Case]:
     if what in ("kvp", "hops"):
         axis = "kvp" if what == "kvp" else "pp"
         return [{"mesh": {axis: n}, "measure": "decode", "length": length} for n in (1, 2)]
+    if what == "overlap":
+        fields = {"mesh": {"kvp": 2}, "measure": "decode", "length": length, "shorts": 8}
+        return [{**fields, "waits": waits} for waits in (True, False)]
     lengths = [2**13, 2**15, 2**17, 2**18, 2**20]
     fields = {"mesh": {"kvp": 2}, "measure": "decode", "meets": True}
     return [{**fields, "length": n} for n in lengths]
@@ -235,7 +266,7 @@ def compare(chosen: list[Case], repeats: int) -> list[Case]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="?", choices=["spp", "hops", "kvp", "merge", "tp"])
+    parser.add_argument("what", nargs="?", choices=["spp", "hops", "kvp", "merge", "overlap", "tp"])
     parser.add_argument("--length", default=None, help="tokens; 32K, for kvp 256K")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--attention", default="auto", help="backend")
@@ -254,7 +285,7 @@ def main() -> int:
             print(RESULT + json.dumps(found), flush=True)
         return 0
     if arguments.what is None:
-        parser.error("say what to compare: spp, hops, kvp, merge or tp")
+        parser.error("say what to compare: spp, hops, kvp, merge, overlap or tp")
     default = "256K" if arguments.what == "kvp" else "32K"
     length = parse_size(arguments.length or default, "--length")
     chosen = [

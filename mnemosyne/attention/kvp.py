@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mnemosyne.attention.lse import merge_partials
 from mnemosyne.attention.rows import SharedRows, WideRows
-from mnemosyne.parallel.collectives import all_gather
+from mnemosyne.parallel.collectives import Gather, all_gather, start_all_gather
 from mnemosyne.parallel.mesh import Axis
 
 
@@ -55,21 +56,39 @@ def merge_packed(
     return merge_partials(mine[..., :head_dim], lse)[0]
 
 
-def exchange_partials(out_THD: Tensor, lse_TH: Tensor, shared: SharedRows, axis: Axis) -> None:
-    """Replace partial attention of the shared rows by attention over all their keys, in place.
+@dataclass(frozen=True, slots=True, eq=False)
+class Exchange:
+    """Partials of the shared rows of a step, on their way between the groups."""
+
+    gather: Gather
+    shared: SharedRows
+    head_dim: int
+    wide: torch.dtype  # of the LSE
+
+    def finish(self, out_THD: Tensor) -> None:
+        """Write attention of the shared rows over all their keys, once the partials have come.
+
+        Args:
+            out_THD: the outputs of the step; shared rows are overwritten.
+        """
+        merged = merge_packed(self.gather.wait(), self.shared, self.head_dim, self.wide)
+        out_THD[self.shared.local_rows] = merged
+
+
+def start_exchange(out_THD: Tensor, lse_TH: Tensor, shared: SharedRows, axis: Axis) -> Exchange:
+    """Send the partials of the shared rows to all groups, and start to receive theirs.
 
     The volume per layer and group is shared rows x heads x (D + 1), whatever the context. All
     groups must call this in a step that has shared rows, those without any of them too.
 
     Args:
-        out_THD: local outputs; shared rows are overwritten.
+        out_THD: local outputs; used before this returns.
         lse_TH: natural-log LSE of the local outputs.
         shared: the shared rows of the step.
         axis: kvp.
     """
-    gathered = all_gather(pack_partials(out_THD, lse_TH, shared), axis)
-    merged = merge_packed(gathered, shared, out_THD.shape[-1], lse_TH.dtype)
-    out_THD[shared.local_rows] = merged
+    gather = start_all_gather(pack_partials(out_THD, lse_TH, shared), axis)
+    return Exchange(gather, shared, out_THD.shape[-1], lse_TH.dtype)
 
 
 def wide_feed_forward(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mnemosyne.attention.segments import AttentionBatch
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SharedRows:
@@ -19,9 +21,11 @@ class SharedRows:
     num_rows: int  # shared rows of the step, over all groups
     local_rows: Tensor  # int64, the rows of this rank among them
     exchange_rows: Tensor  # int64, where these stand in the common order
+    batch: AttentionBatch  # what they see here; other rows of the step are padding in it
 
     def to(self, device: torch.device) -> SharedRows:
-        return SharedRows(self.num_rows, self.local_rows.to(device), self.exchange_rows.to(device))
+        rows = self.local_rows.to(device), self.exchange_rows.to(device)
+        return SharedRows(self.num_rows, *rows, self.batch)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -40,6 +42,46 @@ def all_reduce_sum(x: Tensor, axis: Axis) -> Tensor:
     return x
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Gather:
+    """The tensors of all ranks of an axis, on their way."""
+
+    sent: Tensor  # kept until it has left
+    gathered: Tensor
+    works: list[dist.Work | None]
+
+    def wait(self) -> Tensor:
+        """``[degree, *x.shape]`` in the order of the axis, once all have come.
+
+        On CUDA the stream waits, not the caller.
+        """
+        for work in self.works:
+            assert work is not None, "this rank is on the axis"
+            work.wait()
+        return self.gathered
+
+
+def start_all_gather(x: Tensor, axis: Axis) -> Gather:
+    """Start to gather the tensors of all ranks of an axis; what follows runs meanwhile.
+
+    Args:
+        x: of the same shape and dtype on every rank; it must stay as it is until it has left.
+        axis: the ranks.
+    """
+    if axis.group is None:
+        return Gather(x, x[None], [])
+    x = x.contiguous()
+    gathered = torch.empty((axis.degree, *x.shape), dtype=x.dtype, device=x.device)
+    if not x.is_cpu:
+        work = dist.all_gather(list(gathered.unbind()), x, group=axis.group, async_op=True)
+        return Gather(x, gathered, [work])
+    gathered[axis.index] = x
+    peers = [index for index in range(axis.degree) if index != axis.index]
+    works = [dist.irecv(gathered[peer], group=axis.group, group_src=peer) for peer in peers]
+    works += [dist.isend(x, group=axis.group, group_dst=peer) for peer in peers]
+    return Gather(x, gathered, works)
+
+
 def all_gather(x: Tensor, axis: Axis) -> Tensor:
     """The tensors of all ranks of an axis.
 
@@ -50,21 +92,7 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
     Returns:
         ``[degree, *x.shape]`` in the order of the axis.
     """
-    if axis.group is None:
-        return x[None]
-    x = x.contiguous()
-    gathered = torch.empty((axis.degree, *x.shape), dtype=x.dtype, device=x.device)
-    if not x.is_cpu:
-        dist.all_gather(list(gathered.unbind()), x, group=axis.group)
-        return gathered
-    gathered[axis.index] = x
-    peers = [index for index in range(axis.degree) if index != axis.index]
-    works = [dist.irecv(gathered[peer], group=axis.group, group_src=peer) for peer in peers]
-    works += [dist.isend(x, group=axis.group, group_dst=peer) for peer in peers]
-    for work in works:
-        assert work is not None, "this rank is on the axis"
-        work.wait()
-    return gathered
+    return start_all_gather(x, axis).wait()
 
 
 def gather_counts(value: int, mesh: Mesh) -> list[int]:

@@ -131,6 +131,10 @@ class FollowerChannel:
         """The next message of rank 0; waits for it."""
         return decode(self._socket.recv())
 
+    def has_message(self) -> bool:
+        """Whether ``recv`` would not wait."""
+        return bool(self._socket.poll(0))
+
     def send_result(self, result: StepResult) -> None:
         """Send what this rank's group made of a step to rank 0; returns at once."""
         self._socket.send(encode_result(result))

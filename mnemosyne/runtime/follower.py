@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -18,6 +19,9 @@ class Inbox(Protocol):
     def recv(self) -> Any:
         """The next plan, or whatever ends this call."""
 
+    def has_message(self) -> bool:
+        """Whether ``recv`` would not wait."""
+
     def send_result(self, result: StepResult) -> None:
         """Report what this rank's group made of a step."""
 
@@ -33,11 +37,22 @@ def follow(inbox: Inbox, worker: Worker, watch: Watch) -> Any:
     Returns:
         The message that was no plan.
     """
-    while True:
-        message = inbox.recv()
-        if not isinstance(message, Plan):
-            return message
-        with watch(message.index, message.predicted_s):
-            result = worker.run(message)
+    messages = deque([inbox.recv()])
+    while isinstance(plan := messages.popleft(), Plan):
+        with watch(plan.index, plan.predicted_s):
+            worker.expect(plan)
+            _look_ahead(inbox, messages, worker)
+            result = worker.run(plan)
         if result is not None:
             inbox.send_result(result)
+        if not messages:
+            messages.append(inbox.recv())
+    return plan
+
+
+def _look_ahead(inbox: Inbox, messages: deque[Any], worker: Worker) -> None:
+    """Announce the plans that have come already; what ends this call is the last message of it."""
+    while inbox.has_message() and (not messages or isinstance(messages[-1], Plan)):
+        messages.append(inbox.recv())
+        if isinstance(messages[-1], Plan):
+            worker.expect(messages[-1])

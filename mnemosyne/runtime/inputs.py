@@ -39,7 +39,7 @@ class StepInputs:
     token_ids_T: Tensor  # int64
     positions_T: Tensor  # int64
     slots_T: Tensor  # int64, where each row's K and V go
-    batch: AttentionBatch
+    batch: AttentionBatch  # rows whose keys are all here
     chunks: tuple[PlacedChunk, ...]  # those of the plan that this group takes part in
     shared: SharedRows | None = None  # rows that other groups compute as well
     wide: WideRows | None = None  # how rows of all groups meet in a wide MLP
@@ -52,6 +52,15 @@ def bucket_size(num_tokens: int) -> int:
         return power
     multiple = max(SMALLEST_MULTIPLE, power // 2 // BUCKETS_PER_DOUBLING)
     return -(-num_tokens // multiple) * multiple
+
+
+def count_rows(plan: Plan, sequences: Mapping[int, SequenceState], group: int) -> int:
+    """T of a step on one group, padding included. The tokens need not be known yet."""
+    num_tokens = 0
+    for chunk in plan.chunks:
+        if _active_shard(chunk, sequences[chunk.request_id], group) is not None:
+            num_tokens += chunk.num_tokens
+    return bucket_size(max(num_tokens, 1))
 
 
 def build_inputs(
@@ -85,23 +94,29 @@ def build_inputs(
     num_rows = bucket_size(max(num_tokens, 1))
     packed = np.zeros((3, num_rows), dtype=np.int64)  # ids, positions, slots
     packed[2] = padding_slot
-    segments, chunks, row = [], [], 0
+    own: list[Segment] = []
+    common: list[Segment] = []  # of rows that other groups compute as well
+    chunks, row = [], 0
     for view in views:
         if view is None:
             continue
         _pack(packed, row, view, page_size)
+        segments = common if _is_shared(view.chunk, view.sequence) else own
         segments.append(_segment(view, row))
         chunks.append(PlacedChunk(view.chunk, row))
         row += view.chunk.num_tokens
     ids, positions, slots = torch.from_numpy(packed).to(device).unbind()
     first_rows = {placed.chunk.request_id: placed.first_row for placed in chunks}
     wide = _wide_rows(plan, sequences, first_rows, group, num_groups) if is_wide else None
-    shared = _shared_rows(plan, sequences, first_rows) if num_groups > 1 else None
+    shared = None
+    if any(_is_shared(chunk, sequences[chunk.request_id]) for chunk in plan.chunks):
+        batch = AttentionBatch(tuple(common), num_rows, page_size)
+        shared = _shared_rows(plan, sequences, first_rows, batch)
     return StepInputs(
         token_ids_T=ids,
         positions_T=positions,
         slots_T=slots,
-        batch=AttentionBatch(segments=tuple(segments), num_rows=num_rows, page_size=page_size),
+        batch=AttentionBatch(tuple(own), num_rows, page_size),
         chunks=tuple(chunks),
         shared=shared.to(device) if shared else None,
         wide=wide.to(device) if wide else None,
@@ -137,19 +152,27 @@ def _segment(view: _LocalView, row: int) -> Segment:
     )
 
 
+def _is_shared(chunk: Chunk, sequence: SequenceState) -> bool:
+    """Whether several groups compute the rows of a chunk."""
+    return sequence.placement.num_active(chunk.stop) > 1
+
+
 def _shared_rows(
-    plan: Plan, sequences: Mapping[int, SequenceState], first_rows: Mapping[int, int]
-) -> SharedRows | None:
-    """The rows that several groups compute, counted alike on every group; None without any."""
+    plan: Plan,
+    sequences: Mapping[int, SequenceState],
+    first_rows: Mapping[int, int],
+    batch: AttentionBatch,
+) -> SharedRows:
+    """The rows that several groups compute, counted alike on every group."""
     local, exchange, num_rows = [], [], 0
     for chunk in plan.chunks:
-        if sequences[chunk.request_id].placement.num_active(chunk.stop) < 2:
+        if not _is_shared(chunk, sequences[chunk.request_id]):
             continue
         if chunk.request_id in first_rows:
             local.append(_rows(first_rows[chunk.request_id], chunk))
             exchange.append(_rows(num_rows, chunk))
         num_rows += chunk.num_tokens
-    return SharedRows(num_rows, _joined(local), _joined(exchange)) if num_rows else None
+    return SharedRows(num_rows, _joined(local), _joined(exchange), batch)
 
 
 def _wide_rows(
@@ -200,14 +223,21 @@ class _LocalView(NamedTuple):
 
 def _local_view(chunk: Chunk, sequence: SequenceState, group: int) -> _LocalView | None:
     assert chunk.stop <= sequence.num_tokens, "a chunk holds only tokens that exist"
-    placement = sequence.placement
-    shard, num_active = placement.shard_in(group), placement.num_active(chunk.stop)
-    if shard is None or shard >= num_active:
+    placement, shard = sequence.placement, _active_shard(chunk, sequence, group)
+    if shard is None:
         return None
     return _LocalView(
         chunk=chunk,
         sequence=sequence,
         pages=placement.shards[shard].pages,
         positions=placement.positions(shard, chunk.stop),
-        stores=shard == num_active - 1,
+        stores=shard == placement.num_active(chunk.stop) - 1,
     )
+
+
+def _active_shard(chunk: Chunk, sequence: SequenceState, group: int) -> int | None:
+    """The shard by which a group takes part in a chunk, None if it does not."""
+    shard = sequence.placement.shard_in(group)
+    if shard is None or shard >= sequence.placement.num_active(chunk.stop):
+        return None
+    return shard

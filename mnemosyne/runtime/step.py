@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from mnemosyne.attention.kvp import exchange_partials, wide_feed_forward
-from mnemosyne.attention.segments import Attend, AttentionBackend
+from mnemosyne.attention.kvp import start_exchange, wide_feed_forward
+from mnemosyne.attention.segments import Attend, AttentionBackend, AttentionBatch
 from mnemosyne.cache.pages import PagePool
 from mnemosyne.parallel.mesh import Axis
 from mnemosyne.runtime.inputs import StepInputs
@@ -84,26 +84,45 @@ class PagedAttention:
         self._inputs = inputs
         self._layers = layers
         self._kvp = kvp
-        device = inputs.slots_T.device
-        self._prepared: dict[int | None, Any] = {
-            window: backend.prepare(inputs.batch, window, device) for window in set(layers.windows)
-        }
+        self._prepared = self._prepare(inputs.batch)
+        self._prepared_shared = self._prepare(inputs.shared.batch) if inputs.shared else {}
 
     def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
         self._pool.write(layer, self._inputs.slots_T, k_TKD, v_TKD)
         shared = self._inputs.shared
-        out_THD, lse_TH = self._backend.attend(
+        if shared is None:
+            return self._attend(layer, q_THD, self._prepared)[0]
+        # Shared rows first: their partials travel while the other rows are computed.
+        out_THD, lse_TH = self._attend(layer, q_THD, self._prepared_shared, return_lse=True)
+        assert lse_TH is not None, "partials come with their LSE"
+        exchange = start_exchange(out_THD, lse_TH, shared, self._kvp)
+        if self._inputs.batch.segments:
+            out_THD, _ = self._attend(layer, q_THD, self._prepared)
+        exchange.finish(out_THD)
+        return out_THD
+
+    def _prepare(self, batch: AttentionBatch) -> dict[int | None, Any]:
+        """What the backend needs of a batch, by window."""
+        device = self._inputs.slots_T.device
+        windows = set(self._layers.windows)
+        return {window: self._backend.prepare(batch, window, device) for window in windows}
+
+    def _attend(
+        self,
+        layer: int,
+        q_THD: Tensor,
+        prepared: dict[int | None, Any],
+        *,
+        return_lse: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        return self._backend.attend(
             q_THD,
             self._pool.k[layer],
             self._pool.v[layer],
-            self._prepared[self._layers.windows[layer]],
+            prepared[self._layers.windows[layer]],
             scale=self._layers.scale,
-            return_lse=shared is not None,
+            return_lse=return_lse,
         )
-        if shared is not None:
-            assert lse_TH is not None, "partials come with their LSE"
-            exchange_partials(out_THD, lse_TH, shared, self._kvp)
-        return out_THD
 
     def feed_forward(self, mlp: Callable[[Tensor], Tensor], x_TE: Tensor) -> Tensor:
         """The MLP of a layer; where it is sharded over the groups, over the rows of all of them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from contextlib import nullcontext
 
 import torch
@@ -13,7 +14,7 @@ from mnemosyne.parallel.mesh import Mesh
 from mnemosyne.parallel.pipeline import Pipeline
 from mnemosyne.parallel.trace import Trace
 from mnemosyne.request import Logprobs, Sampled
-from mnemosyne.runtime.inputs import PlacedChunk, StepInputs, build_inputs
+from mnemosyne.runtime.inputs import PlacedChunk, StepInputs, build_inputs, count_rows
 from mnemosyne.runtime.sampler import sample, token_logprobs
 from mnemosyne.runtime.sequences import SequenceState
 from mnemosyne.runtime.step import LayerShape, Model, PagedAttention
@@ -57,11 +58,26 @@ class Worker:
         self._pipeline = pipeline
         self._trace = trace
         self._sequences: dict[int, SequenceState] = {}
+        self._expected: deque[Plan] = deque()  # announced, and not run yet
 
     @property
     def pool(self) -> PagePool:
         """The KV cache of this rank."""
         return self._pool
+
+    def expect(self, plan: Plan) -> None:
+        """Take notice of a coming step, so that its input arrives while another is computed.
+
+        Optional, and done once: ``run`` does it for a step that was not announced. Steps are run
+        in the order in which they were announced.
+        """
+        if any(known is plan for known in self._expected):
+            return
+        self._expected.append(plan)
+        for admission in plan.admitted:
+            self._sequences[admission.request_id] = SequenceState.start(admission)
+        if self._pipeline is not None and plan.chunks:
+            self._pipeline.expect(count_rows(plan, self._sequences, self._mesh.kvp.index))
 
     def run(self, plan: Plan) -> StepResult | None:
         """Run the local part of a step.
@@ -73,6 +89,9 @@ class Worker:
         if self._trace is not None:
             chunks = ((c.request_id, c.start, c.num_tokens) for c in plan.chunks)
             self._trace.begin(plan.index, chunks)
+        self.expect(plan)
+        announced = self._expected.popleft()
+        assert announced is plan, f"step {announced.index} was announced before step {plan.index}"
         self._apply(plan)
         hidden_TE, inputs = self._forward(plan) if plan.chunks else (None, None)
         if self._mesh.pp.index < self._mesh.pp.degree - 1:
@@ -121,8 +140,6 @@ class Worker:
             gone = self._sequences.pop(request_id, None)
             if gone is not None and not gone.is_finite:
                 self._clear(gone)
-        for admission in plan.admitted:
-            self._sequences[admission.request_id] = SequenceState.start(admission)
         for chunk in plan.chunks:
             if chunk.token_id is not None:
                 self._sequences[chunk.request_id].append(chunk.token_id, chunk.start)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 from mnemosyne.request import Sampled
@@ -15,14 +16,18 @@ PLANS = [Plan(index, (), predicted_s=0.5 * index) for index in range(4)]
 
 
 class Inbox:
-    """Messages in order; what is sent is kept."""
+    """Messages in order, some of which have come already; what is sent is kept."""
 
-    def __init__(self, messages: list[Any]) -> None:
-        self._messages = iter(messages)
+    def __init__(self, messages: list[Any], num_come: int = 0) -> None:
+        self.messages = deque(messages)
+        self._num_late = len(messages) - num_come
         self.sent: list[StepResult] = []
 
     def recv(self) -> Any:
-        return next(self._messages)
+        return self.messages.popleft()
+
+    def has_message(self) -> bool:
+        return len(self.messages) > self._num_late
 
     def send_result(self, result: StepResult) -> None:
         self.sent.append(result)
@@ -33,6 +38,10 @@ class EvenReporter:
 
     def __init__(self) -> None:
         self.ran: list[int] = []
+        self.expected: list[tuple[int, int]] = []  # index, and the steps run before
+
+    def expect(self, plan: Plan) -> None:
+        self.expected.append((plan.index, len(self.ran)))
 
     def run(self, plan: Plan) -> StepResult | None:
         self.ran.append(plan.index)
@@ -54,3 +63,21 @@ def test_plans_are_run_in_order_and_reported_until_another_message_comes() -> No
     assert worker.ran == [0, 1, 2, 3]
     assert inbox.sent == [StepResult(0, {7: Sampled(0)}), StepResult(2, {7: Sampled(2)})]
     assert watched == [(0, 0.0, 1), (1, 0.5, 2), (2, 1.0, 3), (3, 1.5, 4)]
+
+
+def test_plans_that_have_come_are_announced_before_the_step_at_hand_is_computed() -> None:
+    inbox, worker = Inbox(list[Any]([*PLANS, "the end", Plan(9, ())]), num_come=3), EvenReporter()
+
+    assert follow(inbox, cast(Worker, worker), lambda *_: nullcontext()) == "the end"
+
+    assert worker.ran == [0, 1, 2, 3]
+    announced = dict(reversed(worker.expected))  # when each was announced first
+    assert announced == {0: 0, 1: 0, 2: 0, 3: 3}
+
+
+def test_what_follows_the_end_of_a_call_is_left_for_the_next_one() -> None:
+    inbox, worker = Inbox([PLANS[0], "the end", PLANS[1], "another"], num_come=4), EvenReporter()
+
+    assert follow(inbox, cast(Worker, worker), lambda *_: nullcontext()) == "the end"
+    assert list(inbox.messages) == [PLANS[1], "another"]
+    assert follow(inbox, cast(Worker, worker), lambda *_: nullcontext()) == "another"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mnemosyne.cache.layout import Placement, Shard
 from mnemosyne.request import SamplingParams
-from mnemosyne.runtime.inputs import StepInputs, bucket_size, build_inputs
+from mnemosyne.runtime.inputs import StepInputs, bucket_size, build_inputs, count_rows
 from mnemosyne.runtime.sequences import SequenceState
 from mnemosyne.schedule.plan import Admission, Chunk, Plan
 
@@ -19,7 +19,16 @@ PADDING_SLOT = 4000
 
 
 def sequence(prompt_ids: list[int], pages: list[int]) -> SequenceState:
-    placement = Placement((Shard(0, np.array(pages)),), len(pages) * PAGE_SIZE)
+    return placed(prompt_ids, Placement((Shard(0, np.array(pages)),), len(pages) * PAGE_SIZE))
+
+
+def spread(prompt_ids: list[int], shard_tokens: int) -> SequenceState:
+    """A sequence over three groups."""
+    shards = tuple(Shard(group, np.arange(shard_tokens // PAGE_SIZE)) for group in range(3))
+    return placed(prompt_ids, Placement(shards, shard_tokens))
+
+
+def placed(prompt_ids: list[int], placement: Placement) -> SequenceState:
     return SequenceState.start(
         Admission(
             request_id=0,
@@ -91,6 +100,40 @@ def test_a_chunk_of_tokens_that_do_not_exist_is_a_bug() -> None:
 
     with pytest.raises(AssertionError, match="only tokens that exist"):
         inputs_of(Chunk(1, 0, 4, samples=True), sequences={1: state})
+
+
+def test_rows_that_other_groups_compute_too_are_a_batch_of_their_own() -> None:
+    long = spread(list(range(12)), shard_tokens=4)
+    short = sequence([1, 2, 3, 4, 5], pages=[6, 7])
+    plan = Plan(0, (Chunk(0, 6, 2, samples=False), Chunk(1, 0, 5, samples=True)))
+
+    by_group = [
+        build_inputs(
+            plan,
+            {0: long, 1: short},
+            group=group,
+            num_groups=3,
+            page_size=PAGE_SIZE,
+            padding_slot=PADDING_SLOT,
+            device=torch.device("cpu"),
+        )
+        for group in range(3)
+    ]
+
+    seen = [
+        [[(s.first_row, s.num_rows, s.num_keys) for s in batch.segments] for batch in batches]
+        for batches in ((i.shared.batch, i.batch) for i in by_group if i.shared is not None)
+    ]
+    assert seen == [[[(0, 2, 4)], [(2, 5, 5)]], [[(0, 2, 4)], []], [[], []]]
+    rows = [count_rows(plan, {0: long, 1: short}, group) for group in range(3)]
+    assert rows == [len(inputs.token_ids_T) for inputs in by_group] == [8, 2, 1]
+
+
+def test_the_rows_of_a_step_can_be_counted_before_its_tokens_are_known() -> None:
+    state = sequence([1, 2, 3], pages=[0, 1])
+    plan = Plan(5, (Chunk(0, 3, 1, samples=True),))
+
+    assert count_rows(plan, {0: state}, group=0) == 1
 
 
 @given(num_tokens=st.integers(1, 2**24))
