@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +31,27 @@ class Linear(nn.Linear):
 
 def multiply(x_TE: Tensor, weight_NE: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """``x W^T + b``, in the dtype of ``x_TE``, by whichever product is the faster."""
-    if torch.compiler.is_compiling() or not linear.is_fast_for(x_TE, weight_NE):
-        return F.linear(x_TE, weight_NE, bias_N)
-    return linear.linear(x_TE, weight_NE, bias_N)
+    if _is_few(x_TE, weight_NE):
+        return linear.linear(x_TE, [(weight_NE, bias_N)])[0]
+    return F.linear(x_TE, weight_NE, bias_N)
+
+
+def multiply_each(x_TE: Tensor, layers: Sequence[nn.Linear]) -> Sequence[Tensor]:
+    """What each of some layers of one input gives."""
+    if all(_is_few(x_TE, layer.weight) for layer in layers):
+        return linear.linear(x_TE, [(layer.weight, layer.bias) for layer in layers])
+    return [layer(x_TE) for layer in layers]
+
+
+def gate(x_TE: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
+    """``silu(gate(x)) * up(x)``."""
+    if _is_few(x_TE, gate.weight) and _is_few(x_TE, up.weight):
+        return linear.gated(x_TE, (gate.weight, gate.bias), (up.weight, up.bias))
+    return F.silu(gate(x_TE)) * up(x_TE)
+
+
+def _is_few(x_TE: Tensor, weight_NE: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and linear.is_fast_for(x_TE, weight_NE)
 
 
 class Attention(nn.Module):
@@ -54,9 +72,10 @@ class Attention(nn.Module):
     def project(self, x_TE: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated ``q_THD`` and ``k_TKD``, and ``v_TKD``; ``rotary`` is this step's cos and sin."""
         # The head count is read off the projection: under tp it is the local one.
-        q_THD = self.wq(x_TE).unflatten(-1, (-1, self.head_dim))
-        k_TKD = self.wk(x_TE).unflatten(-1, (-1, self.head_dim))
-        v_TKD = self.wv(x_TE).unflatten(-1, (-1, self.head_dim))
+        q_THD, k_TKD, v_TKD = (
+            y.unflatten(-1, (-1, self.head_dim))
+            for y in multiply_each(x_TE, (self.wq, self.wk, self.wv))
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q_THD, k_TKD = self.q_norm(q_THD), self.k_norm(k_TKD)
         return rotate(q_THD, *rotary), rotate(k_TKD, *rotary), v_TKD
@@ -77,7 +96,7 @@ class MLP(nn.Module):
 
     def forward(self, x_TE: Tensor) -> Tensor:
         """MLP output [T, E] of the normed input."""
-        return self.down(F.silu(self.gate(x_TE)) * self.up(x_TE))
+        return self.down(gate(x_TE, self.gate, self.up))
 
 
 class DecoderLayer(nn.Module):

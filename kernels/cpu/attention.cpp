@@ -80,9 +80,16 @@ struct alignas(64) Scratch {
 inline float exp2_scalar(float x) { return x == NONE ? 0.0f : std::exp2(x); }
 
 // Packing reads a tile; meanwhile the same keys of the next tile start on their way from memory.
+inline void prefetch_line(const bf16* at) { _mm_prefetch((const char*)at, _MM_HINT_T1); }
+
 inline void prefetch(const bf16* row) {
-  for (int d = 0; d < D; d += 32) _mm_prefetch((const char*)(row + d), _MM_HINT_T1);
+  for (int d = 0; d < D; d += 32) prefetch_line(row + d);
 }
+
+// Where the elements of two vectors go when these are interleaved: the lower half of the result.
+alignas(64) const uint16_t INTERLEAVED[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,
+                                              37, 6, 38, 7, 39, 8,  40, 9,  41, 10, 42,
+                                              11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
 
 void pack_keys(const bf16* k, const int64_t* slot, const int64_t* next, bf16* packed, int num_keys) {
   for (int j = 0; j < num_keys; j += 16) {
@@ -95,10 +102,7 @@ void pack_keys(const bf16* k, const int64_t* slot, const int64_t* next, bf16* pa
 
 void pack_values(const bf16* v, const int64_t* slot, const int64_t* next, bf16* packed,
                  int num_keys) {
-  alignas(64) static const uint16_t LOW[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,
-                                               37, 6, 38, 7, 39, 8,  40, 9,  41, 10, 42,
-                                               11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  const __m512i low = _mm512_load_si512(LOW);
+  const __m512i low = _mm512_load_si512(INTERLEAVED);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   for (int j = 0; j < num_keys; j += 2) {
     const bf16* a = v + slot[j] * D;
@@ -227,6 +231,72 @@ void fold_wide(const Step& step, Scratch& s, const Tile& tile, const Sight* sigh
   }
 }
 
+// The scores of R rows against 16 keys, straight from where the keys lie.
+template <int R>
+inline void score_from_pool(Scratch& s, const Tile& tile, int m, int j) {
+  __m512 acc[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) acc[r] = _mm512_setzero_ps();
+  for (int d = 0; d < D; d += 32) {
+    __m512i column[16];
+    load_words([&](int i) { return tile.k + tile.slot[j + i] * D + d; }, column);
+#pragma GCC unroll 16
+    for (int p = 0; p < 16; p++)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++)
+        acc[r] = _mm512_dpbf16_ps(acc[r], pair_of(s.q[m + r] + d + 2 * p), (__m512bh)column[p]);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) _mm512_store_ps(&s.score[m + r][j], acc[r]);
+}
+
+// Add the weighted values of a tile to R rows, straight from where the values lie.
+template <int R>
+inline void add_from_pool(Scratch& s, const Tile& tile, int m) {
+  const __m512i low = _mm512_load_si512(INTERLEAVED);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  for (int d = 0; d < D; d += 32) {
+    __m512 acc[R][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const __m512 alpha = _mm512_set1_ps(s.alpha[m + r]);
+      acc[r][0] = _mm512_mul_ps(_mm512_load_ps(&s.split.out[m + r][d]), alpha);
+      acc[r][1] = _mm512_mul_ps(_mm512_load_ps(&s.split.out[m + r][d + 16]), alpha);
+    }
+    for (int j = 0; j < tile.num_keys; j += 2) {
+      const __m512i a = _mm512_loadu_si512(tile.v + tile.slot[j] * D + d);
+      const __m512i b = _mm512_loadu_si512(tile.v + tile.slot[j + 1] * D + d);
+      prefetch_line(tile.v + tile.next[j] * D + d);
+      prefetch_line(tile.v + tile.next[j + 1] * D + d);
+      const __m512bh x = (__m512bh)_mm512_permutex2var_epi16(a, low, b);
+      const __m512bh y = (__m512bh)_mm512_permutex2var_epi16(a, high, b);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const __m512bh weight = pair_of(&s.weight[m + r][j]);
+        acc[r][0] = _mm512_dpbf16_ps(acc[r][0], weight, x);
+        acc[r][1] = _mm512_dpbf16_ps(acc[r][1], weight, y);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      _mm512_store_ps(&s.split.out[m + r][d], acc[r][0]);
+      _mm512_store_ps(&s.split.out[m + r][d + 16], acc[r][1]);
+    }
+  }
+}
+
+// A decode of one request: no tile is packed, each key and value is read once.
+void fold_few(const Step& step, Scratch& s, const Tile& tile, const Sight* sight, int count) {
+  for_rows(count, [&](auto R) {
+    for (int j = 0; j < tile.num_keys; j += 16) {
+      for (int i = 0; i < 16; i++) prefetch(tile.k + tile.next[j + i] * D);
+      score_from_pool<R>(s, tile, 0, j);
+    }
+    weigh_keys<R>(step, s, 0, 0, sight, tile.first, tile.num_keys);
+    add_from_pool<R>(s, tile, 0);
+  });
+}
+
 // Few rows, for which memory is the limit: compute between the reads, so that it never rests.
 void fold_narrow(const Step& step, Scratch& s, const Tile& tile, const Sight* sight, int count) {
   static const float ONES[GROUP] = {1, 1, 1, 1, 1, 1};
@@ -306,7 +376,8 @@ void run_item(const Step& step, const Item& item, Scratch& s, float* partials) {
       }
       packed_tile = tile + 1;
       const Tile at{first, num_packed, k, v, slot, next};
-      (item.count > NARROW ? fold_wide : fold_narrow)(step, s, at, sight, (int)item.count);
+      const auto fold = item.count > NARROW ? fold_wide : item.count > GROUP ? fold_narrow : fold_few;
+      fold(step, s, at, sight, (int)item.count);
     }
     for (int64_t m = 0; m < item.count; m++) {
       const float sum = _mm512_reduce_add_ps(_mm512_load_ps(s.split.sum[m]));

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from mnemosyne.kernels.cpu.library import load_library, what_is_missing
 
 FEW_ROWS = 64  # up to which reading the weight bounds the speed, and this is the faster product
+
+Layer = tuple[Tensor, Tensor | None]  # weight and bias
 
 
 def is_fast_for(x_TE: Tensor, weight_NE: Tensor) -> bool:
@@ -26,46 +29,92 @@ def is_fast_for(x_TE: Tensor, weight_NE: Tensor) -> bool:
     )
 
 
-def linear(x_TE: Tensor, weight_NE: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """``x W^T + b`` for a few rows.
+def linear(x_TE: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
+    """``x W^T + b`` of several layers for a few rows, in one call.
 
     Sums are float32, in the same order for every row, so that the bits of a row do not depend on
     the other rows.
 
     Args:
         x_TE: bfloat16, elements of a row contiguous; any number of rows.
-        weight_NE: bfloat16, contiguous; E a multiple of 32.
-        bias_N: bfloat16, contiguous.
+        layers: of each the weight [N, E], bfloat16, contiguous, E a multiple of 32, and the bias
+            [N], bfloat16, contiguous.
 
     Returns:
-        ``y_TN`` bfloat16.
+        ``y_TN`` of each layer, bfloat16, contiguous.
     """
-    num_rows, num_columns = x_TE.shape
-    num_outputs = weight_NE.shape[0]
-    assert x_TE.dtype == weight_NE.dtype == torch.bfloat16
-    assert x_TE.stride(1) == 1
-    assert weight_NE.is_contiguous()
-    assert num_columns % 32 == 0
-    y_TN = x_TE.new_empty(num_rows, num_outputs)
-    compile_linear()(
+    num_rows, num_columns = _check(x_TE, layers)
+    sizes = [len(weight) * num_rows for weight, _ in layers]
+    y = x_TE.new_empty(sum(sizes))
+    compile_linear().linear(
         x_TE.data_ptr(),
         x_TE.stride(0),
-        weight_NE.data_ptr(),
-        None if bias_N is None else bias_N.data_ptr(),
-        y_TN.data_ptr(),
+        _table(layers),
+        len(layers),
+        y.data_ptr(),
         num_rows,
-        num_outputs,
         num_columns,
         torch.get_num_threads(),
     )
-    return y_TN
+    return tuple(part.view(num_rows, -1) for part in y.split(sizes))
+
+
+def gated(x_TE: Tensor, gate: Layer, up: Layer) -> Tensor:
+    """``silu(gate(x)) * up(x)`` of two layers for a few rows, rounded once.
+
+    Args:
+        x_TE: as for ``linear``.
+        gate: weight [F, E] and bias.
+        up: likewise, of the same shape.
+
+    Returns:
+        ``y_TF`` bfloat16.
+    """
+    num_rows, num_columns = _check(x_TE, (gate, up))
+    assert gate[0].shape == up[0].shape
+    y_TF = x_TE.new_empty(num_rows, len(gate[0]))
+    compile_linear().gated(
+        x_TE.data_ptr(),
+        x_TE.stride(0),
+        _table((gate, up)),
+        y_TF.data_ptr(),
+        num_rows,
+        num_columns,
+        torch.get_num_threads(),
+    )
+    return y_TF
+
+
+def _check(x_TE: Tensor, layers: Sequence[Layer]) -> tuple[int, int]:
+    num_rows, num_columns = x_TE.shape
+    assert x_TE.stride(1) == 1
+    assert num_columns % 32 == 0
+    for weight, _ in layers:
+        assert x_TE.dtype == weight.dtype == torch.bfloat16
+        assert weight.is_contiguous()
+        assert weight.shape[1] == num_columns
+    return num_rows, num_columns
+
+
+def _table(layers: Sequence[Layer]) -> Any:
+    fields: list[int] = []
+    for weight, bias in layers:
+        fields += weight.data_ptr(), 0 if bias is None else bias.data_ptr(), len(weight)
+    return _array(*fields)
+
+
+@lru_cache(maxsize=4096)
+def _array(*fields: int) -> Any:
+    """The table of some layers as C has it: weight, bias and number of outputs of each."""
+    return (ctypes.c_int64 * len(fields))(*fields)
 
 
 @cache
 def compile_linear() -> Any:
-    """The C function; compiled if it never was on this machine."""
-    operator = load_library("linear").linear
+    """The C functions; compiled if they never were on this machine."""
+    library = load_library("linear")
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    operator.argtypes = [pointer, number, pointer, pointer, pointer, *(number,) * 4]
-    operator.restype = None
-    return operator
+    library.linear.argtypes = [pointer, number, pointer, number, pointer, *(number,) * 3]
+    library.gated.argtypes = [pointer, number, pointer, pointer, *(number,) * 3]
+    library.linear.restype = library.gated.restype = None
+    return library

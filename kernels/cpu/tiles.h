@@ -28,6 +28,13 @@ inline __m512 exp2_of(__m512 x) {
   return _mm512_scalef_ps(y, n);
 }
 
+// Two neighbouring elements in every lane.
+inline __m512bh pair_of(const bf16* at) {
+  int32_t pair;
+  std::memcpy(&pair, at, sizeof pair);
+  return (__m512bh)_mm512_set1_epi32(pair);
+}
+
 // C[R][16 NV] = alpha[R] C + A[R][2 num_pairs] B, B packed by pairs of rows.
 template <int R, int NV, bool ADD>
 inline void multiply(const bf16* a, int64_t lda, const bf16* b, int64_t ldb, float* c, int64_t ldc,
@@ -45,9 +52,7 @@ inline void multiply(const bf16* a, int64_t lda, const bf16* b, int64_t ldb, flo
     for (int n = 0; n < NV; n++) col[n] = _mm512_load_si512(b + p * ldb + 32 * n);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      int32_t pair;
-      std::memcpy(&pair, a + r * lda + 2 * p, sizeof pair);
-      const __m512bh row = (__m512bh)_mm512_set1_epi32(pair);
+      const __m512bh row = pair_of(a + r * lda + 2 * p);
 #pragma GCC unroll 8
       for (int n = 0; n < NV; n++) acc[r][n] = _mm512_dpbf16_ps(acc[r][n], row, (__m512bh)col[n]);
     }
@@ -89,13 +94,19 @@ inline void transpose(__m512i r[16]) {
   }
 }
 
-// Columns of 16 rows of 32 elements, pairs of neighbours kept together: 16 vectors, step apart.
+// Columns of 16 rows of 32 elements, pairs of neighbours kept together.
 template <typename Row>
-inline void pack_words(Row row, bf16* to, int64_t step) {
-  __m512i r[16];
+inline void load_words(Row row, __m512i r[16]) {
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(row(i));
   transpose(r);
+}
+
+// The same to memory: 16 vectors, step apart.
+template <typename Row>
+inline void pack_words(Row row, bf16* to, int64_t step) {
+  __m512i r[16];
+  load_words(row, r);
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i++) _mm512_store_si512(to + i * step, r[i]);
 }

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mnemosyne.kernels.cpu.library import what_is_missing
-from mnemosyne.kernels.cpu.linear import FEW_ROWS, is_fast_for, linear
+from mnemosyne.kernels.cpu.linear import FEW_ROWS, gated, is_fast_for
+from mnemosyne.kernels.cpu.linear import linear as linear_each
 from tests.attention.cases import assert_no_worse_than_eager
 
 pytestmark = pytest.mark.skipif(what_is_missing() is not None, reason=str(what_is_missing()))
@@ -19,6 +20,11 @@ def make(num_rows: int, num_outputs: int, num_columns: int) -> tuple[Tensor, Ten
     shapes = (num_rows, num_columns), (num_outputs, num_columns), (num_outputs,)
     x, w, b = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
     return x, w, b
+
+
+def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    (y,) = linear_each(x, [(w, b)])
+    return y
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
@@ -63,3 +69,36 @@ def test_what_it_cannot_or_need_not_do_is_left_to_torch() -> None:
     assert not is_fast_for(x[:, :48], w[:, :48].contiguous())
     assert not is_fast_for(x, w.t())
     assert not is_fast_for(x.expand(1, 4, 64).reshape(4, 64).repeat(20, 1), w)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 8])
+def test_layers_of_one_input_give_what_each_gives_alone(num_rows: int) -> None:
+    layers = []
+    for num_outputs in (200, 64, 3, 67):
+        x, w, b = make(num_rows, num_outputs, 128)
+        layers.append((w, b if num_outputs % 2 else None))
+
+    together = linear_each(x, layers)
+
+    for y, (w, b) in zip(together, layers, strict=True):
+        assert torch.equal(y, linear(x, w, b))
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("num_rows", [1, 2, 7, FEW_ROWS])
+def test_a_gated_pair_is_no_worse_than_torch(num_rows: int, has_bias: bool) -> None:
+    x, gate, gate_bias = make(num_rows, 330, 96)
+    _, up, up_bias = make(num_rows + 1, 330, 96)
+    biases = (gate_bias, up_bias) if has_bias else (None, None)
+
+    y = gated(x, (gate, biases[0]), (up, biases[1]))
+
+    def pair(*tensors: Tensor | None) -> Tensor:
+        x, gate, up, gate_bias, up_bias = tensors
+        assert x is not None
+        assert gate is not None
+        assert up is not None
+        return F.silu(F.linear(x, gate, gate_bias)) * F.linear(x, up, up_bias)
+
+    exact = pair(*(None if t is None else t.double() for t in (x, gate, up, *biases)))
+    assert_no_worse_than_eager(y, pair(x, gate, up, *biases), exact)
