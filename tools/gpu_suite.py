@@ -1,6 +1,7 @@
 """Is attention right on this GPU, and how fast? One call, under nine minutes.
 
     python tools/gpu_suite.py --json gpu.json    # on a machine with a GPU
+    python tools/gpu_suite.py --write-table      # and have attention=auto go by what it measured
     python tools/gpu_suite.py --cpu-smoke        # tiny shapes in Triton's interpreter: does it run?
 
 Every section is a process of its own with a time budget. What it found before it failed or ran
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+TABLE = "conf/attention_cuda.json"
 # Module and seconds of each section.
 SECTIONS = {
     "machine": ("timing", 40),
@@ -77,12 +79,32 @@ def print_section(name: str, section: dict[str, Any]) -> None:
         print(section["log"], file=sys.stderr)
 
 
+def faster(section: dict[str, Any]) -> str:
+    """Which of our backends took less time at every length from 64K keys on; flex if neither."""
+    seconds = {key: entry.get("seconds") for key, entry in section["result"].items()}
+    lengths = [int(key.split()[1]) for key in seconds if key.startswith("flex ")]
+    pairs = [(seconds.get(f"triton {n}"), seconds[f"flex {n}"]) for n in lengths if n >= 2**16]
+    won = all(None not in (ours, flex) and ours < flex for ours, flex in pairs)
+    return "triton" if pairs and won else "flex"
+
+
+def write_table(sections: dict[str, Any], path: Path) -> None:
+    """Note the faster backends of this GPU, beside those of others."""
+    table = json.loads(path.read_text())
+    capability = sections["machine"]["result"]["device"]["capability"]
+    table[capability] = {kind: faster(sections[kind]) for kind in ("decode", "chunk")}
+    path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="where the results go")
     parser.add_argument("--cpu-smoke", action="store_true", help="tiny shapes, no GPU")
     parser.add_argument("--section", choices=SECTIONS, help="run this one here, print its JSON")
+    parser.add_argument("--write-table", action="store_true", help=f"note the faster in {TABLE}")
     options = parser.parse_args()
+    if options.write_table and options.cpu_smoke:
+        parser.error("--write-table needs a GPU: what --cpu-smoke times says nothing of one")
     if options.section:
         module = importlib.import_module(f"tools.gpu.{SECTIONS[options.section][0]}")
         for key, entry in getattr(module, options.section)(options.cpu_smoke):
@@ -98,7 +120,10 @@ def main() -> int:
         print_section(name, section)
         if options.json:
             options.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 1 if any("failed" in section for section in report["sections"].values()) else 0
+    failed = any("failed" in section for section in report["sections"].values())
+    if options.write_table and not failed:
+        write_table(report["sections"], ROOT / TABLE)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

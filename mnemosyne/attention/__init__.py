@@ -30,6 +30,7 @@ from mnemosyne.attention.avx512 import Avx512Backend, why_not_avx512
 from mnemosyne.attention.cpu import CPU_DTYPES, CpuBackend
 from mnemosyne.attention.flex import FLEX_DTYPES, FlexBackend
 from mnemosyne.attention.lse import merge_partials
+from mnemosyne.attention.measured import measured_backends, usual_on_gpu
 from mnemosyne.attention.reference import ReferenceBackend
 from mnemosyne.attention.segments import Attend, AttentionBackend, AttentionBatch, Segment
 
@@ -59,7 +60,8 @@ def choose_backend(
 
     Args:
         name: ``avx512``, ``cpu``, ``flex``, ``reference``, ``triton``, or ``auto``: on CPU
-            ``avx512`` where it can run and else ``cpu``, ``flex`` elsewhere.
+            ``avx512`` where it can run and else ``cpu``; on a GPU ``triton`` where the GPU suite
+            measured it to be the faster, else ``flex``.
         device: where q, k and v are.
         dtype: of q, k and v.
         head_dim: of q, k and v.
@@ -74,7 +76,7 @@ def choose_backend(
         raise ValueError(f"attention must be one of {', '.join(BACKENDS)}, got {name!r}; {remedy}")
     why_not = why_not_avx512(dtype, head_dim)
     if name == "auto":
-        name = _usual(device, dtype, why_not)
+        name = _usual(device, dtype, head_dim, why_not)
     if name == "reference":
         _require(name, "dtype", dtype.is_floating_point, "a floating one", dtype)
         return ReferenceBackend()
@@ -94,9 +96,18 @@ def choose_backend(
     return FlexBackend()
 
 
-def _usual(device: torch.device, dtype: torch.dtype, why_not_avx512: str | None) -> str:
+def _usual(
+    device: torch.device, dtype: torch.dtype, head_dim: int, why_not_avx512: str | None
+) -> str:
     if device.type != "cpu":
-        return "flex"
+        has_gpu = device.type == "cuda" and torch.cuda.is_available()
+        version = torch.cuda.get_device_capability(device) if has_gpu else ()
+        capability = ".".join(map(str, version)) or None
+        name, why = usual_on_gpu(measured_backends(), capability, dtype)
+        if name == "triton" and (head_dim > 256 or find_spec("triton") is None):
+            name, why = "flex", "triton was the faster, but is missing or lacks this head dim"
+        log.info("attention is %s: %s", name, why)
+        return name
     if why_not_avx512 is None:
         return "avx512"
     if dtype == torch.bfloat16:

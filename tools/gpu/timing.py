@@ -50,7 +50,8 @@ def machine(smoke: bool) -> Iterator[Entry]:
     source = torch.zeros(2**20 if smoke else 2**31, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     name = "cpu" if smoke else torch.cuda.get_device_name()
-    yield "device", {"name": name, "cuda": torch.version.cuda}
+    capability = None if smoke else ".".join(map(str, torch.cuda.get_device_capability()))
+    yield "device", {"name": name, "capability": capability, "cuda": torch.version.cuda}
     moved = 2 * source.numel() / 1e9
     yield "copy", timed(lambda: target.copy_(source), smoke, "GB_s", moved)
     yield "matmul", timed(lambda: a @ a, smoke, "TFLOP_s", 2 * size**3 / 1e12)
