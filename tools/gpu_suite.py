@@ -31,8 +31,9 @@ SECTIONS = {
     "correct": ("correctness", 130),
     "decode": ("speed", 90),
     "chunk": ("speed", 90),
-    "fused": ("speed", 50),
-    "needle": ("correctness", 130),
+    "configs": ("speed", 50),
+    "fused": ("speed", 40),
+    "needle": ("correctness", 95),
 }
 
 

@@ -39,9 +39,15 @@ class TritonBackend:
     Any page size, head ratio and head dim up to 256; float64, float32, bfloat16, float16, with
     LSE in float32 (float64 for float64 input). Slots that no row of a segment may see are never
     read. The keys of long sequences are split over the GPU and merged by log-sum-exp.
+
+    Args:
+        configs: how to build the kernel of ``decode`` or ``chunk``; unset: the first candidate.
     """
 
     name = "triton"
+
+    def __init__(self, configs: dict[str, TileConfig] | None = None) -> None:
+        self._configs = configs or {}
 
     def prepare(self, batch: AttentionBatch, window: int | None, device: torch.device) -> _Prepared:
         """Sort the segments by kind (see ``AttentionBackend``)."""
@@ -73,21 +79,22 @@ class TritonBackend:
         tensors = q_THD, k_KSD, v_KSD, out_THD, lse_TH
         size = prepared.page_size
         if prepared.decodes:
-            config = _config("decode", q_THD, size)
+            config = self._config("decode", q_THD, size)
             tiles = _tiles(prepared, "decode", num_kv_heads, 1, config)
             paged_decode(*tensors, tiles, page_size=size, scale=scale, config=config)
         if prepared.chunks:
-            config = _config("chunk", q_THD, size)
+            config = self._config("chunk", q_THD, size)
             rows = tile_rows(config, head_dim, group)
             tiles = _tiles(prepared, "chunk", num_kv_heads, rows, config)
             window = prepared.window
             paged_chunk(*tensors, tiles, page_size=size, window=window, scale=scale, config=config)
         return out_THD, lse_TH if return_lse else None
 
-
-def _config(kind: str, q_THD: Tensor, page_size: int) -> TileConfig:
-    capability = torch.cuda.get_device_capability(q_THD.device)[0] if q_THD.is_cuda else None
-    return configs_for(kind, q_THD.dtype, q_THD.shape[-1], page_size, capability)[0]
+    def _config(self, kind: str, q_THD: Tensor, page_size: int) -> TileConfig:
+        if kind in self._configs:
+            return self._configs[kind]
+        capability = torch.cuda.get_device_capability(q_THD.device)[0] if q_THD.is_cuda else None
+        return configs_for(kind, q_THD.dtype, q_THD.shape[-1], page_size, capability)[0]
 
 
 def _tiles(

@@ -30,6 +30,7 @@ def test_the_gpu_suite_runs_on_cpu_and_reports_every_section(tmp_path: Path) -> 
     assert results["decode"]["triton 256"]["GB_s"] > 0
     assert results["chunk"]["triton 256"]["TFLOP_s"] > 0
     assert "unavailable" in results["decode"]["sdpa cudnn 256"]  # a refusal is a result
+    assert len(results["configs"]) == 2
     assert results["fused"]["rotate_and_write 4 triton"]["GB_s"] > 0
     for entry in results["correct"].values():
         assert all(entry[key]["error"] <= entry[key]["budget"] for key in ("out", "lse"))

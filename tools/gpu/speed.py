@@ -14,7 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from mnemosyne.attention import AttentionBatch, Segment, choose_backend
+from mnemosyne.attention.triton import TritonBackend
 from mnemosyne.kernels.add_rms_norm import add_rms_norm
+from mnemosyne.kernels.configs import configs_for
 from mnemosyne.kernels.rotate_and_write import rotate_and_write
 from mnemosyne.model_zoo.rope import RopeSpec, rotary_cos_sin, rotate
 from tools.gpu.timing import Entry, device_of, timed
@@ -38,15 +40,35 @@ def chunk(smoke: bool) -> Iterator[Entry]:
         yield from attention(smoke, rows, keys, "TFLOP_s", flop / 1e12)
 
 
-def attention(smoke: bool, rows: int, keys: int, unit: str, amount: float) -> Iterator[Entry]:
-    """One sequence in shuffled pages by our backends; without pages by torch's kernels."""
-    device = device_of(smoke)
+def configs(smoke: bool) -> Iterator[Entry]:
+    """Every candidate of kernels/configs.py on one decode and one chunk; the least seconds win."""
+    device, keys = device_of(smoke), 256 if smoke else 2**17
+    capability = None if smoke else torch.cuda.get_device_capability()[0]
+    for kind, rows in (("decode", 1), ("chunk", 16 if smoke else 2048)):
+        q, k, v, batch = paged_case(device, rows, keys)
+        for config in configs_for(kind, q.dtype, HEAD_DIM, PAGE_SIZE, capability):
+            backend = TritonBackend({kind: config})
+            prepared = backend.prepare(batch, None, device)
+            work = partial(backend.attend, q, k, v, prepared, scale=SCALE)
+            yield f"{kind} {keys} {config}", timed(work, smoke, "calls_s", 1)
+
+
+def paged_case(
+    device: torch.device, rows: int, keys: int
+) -> tuple[Tensor, Tensor, Tensor, AttentionBatch]:
+    """q, k and v of the last rows of one sequence, its pages shuffled."""
     pages = np.random.default_rng(0).permutation(keys // PAGE_SIZE).astype(np.int64)
     segment = Segment(0, rows, keys - rows, keys, pages)
-    batch = AttentionBatch((segment,), rows, PAGE_SIZE)
     options = {"dtype": torch.bfloat16, "device": device}
     q = torch.randn(rows, HEADS, HEAD_DIM, **options)
     k, v = (torch.randn(KV_HEADS, keys, HEAD_DIM, **options) for _ in "kv")
+    return q, k, v, AttentionBatch((segment,), rows, PAGE_SIZE)
+
+
+def attention(smoke: bool, rows: int, keys: int, unit: str, amount: float) -> Iterator[Entry]:
+    """One sequence in shuffled pages by our backends; without pages by torch's kernels."""
+    device = device_of(smoke)
+    q, k, v, batch = paged_case(device, rows, keys)
     for name in ("triton",) if smoke else ("triton", "flex"):
         backend = choose_backend(name, device=device, dtype=q.dtype, head_dim=HEAD_DIM)
         prepared = backend.prepare(batch, None, device)
