@@ -58,7 +58,7 @@ def test_a_wheel_holds_every_module_and_config_as_a_real_file(wheel: Path) -> No
     sources = [
         path.relative_to(ROOT).as_posix()
         for room in ("mnemosyne", "mnemosyne/kernels", "mnemosyne/model_zoo", "mnemosyne/conf")
-        for pattern in ("**/*.py", "**/*.yaml", "py.typed")
+        for pattern in ("**/*.py", "**/*.yaml", "conf/*.json", "py.typed")
         for path in (ROOT / room).glob(pattern)
     ]
 
@@ -66,6 +66,7 @@ def test_a_wheel_holds_every_module_and_config_as_a_real_file(wheel: Path) -> No
         sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
 
     assert "mnemosyne/conf/generate.yaml" in sources
+    assert "mnemosyne/conf/attention_cuda.json" in sources
     assert {name: sizes.get(name) for name in sources} == {
         name: (ROOT / name).stat().st_size for name in sources
     }
