@@ -12,10 +12,6 @@ import torch
 from torch import Tensor
 
 from mnemosyne.attention import choose_backend
-from mnemosyne.llm import LLM
-from mnemosyne.model_zoo.haystack import haystack
-from mnemosyne.model_zoo.needle import write_needle
-from mnemosyne.request import SamplingParams
 from tests.attention.cases import Case, make_case
 from tools.gpu.timing import Entry, device_of
 
@@ -62,6 +58,9 @@ def largest(x: Tensor) -> float:
 
 def needle(smoke: bool) -> Iterator[Entry]:
     """Whether the passkey comes back from ever longer texts, and what the CPU answers."""
+    # Here, so that a machine without the engine's packages still tests attention.
+    from mnemosyne.model_zoo.haystack import haystack
+
     lengths = (256,) if smoke else (2**14, 2**18, 2**20, 2**22)
     for length in lengths:
         for dtype in ("float32",) if smoke else ("float32", "bfloat16"):
@@ -81,6 +80,10 @@ def needle(smoke: bool) -> Iterator[Entry]:
 
 def answer(recital: Any, dtype: str, device: str, attention: str, smoke: bool) -> list[int]:
     """The tokens of the engine, greedy."""
+    from mnemosyne.llm import LLM
+    from mnemosyne.model_zoo.needle import write_needle
+    from mnemosyne.request import SamplingParams
+
     with (
         tempfile.TemporaryDirectory() as folder,
         LLM(
