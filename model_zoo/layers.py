@@ -9,16 +9,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnemosyne.attention.segments import Attend
-from mnemosyne.kernels.cpu import linear
+from mnemosyne.kernels.cpu import linear, rows
 from mnemosyne.model_zoo.rope import rotate
 from mnemosyne.model_zoo.spec import ModelSpec
 
 FeedForward = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # an MLP and its input
 
 
-def norm(width: int, spec: ModelSpec) -> nn.RMSNorm:
-    """RMSNorm over the last dim; torch computes it in float32 or wider and rounds once."""
-    return nn.RMSNorm(width, eps=spec.norm_eps)
+class RMSNorm(nn.RMSNorm):
+    """``nn.RMSNorm``; a few rows in bfloat16 on CPU take the kernel that is one call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """RMSNorm over the last dim, computed in float32 or wider."""
+        if torch.compiler.is_compiling() or not rows.is_fast_for(x):
+            return super().forward(x)
+        assert self.eps is not None
+        return rows.rms_norm(x, self.weight, self.eps)
+
+
+def norm(width: int, spec: ModelSpec) -> RMSNorm:
+    """RMSNorm over the last dim; it is computed in float32 or wider."""
+    return RMSNorm(width, eps=spec.norm_eps)
 
 
 class Linear(nn.Linear):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mnemosyne.kernels.cpu import rows
 from mnemosyne.model_zoo.config import Config
 
 
@@ -173,6 +174,8 @@ def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
         cos_TD: [T, D/2] from ``rotary_cos_sin``.
         sin_TD: likewise.
     """
+    if not torch.compiler.is_compiling() and rows.is_fast_for(x_THD):
+        return rows.rotate(x_THD, cos_TD, sin_TD)
     first, second = x_THD.chunk(2, dim=-1)  # [T, H, D/2] each; products take the wider dtype
     cos, sin = cos_TD[:, None], sin_TD[:, None]
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,0 +1,54 @@
+// What a decode does to a few rows between its products: RMSNorm and rotation, in bfloat16 with
+// float32 inside. One thread: starting others takes longer.
+
+#include <cmath>
+
+#include "tiles.h"
+
+using namespace mnemosyne;
+
+namespace {
+
+inline __m512 widen(const bf16* at) {
+  const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)at));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+}
+
+inline void narrow(bf16* to, __m512 x) {
+  _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(x));
+}
+
+}  // namespace
+
+// y = x / sqrt(mean(x^2) + eps) * w
+extern "C" void rms_norm(const bf16* x, int64_t x_stride, const bf16* w, double eps, bf16* y,
+                         int64_t num_rows, int64_t width) {
+  for (int64_t row = 0; row < num_rows; row++, x += x_stride, y += width) {
+    __m512 squares[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (int64_t i = 0; i < width; i += 32)
+      for (int h = 0; h < 2; h++) {
+        const __m512 v = widen(x + i + 16 * h);
+        squares[h] = _mm512_fmadd_ps(v, v, squares[h]);
+      }
+    const float mean = _mm512_reduce_add_ps(_mm512_add_ps(squares[0], squares[1])) / width;
+    const __m512 scale = _mm512_set1_ps((float)(1.0 / std::sqrt(mean + eps)));
+    for (int64_t i = 0; i < width; i += 16)
+      narrow(y + i, _mm512_mul_ps(_mm512_mul_ps(widen(x + i), scale), widen(w + i)));
+  }
+}
+
+// Each pair (i, i + width / 2) of every head turned by its row's angle.
+extern "C" void rotate(const bf16* x, int64_t x_stride, const float* cos, const float* sin,
+                       bf16* y, int64_t num_rows, int64_t num_heads, int64_t width) {
+  const int64_t half = width / 2;
+  for (int64_t row = 0; row < num_rows; row++, cos += half, sin += half)
+    for (int64_t head = 0; head < num_heads; head++, y += width) {
+      const bf16* from = x + row * x_stride + head * width;
+      for (int64_t i = 0; i < half; i += 16) {
+        const __m512 a = widen(from + i), b = widen(from + half + i);
+        const __m512 c = _mm512_loadu_ps(cos + i), s = _mm512_loadu_ps(sin + i);
+        narrow(y + i, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
+        narrow(y + half + i, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
+      }
+    }
+}
