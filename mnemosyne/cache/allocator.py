@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from operator import sub
+from bisect import bisect_left, insort
 
 import numpy as np
 
@@ -25,6 +24,8 @@ class PageAllocator:
         # sorted by first page; runs never touch, so they are as long as can be
         self._starts: list[int] = [0] if num_pages else []
         self._stops: list[int] = [num_pages] if num_pages else []
+        # the same runs as (pages, first page), sorted: a request asks for a size
+        self._by_size = [(num_pages, 0)] if num_pages else []
 
     @property
     def num_used(self) -> int:
@@ -84,23 +85,33 @@ class PageAllocator:
 
     def _best_run(self, count: int) -> int:
         """Index of the smallest run that holds ``count`` pages, else of the largest."""
-        sizes = list(map(sub, self._stops, self._starts))
-        fitting = [size for size in sizes if size >= count]
-        return sizes.index(min(fitting) if fitting else max(sizes))
+        rank = bisect_left(self._by_size, (count, 0))
+        if rank == len(self._by_size):  # the first of the largest
+            rank = bisect_left(self._by_size, (self._by_size[-1][0], 0))
+        return bisect_left(self._starts, self._by_size[rank][1])
 
     def _shrink(self, index: int, start: int) -> None:
-        if start == self._stops[index]:
-            del self._starts[index], self._stops[index]
-        else:
-            self._starts[index] = start
+        stop = self._stops[index]
+        self._drop(index)
+        if start < stop:
+            self._keep(index, start, stop)
 
     def _insert(self, start: int, stop: int) -> None:
         index = bisect_left(self._starts, start)
         if index < len(self._starts) and self._starts[index] == stop:
             stop = self._stops[index]
-            del self._starts[index], self._stops[index]
+            self._drop(index)
         if index > 0 and self._stops[index - 1] == start:
-            self._stops[index - 1] = stop
-        else:
-            self._starts.insert(index, start)
-            self._stops.insert(index, stop)
+            index -= 1
+            start = self._starts[index]
+            self._drop(index)
+        self._keep(index, start, stop)
+
+    def _keep(self, index: int, start: int, stop: int) -> None:
+        self._starts.insert(index, start)
+        self._stops.insert(index, stop)
+        insort(self._by_size, (stop - start, start))
+
+    def _drop(self, index: int) -> None:
+        start, stop = self._starts.pop(index), self._stops.pop(index)
+        del self._by_size[bisect_left(self._by_size, (stop - start, start))]

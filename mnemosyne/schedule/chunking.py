@@ -30,13 +30,15 @@ def solve_chunk(
         max_chunk: largest chunk, tokens.
 
     Returns:
-        A multiple of 32 in ``[min_chunk, max_chunk]``, or ``remaining`` for the last piece of a
-        prompt, or 0 if not even ``min_chunk`` fits. A piece smaller than ``min_chunk`` is never
-        left over: it joins the chunk before if the budget allows, else that chunk is cut shorter.
-        Only a chunk too small to be cut takes such a piece along beyond the budget.
+        ``remaining`` where all of it fits, else a multiple of 32 in ``[min_chunk, max_chunk]``,
+        or 0 if not even ``min_chunk`` fits. A piece smaller than ``min_chunk`` is never left over:
+        it joins the chunk before if the budget allows, else that chunk is cut shorter. Only a
+        chunk too small to be cut takes such a piece along beyond the budget.
 
     Source: Medha, arXiv 2409.17264, adaptive chunking; the tail rule is ours.
     """
+    if remaining <= max_chunk and predict(remaining) <= budget_s:
+        return remaining
     smallest = min(min_chunk, remaining)
     smallest_s = predict(smallest)
     if smallest_s > budget_s:

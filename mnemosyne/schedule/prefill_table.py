@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 
 import numpy as np
@@ -45,8 +46,16 @@ class PrefillTable:
     def seconds(self, done: int, total: int) -> float:
         """Time to prefill tokens ``done`` to ``total`` of a prompt, alone."""
         self.extend(total)
-        before, after = self.until(np.array([done, total]))
-        return self.factor() * float(after - before)
+        return self.factor() * (self.at(total) - self.at(done))
+
+    def at(self, num_tokens: int) -> float:
+        """Seconds of the first tokens of one prompt, before ``factor``, as ``until`` has them."""
+        node = bisect_right(self._ends, num_tokens) - 1
+        start, start_s = self._ends[node], self._seconds[node]
+        if node + 1 == len(self._ends):  # a table made anew may end before an older prompt does
+            return start_s
+        rate = (self._seconds[node + 1] - start_s) / (self._ends[node + 1] - start)
+        return start_s + rate * (num_tokens - start)
 
     def until(self, num_tokens: np.ndarray) -> np.ndarray:
         """Seconds of the first tokens of a prompt, before ``factor``.

@@ -1,4 +1,4 @@
-"""Prompts in one table, a column per quantity, so that a thousand are put in order at once."""
+"""Prompts in one table, a column per quantity, so that a thousand are weighed at once."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from mnemosyne.schedule.prefill_table import PrefillTable
 
 Item = TypeVar("Item")
 FIRST_CAPACITY = 64
-FEW = 32
+FEW = 32  # rows that are put in order at once
 # The quantities. ROOM is tokens of prompt and output together; TOTAL_S and DONE_S are times of
-# the prefill table, before its factor.
-PRIORITY, ARRIVAL, DUE, ROOM, LENGTH, DONE, TOTAL_S, DONE_S = range(8)
+# the prefill table, before its factor; TURN counts prompts as they came.
+PRIORITY, ARRIVAL, DUE, ROOM, LENGTH, DONE, TOTAL_S, DONE_S, TURN = range(9)
 
 
 class Prompts(Generic[Item]):
     """Prompts that are not computed yet, or not all of them, ordered by a policy.
+
+    Rows are in no order and change as prompts leave: taking one out costs the same however many
+    there are.
 
     Args:
         policy: what makes one more urgent than another.
@@ -28,12 +31,14 @@ class Prompts(Generic[Item]):
     """
 
     def __init__(self, policy: Policy, table: PrefillTable) -> None:
-        self.items: list[Item] = []  # in the order they came
-        self._ids: list[int] = []
+        self.items: list[Item] = []  # by row
+        self._ids: list[int] = []  # by row
+        self._rows: dict[int, int] = {}  # by request
+        self._num_taken = 0  # ever
         self._policy = policy
         self._table = table
         self._version = table.version
-        self._columns = np.empty((8, FIRST_CAPACITY))
+        self._columns = np.empty((9, FIRST_CAPACITY))
 
     def __len__(self) -> int:
         return len(self.items)
@@ -47,68 +52,94 @@ class Prompts(Generic[Item]):
             due_s: when its first token is due, on the clock of arrivals.
             num_done: tokens of it that are computed.
         """
-        row = len(self.items)
+        row, length = len(self.items), request.num_prompt_tokens
         if row == self._columns.shape[1]:
             self._columns = np.concatenate([self._columns, np.empty_like(self._columns)], axis=1)
-        length = request.num_prompt_tokens
-        total_s, done_s = self._table.until(np.array([length, num_done])).tolist()
         self._columns[:, row] = (
-            *(request.priority, request.arrival_s, due_s, request.max_tokens),
-            *(length, num_done, total_s, done_s),
+            *(request.priority, request.arrival_s, due_s, request.max_tokens, length, num_done),
+            *(self._table.at(length), self._table.at(num_done), self._num_taken),
         )
+        self._num_taken += 1
+        self._rows[request.request_id] = row
         self.items.append(item)
         self._ids.append(request.request_id)
 
+    def row(self, request_id: int) -> int | None:
+        """Where a prompt is; None if it is not here."""
+        return self._rows.get(request_id)
+
     def discard(self, request_id: int) -> Item | None:
         """Take a prompt out; None if it is not here."""
-        if request_id not in self._ids:
+        row = self.row(request_id)
+        if row is None:
             return None
-        row = self._ids.index(request_id)
         item = self.items[row]
         self.drop([row])
         return item
 
     def drop(self, rows: list[int]) -> None:
-        """Take prompts out by their rows."""
+        """Take prompts out by their rows; the last prompts move to where they were."""
         for row in sorted(rows, reverse=True):
-            stop = len(self.items)
-            self._columns[:, row : stop - 1] = self._columns[:, row + 1 : stop]
-            del self.items[row], self._ids[row]
+            del self._rows[self._ids[row]]
+            item, request_id = self.items.pop(), self._ids.pop()
+            last = len(self.items)
+            if row < last:
+                self._columns[:, row] = self._columns[:, last]
+                self.items[row], self._ids[row] = item, request_id
+                self._rows[request_id] = row
 
     def clear(self) -> None:
         """Forget all."""
         self.items.clear()
         self._ids.clear()
+        self._rows.clear()
 
     def advance(self, row: int, num_done: int) -> None:
         """Note how far a prompt is computed."""
         self._columns[DONE, row] = num_done
-        self._columns[DONE_S, row] = self._table.until(np.array([num_done]))[0]
+        self._columns[DONE_S, row] = self._table.at(num_done)
 
     def urgency(self) -> Urgency:
         """What the policy sees of each row."""
+        live = self._columns[:, : len(self.items)]
         if self._version != self._table.version:
             self._version = self._table.version
-            live = self._columns[:, : len(self.items)]
             live[TOTAL_S] = self._table.until(live[LENGTH])
             live[DONE_S] = self._table.until(live[DONE])
-        live = self._columns[:, : len(self.items)]
         factor = self._table.factor()
         total_s = live[TOTAL_S] * factor
         return Urgency(live[ARRIVAL], live[DUE], total_s, total_s - live[DONE_S] * factor)
 
-    def order(self, urgency: Urgency, now_s: float) -> np.ndarray:
-        """Rows, int64 ``[B]``, the most urgent first: by priority, policy, then as they came."""
-        if len(self.items) == 1:
-            return np.zeros(1, dtype=np.int64)
-        return np.lexsort((self._policy(urgency, now_s), self.column(PRIORITY)))
+    def in_order(
+        self, urgency: Urgency, now_s: float, among: np.ndarray | None = None
+    ) -> Iterator[int]:
+        """Rows, the most urgent first: by priority, policy, then as they came.
+
+        They are put in order few by few, for a reader who stops early.
+
+        Args:
+            urgency: as it is now.
+            now_s: seconds on the clock of arrivals.
+            among: bool ``[B]``, the rows that are asked for; unset: all.
+        """
+        rows, turns = np.arange(len(self.items)), self.column(TURN)
+        keys, classes = self._policy(urgency, now_s), self.column(PRIORITY)
+        if among is not None:
+            rows, keys, classes, turns = rows[among], keys[among], classes[among], turns[among]
+        while len(rows) > FEW:
+            is_next = classes == classes.min()
+            own = keys[is_next]
+            if len(own) > FEW:
+                # Any bound is right; this one leaves few. Equal keys stay together for their turns.
+                sample = own[:: len(own) // FEW]
+                is_next &= keys <= np.partition(sample, 1)[1]
+            few = np.flatnonzero(is_next)
+            assert len(few), "an urgency is a number"
+            yield from rows[few[np.lexsort((turns[few], keys[few], classes[few]))]].tolist()
+            later = ~is_next
+            rows, keys, classes, turns = rows[later], keys[later], classes[later], turns[later]
+        yield from rows[np.lexsort((turns, keys, classes))].tolist()
 
     def column(self, index: int) -> np.ndarray:
         """One quantity of all rows, such as ``LENGTH``: float64 ``[B]``."""
         return self._columns[index, : len(self.items)]
-
-
-def few_by_few(rows: np.ndarray) -> Iterator[int]:
-    """Rows as plain numbers, for a reader who stops early."""
-    for start in range(0, len(rows), FEW):
-        yield from rows[start : start + FEW].tolist()

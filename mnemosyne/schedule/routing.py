@@ -43,6 +43,10 @@ class Router:
     def num_used(self) -> int:
         return sum(allocator.num_used for allocator in self.allocators)
 
+    def most_free_tokens(self) -> int:
+        """Tokens that the free pages of one group hold at most."""
+        return max(allocator.num_free for allocator in self.allocators) * self.page_size
+
     def max_request_tokens(self) -> int:
         """Tokens of the longest request that the empty cache holds."""
         rooms = (allocator.num_pages * self.page_size for allocator in self.allocators)

@@ -7,12 +7,13 @@ from itertools import islice
 
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request
+from mnemosyne.schedule.draft import Running
 from mnemosyne.schedule.plan import Admission, Chunk, Plan
 from mnemosyne.schedule.predictor import LearningPredictor, Predictor
-from mnemosyne.schedule.prefill import PrefillPlanner, Running
+from mnemosyne.schedule.prefill import PrefillPlanner
 from mnemosyne.schedule.routing import Router
 from mnemosyne.schedule.waiting import Entry, Waiting
-from mnemosyne.schedule.work import Work, WorkModel
+from mnemosyne.schedule.work import DecodeTally, Work, WorkModel
 
 
 class Scheduler:
@@ -56,7 +57,8 @@ class Scheduler:
         )
         self._waiting = Waiting(config.policy, slo, router, self._prefill.table)
         self._running: dict[int, Running] = {}
-        self._ready: dict[int, Running] = {}  # have a token to decode, longest waiting first
+        self._ready: dict[int, Chunk] = {}  # decodes that may run, longest waiting first
+        self._ready_tally = DecodeTally(work_model)  # of those
         self._num_decoding = 0  # of the running ones, past their prompts
         self._released: list[int] = []
         self._works: dict[int, Work] = {}  # of plans not yet learned from
@@ -105,16 +107,22 @@ class Scheduler:
 
         Pages of a request that is part of a step in flight are freed when that step is back.
         """
-        if self._waiting.discard(request_id):
+        running = self._running.get(request_id)
+        if running is None:
+            was_waiting = self._waiting.discard(request_id)
+            assert was_waiting, "a request is released once"
             return
-        running = self._running[request_id]
         running.is_released = True
         if running.is_prefilling:
             self._prefill.prompts.discard(request_id)
+            is_in_flight = running.num_in_flight > 0
         else:
             self._num_decoding -= 1
-            self._ready.pop(request_id, None)
-        if running.num_in_flight == 0:
+            decode = self._ready.pop(request_id, None)
+            is_in_flight = decode is None
+            if decode is not None:
+                self._ready_tally.add([(decode.start, running.placement)], sign=-1)
+        if not is_in_flight:
             self._forget(running)
 
     def reset(self, lost: Iterable[Plan] = ()) -> None:
@@ -130,6 +138,7 @@ class Scheduler:
         self._prefill.prompts.clear()
         self._running.clear()
         self._ready.clear()
+        self._ready_tally.clear()
         self._num_decoding = 0
         self._works.clear()
         self.router.reset()
@@ -167,18 +176,21 @@ class Scheduler:
 
         Args:
             plan: the step.
-            tokens: what it sampled, by request; each is one more known token.
+            tokens: what it sampled, by request; each is the decode of a step to come.
         """
-        for chunk in plan.chunks:
-            request_id = chunk.request_id
+        rows = []
+        for request_id, start, num_tokens, samples, token_id in plan.chunks:
             running = self._running[request_id]
-            running.num_in_flight -= 1
+            if token_id is None:
+                running.num_in_flight -= 1
             if running.is_released:
                 if running.num_in_flight == 0:
                     self._forget(running)
-            elif chunk.samples:
-                running.last_token = tokens[request_id]
-                self._ready[request_id] = running
+            elif samples:
+                stop = start + num_tokens
+                self._ready[request_id] = Chunk(request_id, stop, 1, True, tokens[request_id])
+                rows.append((stop, running.placement))
+        self._ready_tally.add(rows)
 
     def learn(self, plan: Plan, seconds: float) -> None:
         """Tell the predictor how long a step really took, if it wants to know."""
@@ -215,22 +227,18 @@ class Scheduler:
         """
         share = -(-self._num_decoding // self.depth)
         if share >= len(self._ready):
-            decodes = list(self._ready.values())
+            chunks, work = list(self._ready.values()), self._ready_tally.work()
             self._ready.clear()
-        else:
-            decodes = list(islice(self._ready.values(), share))
-            for running in decodes:
-                del self._ready[running.request.request_id]
-        if not decodes:
-            return [], self.work_model.nothing
-        work = self.work_model.decodes([(r.num_planned, r.placement) for r in decodes])
-        chunks = []
-        for running in decodes:
-            start = running.num_planned
-            chunks.append(Chunk(running.request.request_id, start, 1, True, running.last_token))
-            running.num_planned = start + 1
-            running.num_in_flight += 1
-        return chunks, work
+            self._ready_tally.clear()
+            return chunks, work
+        chunks = list(islice(self._ready.values(), share))
+        rows = [(chunk.start, self._running[chunk.request_id].placement) for chunk in chunks]
+        self._ready_tally.add(rows, sign=-1)
+        taken = DecodeTally(self.work_model)
+        taken.add(rows)
+        for chunk in chunks:
+            del self._ready[chunk.request_id]
+        return chunks, taken.work()
 
     def _note_prefill(self, chunk: Chunk) -> None:
         running = self._running[chunk.request_id]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
@@ -11,7 +13,7 @@ from mnemosyne.config import SloConfig
 from mnemosyne.request import Request
 from mnemosyne.schedule.policy import POLICIES, Urgency
 from mnemosyne.schedule.prefill_table import PrefillTable
-from mnemosyne.schedule.prompts import ARRIVAL, DUE, PRIORITY, ROOM, Prompts, few_by_few
+from mnemosyne.schedule.prompts import ARRIVAL, DUE, PRIORITY, ROOM, TURN, Prompts
 from mnemosyne.schedule.routing import Router
 
 
@@ -108,28 +110,39 @@ class Waiting:
         if self._is_settled or num_places <= 0 or not self._prompts:
             return []
         self._is_settled = True
-        urgency = self._prompts.urgency()
-        order = self._prompts.order(urgency, now_s)
-        if self._may_pass:
-            self._update_claim(urgency, now_s)
-            order = order[self._may_fit()[order]]
-            if self._claim is not None:
-                claimant = self._prompts.items.index(self._claim.request)
-                order = np.concatenate([[claimant], order])
         entries: dict[int, Entry] = {}  # by row
-        for row in few_by_few(order):
-            if len(entries) == num_places:
-                break
+        for row in self._order(now_s):
             if row in entries:
                 continue
-            placement = self._place(self._prompts.items[row])
+            request = self._prompts.items[row]
+            placement = self._place(request)
             if placement is not None:
-                request, due_s = self._prompts.items[row], float(self._prompts.column(DUE)[row])
+                due_s = float(self._prompts.column(DUE)[row])
                 entries[row] = Entry(request, placement, due_s)
+                if len(entries) == num_places:
+                    break
             elif not self._may_pass:
                 break
         self._prompts.drop(list(entries))
         return list(entries.values())
+
+    def _order(self, now_s: float) -> Iterator[int]:
+        """Rows of those that may fit, the first to be let in first; the claimant may come twice."""
+        urgency = self._prompts.urgency()
+        if not self._may_pass:
+            return self._prompts.in_order(urgency, now_s)
+        most_free = self._router.most_free_tokens()
+        may_fit = None  # all of them
+        if self._prompts.column(ROOM).max() > min(most_free, self._router.max_tokens_per_group):
+            may_fit = self._may_fit(most_free)
+            if self._claim is None:
+                self._claim = self._new_claim(urgency, now_s, may_fit)
+        order = self._prompts.in_order(urgency, now_s, may_fit)
+        if self._claim is None:
+            return order
+        claimant = self._prompts.row(self._claim.request.request_id)
+        assert claimant is not None, "who is let in or gone claims nothing"
+        return chain([claimant], order)
 
     def _place(self, request: Request) -> Placement | None:
         claim, kept = self._claim, {}
@@ -149,26 +162,19 @@ class Waiting:
         for_others = allocator.num_pages - claim.pages[group] - claim.held(group)
         return max(0, allocator.num_free - for_others)
 
-    def _may_fit(self) -> np.ndarray:
+    def _may_fit(self, most_free: int) -> np.ndarray:
         """Of each row, whether the pages of its largest shard are free somewhere: bool ``[B]``."""
-        router = self._router
-        tokens = np.minimum(self._prompts.column(ROOM), router.max_tokens_per_group)
-        most_free = max(allocator.num_free for allocator in router.allocators)
-        fits: np.ndarray = tokens <= most_free * router.page_size
+        tokens = np.minimum(self._prompts.column(ROOM), self._router.max_tokens_per_group)
+        fits: np.ndarray = tokens <= most_free
         return fits
 
-    def _update_claim(self, urgency: Urgency, now_s: float) -> None:
-        """Let the oldest request claim that has no time to spare and no room, if nobody does."""
-        if self._claim is not None:
-            return
-        is_late = urgency.slack_s(now_s) <= 0
+    def _new_claim(self, urgency: Urgency, now_s: float, may_fit: np.ndarray) -> Claim | None:
+        """That of the oldest request that has no time to spare and no room, if there is one."""
         is_several = self._prompts.column(ROOM) > self._router.max_tokens_per_group
-        rows = np.flatnonzero(is_late & (is_several | ~self._may_fit()))
-        by_age = np.lexsort(
-            (self._prompts.column(ARRIVAL)[rows], self._prompts.column(PRIORITY)[rows])
-        )
-        for row in rows[by_age].tolist():
+        rows = np.flatnonzero((is_several | ~may_fit) & (urgency.slack_s(now_s) <= 0))
+        columns = [self._prompts.column(index)[rows] for index in (TURN, ARRIVAL, PRIORITY)]
+        for row in rows[np.lexsort(columns)].tolist():
             request = self._prompts.items[row]
             if not self._router.has_room(request.max_tokens):
-                self._claim = Claim(request, self._router.best_groups(request.max_tokens))
-                return
+                return Claim(request, self._router.best_groups(request.max_tokens))
+        return None

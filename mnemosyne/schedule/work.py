@@ -70,7 +70,8 @@ class WorkModel:
         counts: dict[int | None, int] = {}
         for window in windows:
             counts[window] = counts.get(window, 0) + 1
-        self._shares = [(window, count / len(windows)) for window, count in counts.items()]
+        # the windows there are, and the share of the layers that have each
+        self.shares = [(window, count / len(windows)) for window, count in counts.items()]
         self._sees_all = set(counts) == {None}
         self.nothing: Work = (StepWork(),) * num_groups
 
@@ -140,40 +141,71 @@ class WorkModel:
             )
         return tuple(total)
 
-    def decodes(self, rows: Iterable[tuple[int, Placement]]) -> Work:
-        """The work of a step of decodes alone: the same as adding them one by one, but fast.
-
-        Args:
-            rows: position and placement of each.
-        """
-        counts, keys = [0] * len(self.nothing), [0.0] * len(self.nothing)
-        exchanged = [0] * len(self.nothing)
-        for position, placement in rows:
-            shards = placement.shards
-            num_active = 1 if len(shards) == 1 else placement.num_active(position + 1)
-            if num_active == 1:
-                group = shards[0].group
-                counts[group] += 1
-                keys[group] += position + 1 if self._sees_all else self._pairs(position, 1, None)
-                continue
-            for shard in range(num_active):
-                group = shards[shard].group
-                counts[group] += 1
-                keys[group] += self._pairs(position, 1, placement.positions(shard, position + 1))
-                exchanged[group] += 1
-        return tuple(
-            StepWork(count, 0.0, keys[group], count, count, exchanged[group])
-            for group, count in enumerate(counts)
-        )
-
     def _pairs(self, start: int, num_tokens: int, keys: range | None) -> float:
         """Local keys seen, summed over rows and averaged over layers."""
         if keys is None and self._sees_all:
             return num_tokens * start + num_tokens * (num_tokens + 1) / 2
         local = range(start + num_tokens) if keys is None else keys
         return sum(
-            share * _pairs(start, num_tokens, local, window) for window, share in self._shares
+            share * _pairs(start, num_tokens, local, window) for window, share in self.shares
         )
+
+
+class DecodeTally:
+    """The work of decodes that may run together, kept up to date as they come and go.
+
+    It counts whole numbers only, so that what came and went leaves nothing behind.
+
+    Args:
+        model: counts the work of one.
+    """
+
+    def __init__(self, model: WorkModel) -> None:
+        self._model = model
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all."""
+        num_groups = len(self._model.nothing)
+        self._counts = [0] * num_groups
+        self._exchanged = [0] * num_groups
+        self._keys = [[0] * len(self._model.shares) for _ in range(num_groups)]  # by window
+
+    def add(self, rows: Iterable[tuple[int, Placement]], sign: int = 1) -> None:
+        """Take decodes in.
+
+        Args:
+            rows: position and placement of each.
+            sign: -1 to take them out again.
+        """
+        windows = [window for window, _ in self._model.shares]
+        sees_all = windows == [None]
+        for position, placement in rows:
+            if sees_all and len(placement.shards) == 1:  # nearly all, and there may be a thousand
+                group = placement.shards[0].group
+                self._counts[group] += sign
+                self._keys[group][0] += sign * (position + 1)
+                continue
+            num_active = placement.num_active(position + 1)
+            for shard in range(num_active):
+                group, held = (
+                    placement.shards[shard].group,
+                    placement.positions(shard, position + 1),
+                )
+                self._counts[group] += sign
+                self._exchanged[group] += sign * (num_active > 1)
+                for index, window in enumerate(windows):
+                    first = held.start if window is None else max(held.start, position + 1 - window)
+                    self._keys[group][index] += sign * max(0, held.stop - first)
+
+    def work(self) -> Work:
+        """The work of a step that holds all of them and nothing else, by group."""
+        shares = [share for _, share in self._model.shares]
+        parts = []
+        for count, keys, exchanged in zip(self._counts, self._keys, self._exchanged, strict=True):
+            seen = sum(share * number for share, number in zip(shares, keys, strict=True))
+            parts.append(StepWork(count, 0.0, seen, count, count, exchanged))
+        return tuple(parts)
 
 
 def _pairs(start: int, num_tokens: int, keys: range, window: int | None) -> float:

@@ -80,3 +80,31 @@ def test_slots_follow_the_page_table_beyond_31_bits():
     assert slots[:3].tolist() == [2**26 * 128 + 126, 2**26 * 128 + 127, 3 * 128]
     assert slots[-2:].tolist() == [2**40 * 128, 2**40 * 128 + 1]
     assert pages_for(257, 128) == 3
+
+
+def test_pages_are_taken_from_the_run_that_looking_at_all_of_them_finds():
+    rng, allocator, held = np.random.default_rng(0), PageAllocator(300), []
+    free = np.ones(300, dtype=bool)
+
+    for _ in range(600):
+        if held and rng.random() < 0.45:
+            pages = held.pop(int(rng.integers(len(held))))
+            allocator.release(pages)
+            free[pages] = True
+            continue
+        count = int(rng.integers(1, 12))
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], free, [False]]).astype(int)))
+        runs = [(int(stop - start), int(start)) for start, stop in edges.reshape(-1, 2)]
+        fitting = [run for run in runs if run[0] >= count]
+        pages = allocator.allocate(count)
+        if pages is None:
+            assert free.sum() < count
+            continue
+        if fitting:
+            start = min(fitting)[1]
+            assert pages.tolist() == list(range(start, start + count))
+        assert free[pages].all()
+        free[pages] = False
+        held.append(pages)
+
+    assert allocator.num_free == free.sum()

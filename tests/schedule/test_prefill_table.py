@@ -93,3 +93,15 @@ def test_a_table_made_before_anything_is_known_is_made_again():
 
     assert table.seconds(0, 3000) == pytest.approx(3.0)
     assert np.allclose(table.until(np.array([0, 1500])), [0.0, 1.5])
+
+
+def test_a_table_made_anew_may_end_before_a_prompt_that_it_knew():
+    dearer = [1.0]
+    table = _table(lambda start, size: _attention_s(start, size) * (dearer[0] if start else 1.0))
+    table.extend(100_000)
+
+    dearer[0] = 2.0
+    table.extend(2000)
+
+    for num_tokens in (0, 700, 2000, 100_000):
+        assert table.at(num_tokens) == pytest.approx(table.until(np.array([num_tokens]))[0])

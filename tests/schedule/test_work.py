@@ -5,7 +5,7 @@ import pytest
 
 from mnemosyne.cache.layout import Placement, Shard
 from mnemosyne.schedule.plan import Chunk
-from mnemosyne.schedule.work import StepWork, WorkModel
+from mnemosyne.schedule.work import DecodeTally, StepWork, WorkModel
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 40, 10**6])
@@ -71,5 +71,8 @@ def test_decodes_together_are_the_sum_of_decodes_one_by_one():
         chunk = Chunk(0, position, 1, samples=True, token_id=3)
         work = model.add(work, chunk, placement)
 
-    assert model.decodes(rows) == work
+    tally = DecodeTally(model)
+    tally.add([*rows, (9, alone), (800, shared)])
+    tally.add([(9, alone), (800, shared)], sign=-1)
+    assert tally.work() == work
     assert [part.num_exchanged for part in work] == [1, 1]
