@@ -17,7 +17,7 @@ from mnemosyne.parallel.styles import (
 )
 
 
-def layer_plan() -> dict[str, dict[str, ParallelStyle]]:
+def layer_plan(mesh: Mesh) -> dict[str, dict[str, ParallelStyle]]:
     """Placement of one decoder layer, by axis of the mesh and name of the module.
 
     The modules of all families. Norms are held whole by every rank, those of q and k too.
@@ -25,7 +25,7 @@ def layer_plan() -> dict[str, dict[str, ParallelStyle]]:
     return {
         "tp": {
             "attn.wq": ColumnParallel(),  # [H*D/tp, E]
-            "attn.wo": RowParallel(),  # [E, H*D/tp], summed on the way out
+            "attn.wo": RowParallel(mesh.tp),  # [E, H*D/tp], summed on the way out
         },
         "kv_head": {
             "attn.wk": ColumnParallel(),  # [K*D/tp, E], or one head where tp exceeds them
@@ -34,7 +34,7 @@ def layer_plan() -> dict[str, dict[str, ParallelStyle]]:
         "ffn": {
             "mlp.gate": ColumnParallel(),  # [F/ffn, E]
             "mlp.up": ColumnParallel(),  # [F/ffn, E]
-            "mlp.down": RowParallel(),  # [E, F/ffn], summed on the way out
+            "mlp.down": RowParallel(mesh.ffn),  # [E, F/ffn], summed on the way out
         },
     }
 
@@ -55,7 +55,7 @@ def parallelize(decoder: Decoder, mesh: Mesh) -> None:
         kv_mesh = head_mesh(mesh, spec.num_kv_heads)
     axes = {"tp": tp.device_mesh, "kv_head": kv_mesh, "ffn": mesh.ffn.device_mesh}
     for layer in decoder.layers.values():
-        for axis, plan in layer_plan().items():
+        for axis, plan in layer_plan(mesh).items():
             if axes[axis] is not None:
                 parallelize_module(layer, axes[axis], plan)
     if tp.device_mesh is None:

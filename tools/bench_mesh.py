@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -36,7 +37,7 @@ from mnemosyne.build import Rank, build_rank
 from mnemosyne.cache.layout import Placement, Shard, pages_for
 from mnemosyne.config import CacheConfig, EngineConfig, MeshConfig, ScheduleConfig, parse_size
 from mnemosyne.crew import Driver, Follower
-from mnemosyne.parallel.collectives import all_gather
+from mnemosyne.parallel.collectives import Gather, all_gather
 from mnemosyne.parallel.mesh import Axis
 from mnemosyne.runtime import step
 from mnemosyne.runtime.executor import LocalExecutor, MeshExecutor
@@ -198,9 +199,8 @@ def _wait_at_once() -> None:
 
     def waited(*arguments: Any) -> kvp.Exchange:
         exchange = start(*arguments)
-        exchange.gather.wait()
-        exchange.gather.works.clear()
-        return exchange
+        gathered = exchange.gather.wait()
+        return replace(exchange, gather=Gather(lambda: gathered))
 
     step.start_exchange = waited
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mnemosyne.parallel.board import BOARD_BYTES
 from mnemosyne.parallel.mesh import Axis, Mesh
 
 # Up to this size a message costs by the round, not by the byte. gloo goes round a ring for a sum,
@@ -24,6 +27,9 @@ def all_reduce_sum(x: Tensor, axis: Axis) -> Tensor:
     """
     if axis.group is None:
         return x
+    if axis.board is not None and x.nbytes <= BOARD_BYTES:
+        wide = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else x.dtype
+        return all_gather(x, axis).sum(0, dtype=wide).to(x.dtype)
     x = x.contiguous()
     is_power_of_two = axis.degree & (axis.degree - 1) == 0
     if not (x.is_cpu and x.nbytes <= SMALL_BYTES and is_power_of_two):
@@ -44,42 +50,46 @@ def all_reduce_sum(x: Tensor, axis: Axis) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gather:
-    """The tensors of all ranks of an axis, on their way."""
+    """The tensors of all ranks of an axis, on their way.
 
-    sent: Tensor  # kept until it has left
-    gathered: Tensor
-    works: list[dist.Work | None]
+    ``wait()`` gives ``[degree, *x.shape]`` in the order of the axis, once all have come; it is
+    called once. On CUDA the stream waits, not the caller.
+    """
 
-    def wait(self) -> Tensor:
-        """``[degree, *x.shape]`` in the order of the axis, once all have come.
-
-        On CUDA the stream waits, not the caller.
-        """
-        for work in self.works:
-            assert work is not None, "this rank is on the axis"
-            work.wait()
-        return self.gathered
+    wait: Callable[[], Tensor]
 
 
 def start_all_gather(x: Tensor, axis: Axis) -> Gather:
     """Start to gather the tensors of all ranks of an axis; what follows runs meanwhile.
 
     Args:
-        x: of the same shape and dtype on every rank; it must stay as it is until it has left.
+        x: of the same shape and dtype on every rank; it must stay as it is until the end.
         axis: the ranks.
     """
     if axis.group is None:
-        return Gather(x, x[None], [])
+        return Gather(lambda: x[None])
+    if axis.board is not None and x.nbytes <= BOARD_BYTES:
+        axis.board.post(x)
+        return Gather(partial(axis.board.wait, x))
     x = x.contiguous()
     gathered = torch.empty((axis.degree, *x.shape), dtype=x.dtype, device=x.device)
+    works: list[dist.Work | None] = []
     if not x.is_cpu:
-        work = dist.all_gather(list(gathered.unbind()), x, group=axis.group, async_op=True)
-        return Gather(x, gathered, [work])
+        works = [dist.all_gather(list(gathered.unbind()), x, group=axis.group, async_op=True)]
+        return Gather(partial(_finish, works, gathered, x))
     gathered[axis.index] = x
     peers = [index for index in range(axis.degree) if index != axis.index]
     works = [dist.irecv(gathered[peer], group=axis.group, group_src=peer) for peer in peers]
     works += [dist.isend(x, group=axis.group, group_dst=peer) for peer in peers]
-    return Gather(x, gathered, works)
+    return Gather(partial(_finish, works, gathered, x))
+
+
+def _finish(works: list[dist.Work | None], gathered: Tensor, sent: Tensor) -> Tensor:
+    """Wait for all; ``sent`` is an argument so that its memory lives until then."""
+    for work in works:
+        assert work is not None, "this rank is on the axis"
+        work.wait()
+    return gathered
 
 
 def all_gather(x: Tensor, axis: Axis) -> Tensor:

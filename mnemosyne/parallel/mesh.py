@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mnemosyne.config import MeshConfig
+from mnemosyne.parallel.board import Board, open_board
 
 AXES = ("pp", "kvp", "tp")  # outermost first
 
@@ -24,6 +25,7 @@ class Axis:
     index: int = 0
     group: ProcessGroup | None = None
     device_mesh: DeviceMesh | None = None  # of this axis alone; DTensors are laid out by it
+    board: Board | None = None  # for small messages, where all its ranks are on one host
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,11 +92,13 @@ def init_mesh(config: MeshConfig, device_type: str) -> Mesh:
         dist.init_process_group(backend)
     degrees = (config.pp, config.kvp, config.tp)
     device_mesh = init_device_mesh(device_type, degrees, mesh_dim_names=AXES)
-    pp, kvp, tp = (axis_of(device_mesh[name]) for name in AXES)
-    ffn = Axis("ffn", tp.degree, tp.index, tp.group, tp.device_mesh)
+    pp = axis_of(device_mesh["pp"])
+    kvp, tp = (_with_board(axis_of(device_mesh[name]), device_type) for name in ("kvp", "tp"))
+    ffn = replace(tp, name="ffn")
     if config.ffn == "wide" and config.kvp > 1:
         flat = (config.pp, config.kvp * config.tp)
-        ffn = axis_of(init_device_mesh(device_type, flat, mesh_dim_names=("pp", "ffn"))["ffn"])
+        flat_mesh = init_device_mesh(device_type, flat, mesh_dim_names=("pp", "ffn"))
+        ffn = _with_board(axis_of(flat_mesh["ffn"]), device_type)
     return Mesh(
         pp=pp,
         kvp=kvp,
@@ -113,6 +117,12 @@ def axis_of(device_mesh: DeviceMesh) -> Axis:
     if degree == 1:
         return Axis(name)
     return Axis(name, degree, device_mesh.get_local_rank(), device_mesh.get_group(), device_mesh)
+
+
+def _with_board(axis: Axis, device_type: str) -> Axis:
+    if axis.group is None or device_type != "cpu":
+        return axis
+    return replace(axis, board=open_board(axis.group, ranks_on_host=ranks_on_host()))
 
 
 def head_mesh(mesh: Mesh, num_kv_heads: int) -> DeviceMesh:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from mnemosyne.parallel.collectives import all_gather, all_reduce_sum
-from mnemosyne.parallel.mesh import Axis, axis_of
+from mnemosyne.parallel.mesh import Axis
 from mnemosyne.parallel.shards import held_slices
 
 
@@ -27,10 +27,18 @@ class ColumnParallel(ParallelStyle):
 
 
 class RowParallel(ParallelStyle):
-    """A linear layer of which each rank takes neighbouring inputs; the outputs are summed."""
+    """A linear layer of which each rank takes neighbouring inputs; the outputs are summed.
+
+    Args:
+        axis: the ranks.
+    """
+
+    def __init__(self, axis: Axis) -> None:
+        super().__init__()
+        self._axis = axis
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        axis = axis_of(device_mesh)
+        axis = self._axis
         _shard(module, "weight", device_mesh, dim=1)
         if axis.index > 0:
             module.register_parameter("bias", None)  # the sum takes it from the first rank
