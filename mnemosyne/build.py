@@ -38,7 +38,7 @@ from mnemosyne.runtime.step import LayerShape, Model
 from mnemosyne.runtime.worker import Worker
 from mnemosyne.schedule.calibrate import Limits, calibrate
 from mnemosyne.schedule.plan import Executor
-from mnemosyne.schedule.predictor import LinearPredictor, Predictor
+from mnemosyne.schedule.predictor import LinearPredictor, Predictor, fit_error
 from mnemosyne.schedule.routing import Router
 from mnemosyne.schedule.saved_fits import fits_folder, load_fit, save_fit
 from mnemosyne.schedule.scheduler import Scheduler
@@ -47,6 +47,8 @@ from mnemosyne.serve.engine import Engine
 from mnemosyne.serve.intake import Intake
 
 log = logging.getLogger(__name__)
+
+DISTURBED_FIT = 0.25  # median error of a fit on its own sweep beyond which it is not kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,7 +311,14 @@ def _fit(
     samples = measure()
     if samples:
         predictor.fit(samples)
-        if config.schedule.saved_fit:
+        error = fit_error(predictor, samples)
+        if error > DISTURBED_FIT:
+            log.warning(
+                "step times do not fit what a step does (median error %.0f%%), as on a busy "
+                "machine; they are corrected as steps run, and measured again at the next start",
+                100 * error,
+            )
+        elif config.schedule.saved_fit:
             save_fit(folder, key, predictor.samples)
     seconds = time.perf_counter() - started_s
     log.info("step times fitted from %d steps in %.1f s", len(samples), seconds)

@@ -17,7 +17,7 @@ from mnemosyne.cli.shapes import calibrated, find_shape
 from mnemosyne.config_simulate import SimulateConfig
 from mnemosyne.metrics import StepLog, StepRecord
 from mnemosyne.simulate.report import Report, make_report, result_rows
-from mnemosyne.simulate.workload import Arrival, draw, read_trace, write_trace
+from mnemosyne.simulate.workload import draw, read_trace, write_trace
 
 OK = 0  # exit status
 
@@ -49,12 +49,7 @@ def simulate(config: SimulateConfig) -> int:
         started_s = time.perf_counter()
         outputs = simulation.run(arrivals)
         wall_s = time.perf_counter() - started_s
-    report = make_report(
-        arrivals,
-        outputs,
-        long_tokens=int(config.schedule.long_tokens),
-        deadline_s=lambda arrival: _deadline_s(simulation, config, arrival),
-    )
+    report = make_report(arrivals, outputs, long_tokens=int(config.schedule.long_tokens))
     if config.output:
         write_trace(config.output, result_rows(arrivals, outputs))
     if config.report:
@@ -118,11 +113,3 @@ def draw_plot(path: str, records: list[StepRecord], target_s: float) -> None:
 
     draw_run(records, path, target_s=target_s)
     print(f"plot: {path}")
-
-
-def _deadline_s(simulation: Simulation, config: SimulateConfig, arrival: Arrival) -> float:
-    """The deadline of a request, by the same rule as the scheduler's."""
-    if arrival.deadline_s is not None:
-        return arrival.deadline_s
-    alone_s = simulation.engine.scheduler.prefill_s(arrival.prompt_tokens)
-    return max(config.slo.ttft_min, config.slo.ttft_scale * alone_s)

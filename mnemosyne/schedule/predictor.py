@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import median
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -126,6 +127,11 @@ class LinearPredictor:
         for index in range(self._num_observed - num_recent, self._num_observed):
             row = self._recent[index % MAX_SAMPLES]
             self._follow(float(row[:-1] @ self._coefficients), float(row[-1]))
+
+
+def fit_error(predictor: Predictor, samples: Sequence[tuple[StepWork, float]]) -> float:
+    """Median relative error of predictions on ``(work, seconds)``."""
+    return median(abs(predictor.predict(work) / seconds - 1) for work, seconds in samples)
 
 
 def nonnegative_least_squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -80,7 +80,6 @@ def make_report(
     outputs: Sequence[RequestOutput],
     *,
     long_tokens: int,
-    deadline_s: Callable[[Arrival], float],
 ) -> Report:
     """Sum up a workload.
 
@@ -88,16 +87,15 @@ def make_report(
         arrivals: the requests.
         outputs: what each got, in the same order.
         long_tokens: prompts above it count as long.
-        deadline_s: when the first token of a request is due, after its arrival.
     """
     pairs = list(zip(arrivals, outputs, strict=True))
     done = [(arrival, output) for arrival, output in pairs if output.error is None]
     is_long = [arrival.prompt_tokens > long_tokens for arrival, _ in done]
-    kinds = [_kind("all", done, deadline_s)]
+    kinds = [_kind("all", done)]
     if any(is_long) and not all(is_long):
         for name, wanted in (("short", False), ("long", True)):
             chosen = [pair for pair, long in zip(done, is_long, strict=True) if long == wanted]
-            kinds.append(_kind(name, chosen, deadline_s))
+            kinds.append(_kind(name, chosen))
     ends = [output.metrics.finished_s or 0.0 for _, output in done]
     seconds = max(ends, default=0.0) - min((a.arrival_s for a, _ in done), default=0.0)
     num_outputs = sum(len(output.token_ids) for _, output in done)
@@ -127,14 +125,10 @@ def tpot_s(output: RequestOutput) -> float | None:
     return sum(gaps) / len(gaps) if gaps else None
 
 
-def _kind(
-    name: str,
-    done: Sequence[tuple[Arrival, RequestOutput]],
-    deadline_s: Callable[[Arrival], float],
-) -> Kind:
+def _kind(name: str, done: Sequence[tuple[Arrival, RequestOutput]]) -> Kind:
     outputs = [output for _, output in done]
     ttfts = [(output.metrics.ttft_s or 0.0) for output in outputs]
-    met = [ttft <= deadline_s(arrival) for (arrival, _), ttft in zip(done, ttfts, strict=True)]
+    met = [not output.metrics.missed_deadline for output in outputs]
     return Kind(
         name=name,
         count=len(done),

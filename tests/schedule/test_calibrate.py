@@ -11,7 +11,7 @@ import pytest
 from mnemosyne.cache.layout import pages_for
 from mnemosyne.schedule.calibrate import Limits, calibrate
 from mnemosyne.schedule.plan import Plan, StepResult
-from mnemosyne.schedule.predictor import LinearPredictor
+from mnemosyne.schedule.predictor import LinearPredictor, fit_error
 from mnemosyne.schedule.work import StepWork, WorkModel
 
 WORK_MODEL = WorkModel([None, 512])
@@ -138,3 +138,38 @@ def test_a_sweep_ends_with_its_first_step_that_takes_too_long() -> None:
 
     assert [work.num_tokens for work, _ in samples[:6]] == [32, 128, 512, 2048, 32, 256]
     assert max(work.num_tokens for work, _ in samples) == 2048
+
+
+class Disturbed(Machine):
+    """Something else takes the machine in two of three steps."""
+
+    def submit(self, plan: Plan) -> None:
+        before_s = self.now_s
+        super().submit(plan)
+        if len(self.plans) % 3:
+            self.now_s += 1.5 * (self.now_s - before_s)
+
+
+def test_what_else_the_machine_does_in_between_is_not_learned() -> None:
+    limits = replace(ROOMY, step_s=0.05)
+
+    samples = sweep(Disturbed(), limits)
+
+    brief = [(work, seconds) for work, seconds in samples if seconds_of(work) < 0.05]
+    assert len(brief) > 8
+    undisturbed = [seconds_of(work) for work, _ in brief]
+    # a decode sees a key more in each repeat
+    assert [seconds for _, seconds in brief] == pytest.approx(undisturbed, rel=1e-4)
+
+
+def test_the_error_of_a_fit_tells_a_sweep_that_was_disturbed_throughout() -> None:
+    rng = np.random.default_rng(0)
+    samples = sweep(Machine(), ROOMY)
+    disturbed = [(work, seconds * rng.uniform(1, 6)) for work, seconds in samples]
+    quiet_fit, disturbed_fit = LinearPredictor(), LinearPredictor()
+
+    quiet_fit.fit(samples)
+    disturbed_fit.fit(disturbed)
+
+    assert fit_error(quiet_fit, samples) < 1e-6
+    assert fit_error(disturbed_fit, disturbed) > 0.1
