@@ -41,6 +41,7 @@ class PrefillTable:
         self._min_chunk = min_chunk
         self._max_chunk = max_chunk
         self._depth = depth
+        self._longest = 0  # of all prompts: a table made anew serves those that wait as well
         self._clear()
 
     def seconds(self, done: int, total: int) -> float:
@@ -52,7 +53,7 @@ class PrefillTable:
         """Seconds of the first tokens of one prompt, before ``factor``, as ``until`` has them."""
         node = bisect_right(self._ends, num_tokens) - 1
         start, start_s = self._ends[node], self._seconds[node]
-        if node + 1 == len(self._ends):  # a table made anew may end before an older prompt does
+        if node + 1 == len(self._ends):
             return start_s
         rate = (self._seconds[node + 1] - start_s) / (self._ends[node + 1] - start)
         return start_s + rate * (num_tokens - start)
@@ -78,9 +79,10 @@ class PrefillTable:
         """Be ready for prompts of this length, and for what the predictor has learned since."""
         if self._is_stale():
             self._clear()
-        if self._ends[-1] >= num_tokens:
+        self._longest = max(self._longest, num_tokens)
+        if self._ends[-1] >= self._longest:
             return
-        while self._ends[-1] < num_tokens:
+        while self._ends[-1] < self._longest:
             self._add_node(self._ends[-1])
         self._nodes = np.array([self._ends, self._seconds])
 

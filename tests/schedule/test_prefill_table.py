@@ -95,13 +95,20 @@ def test_a_table_made_before_anything_is_known_is_made_again():
     assert np.allclose(table.until(np.array([0, 1500])), [0.0, 1.5])
 
 
-def test_a_table_made_anew_may_end_before_a_prompt_that_it_knew():
+def test_a_table_made_anew_still_reaches_the_longest_prompt():
     dearer = [1.0]
-    table = _table(lambda start, size: _attention_s(start, size) * (dearer[0] if start else 1.0))
+
+    def predict(start: int, size: int) -> float:
+        return _attention_s(start, size) * (dearer[0] if start else 1.0)
+
+    table = _table(predict)
     table.extend(100_000)
 
     dearer[0] = 2.0
     table.extend(2000)
 
+    fresh = _table(predict)
+    fresh.extend(100_000)
     for num_tokens in (0, 700, 2000, 100_000):
+        assert table.at(num_tokens) == pytest.approx(fresh.at(num_tokens))
         assert table.at(num_tokens) == pytest.approx(table.until(np.array([num_tokens]))[0])
