@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mnemosyne.attention.rows import SharedRows, WideRows
 from mnemosyne.attention.segments import AttentionBatch, Segment
-from mnemosyne.cache.layout import slots_of
+from mnemosyne.cache.layout import Placement, slots_of
 from mnemosyne.runtime.sequences import SequenceState
 from mnemosyne.schedule.plan import Chunk, Plan
 
@@ -54,11 +54,11 @@ def bucket_size(num_tokens: int) -> int:
     return -(-num_tokens // multiple) * multiple
 
 
-def count_rows(plan: Plan, sequences: Mapping[int, SequenceState], group: int) -> int:
+def count_rows(plan: Plan, placements: Mapping[int, Placement], group: int) -> int:
     """T of a step on one group, padding included. The tokens need not be known yet."""
     num_tokens = 0
     for chunk in plan.chunks:
-        if _active_shard(chunk, sequences[chunk.request_id], group) is not None:
+        if _active_shard(chunk, placements[chunk.request_id], group) is not None:
             num_tokens += chunk.num_tokens
     return bucket_size(max(num_tokens, 1))
 
@@ -223,7 +223,7 @@ class _LocalView(NamedTuple):
 
 def _local_view(chunk: Chunk, sequence: SequenceState, group: int) -> _LocalView | None:
     assert chunk.stop <= sequence.num_tokens, "a chunk holds only tokens that exist"
-    placement, shard = sequence.placement, _active_shard(chunk, sequence, group)
+    placement, shard = sequence.placement, _active_shard(chunk, sequence.placement, group)
     if shard is None:
         return None
     return _LocalView(
@@ -235,9 +235,9 @@ def _local_view(chunk: Chunk, sequence: SequenceState, group: int) -> _LocalView
     )
 
 
-def _active_shard(chunk: Chunk, sequence: SequenceState, group: int) -> int | None:
+def _active_shard(chunk: Chunk, placement: Placement, group: int) -> int | None:
     """The shard by which a group takes part in a chunk, None if it does not."""
-    shard = sequence.placement.shard_in(group)
-    if shard is None or shard >= sequence.placement.num_active(chunk.stop):
+    shard = placement.shard_in(group)
+    if shard is None or shard >= placement.num_active(chunk.stop):
         return None
     return shard

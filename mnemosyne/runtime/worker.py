@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mnemosyne.attention.segments import AttentionBackend
+from mnemosyne.cache.layout import Placement
 from mnemosyne.cache.pages import PagePool
 from mnemosyne.parallel.mesh import Mesh
 from mnemosyne.parallel.pipeline import Pipeline
@@ -59,6 +60,7 @@ class Worker:
         self._trace = trace
         self._sequences: dict[int, SequenceState] = {}
         self._expected: deque[Plan] = deque()  # announced, and not run yet
+        self._placements: dict[int, Placement] = {}  # as of the last of them
 
     @property
     def pool(self) -> PagePool:
@@ -74,10 +76,15 @@ class Worker:
         if any(known is plan for known in self._expected):
             return
         self._expected.append(plan)
+        if self._pipeline is None:
+            return
+        # Not the sequences: an id may go and come again between the step at hand and this one.
+        for request_id in plan.released:
+            self._placements.pop(request_id, None)
         for admission in plan.admitted:
-            self._sequences[admission.request_id] = SequenceState.start(admission)
-        if self._pipeline is not None and plan.chunks:
-            self._pipeline.expect(count_rows(plan, self._sequences, self._mesh.kvp.index))
+            self._placements[admission.request_id] = admission.placement
+        if plan.chunks:
+            self._pipeline.expect(count_rows(plan, self._placements, self._mesh.kvp.index))
 
     def run(self, plan: Plan) -> StepResult | None:
         """Run the local part of a step.
@@ -140,6 +147,8 @@ class Worker:
             gone = self._sequences.pop(request_id, None)
             if gone is not None and not gone.is_finite:
                 self._clear(gone)
+        for admission in plan.admitted:
+            self._sequences[admission.request_id] = SequenceState.start(admission)
         for chunk in plan.chunks:
             if chunk.token_id is not None:
                 self._sequences[chunk.request_id].append(chunk.token_id, chunk.start)

@@ -125,7 +125,8 @@ def test_rows_that_other_groups_compute_too_are_a_batch_of_their_own() -> None:
         for batches in ((i.shared.batch, i.batch) for i in by_group if i.shared is not None)
     ]
     assert seen == [[[(0, 2, 4)], [(2, 5, 5)]], [[(0, 2, 4)], []], [[], []]]
-    rows = [count_rows(plan, {0: long, 1: short}, group) for group in range(3)]
+    placements = {0: long.placement, 1: short.placement}
+    rows = [count_rows(plan, placements, group) for group in range(3)]
     assert rows == [len(inputs.token_ids_T) for inputs in by_group] == [8, 2, 1]
 
 
@@ -133,7 +134,7 @@ def test_the_rows_of_a_step_can_be_counted_before_its_tokens_are_known() -> None
     state = sequence([1, 2, 3], pages=[0, 1])
     plan = Plan(5, (Chunk(0, 3, 1, samples=True),))
 
-    assert count_rows(plan, {0: state}, group=0) == 1
+    assert count_rows(plan, {0: state.placement}, group=0) == 1
 
 
 @given(num_tokens=st.integers(1, 2**24))

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from torch import Tensor
 
+from mnemosyne.cache.layout import Placement, Shard
 from mnemosyne.llm import LLM
+from mnemosyne.schedule.plan import Admission, Chunk, Plan
 from tests.engines import add, drain, greedy, model_of, open_tiny, random_prompts, worker_of
 from tests.model_zoo.tiny import tiny_checkpoint
 
@@ -73,3 +76,32 @@ def test_a_worker_knows_the_running_requests_only(llm: LLM) -> None:
 
     assert known == {first.request_id, second.request_id}
     assert set(worker_of(llm)._sequences) == {third.request_id}
+
+
+def test_an_id_that_goes_and_comes_again_may_be_announced_ahead(llm: LLM) -> None:
+    worker = worker_of(llm)
+    placement = Placement((Shard(0, np.arange(2, dtype=np.int64)),), 32)
+    admission = Admission(
+        request_id=-1,
+        prompt_ids=np.arange(8, dtype=np.int64),
+        params=greedy(2),
+        seed=0,
+        end_token_ids=(),
+        placement=placement,
+    )
+    prefill = Chunk(-1, 0, 8, samples=False)
+    plans = [
+        Plan(0, (prefill,), admitted=(admission,)),
+        Plan(1, (), released=(-1,)),
+        Plan(0, (prefill,), admitted=(admission,)),
+        Plan(1, (), released=(-1,)),
+    ]
+
+    for plan in plans:
+        worker.expect(plan)
+    known = []
+    for plan in plans:
+        worker.run(plan)
+        known.append(set(worker._sequences))
+
+    assert known == [{-1}, set(), {-1}, set()]
