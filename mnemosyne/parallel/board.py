@@ -119,14 +119,17 @@ def _host() -> str:
 
 
 def _create(degree: int) -> Path | None:
-    folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    folder, path = "/dev/shm" if os.path.isdir("/dev/shm") else None, None
     try:
         handle, name = tempfile.mkstemp(prefix="mnemosyne-board-", dir=folder)
+        path = Path(name)
         with os.fdopen(handle, "wb") as file:
             os.posix_fallocate(file.fileno(), 0, degree * (LINE + 2 * BOARD_BYTES))
     except OSError:  # no room: messages go the usual way
+        if path is not None:
+            path.unlink()
         return None
-    return Path(name)
+    return path
 
 
 def _map(name: str) -> mmap.mmap | None:

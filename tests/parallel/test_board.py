@@ -96,6 +96,20 @@ def test_ranks_of_one_host_share_a_board_and_leave_no_file() -> None:
     assert set(Path("/dev/shm").glob("mnemosyne-board-*")) <= before
 
 
+def test_a_file_for_which_there_is_no_room_is_taken_away(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def no_room(*arguments: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", no_room)
+    monkeypatch.setattr(os.path, "isdir", lambda path: False)
+    monkeypatch.setattr(board.tempfile, "tempdir", str(tmp_path))
+
+    assert board._create(2) is None
+    assert list(tmp_path.iterdir()) == []
+
+
 def look_without_room(config: MeshConfig) -> tuple[bool, list[float]]:
     def no_room(degree: int) -> None:
         return None
