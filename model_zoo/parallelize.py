@@ -54,8 +54,9 @@ def parallelize(decoder: Decoder, mesh: Mesh) -> None:
     if tp.degree > spec.num_kv_heads:
         kv_mesh = head_mesh(mesh, spec.num_kv_heads)
     axes = {"tp": tp.device_mesh, "kv_head": kv_mesh, "ffn": mesh.ffn.device_mesh}
+    plans = layer_plan(mesh)
     for layer in decoder.layers.values():
-        for axis, plan in layer_plan(mesh).items():
+        for axis, plan in plans.items():
             if axes[axis] is not None:
                 parallelize_module(layer, axes[axis], plan)
     if tp.device_mesh is None:
