@@ -90,37 +90,46 @@ def build_inputs(
         device: where the tensors go.
     """
     views = [_local_view(chunk, sequences[chunk.request_id], group) for chunk in plan.chunks]
-    num_tokens = sum(view.chunk.num_tokens for view in views if view is not None)
-    num_rows = bucket_size(max(num_tokens, 1))
-    packed = np.zeros((3, num_rows), dtype=np.int64)  # ids, positions, slots
-    packed[2] = padding_slot
-    own: list[Segment] = []
-    common: list[Segment] = []  # of rows that other groups compute as well
-    chunks, row = [], 0
-    for view in views:
-        if view is None:
-            continue
-        _pack(packed, row, view, page_size)
-        segments = common if _is_shared(view.chunk, view.sequence) else own
-        segments.append(_segment(view, row))
-        chunks.append(PlacedChunk(view.chunk, row))
-        row += view.chunk.num_tokens
+    num_rows = bucket_size(max(1, sum(v.chunk.num_tokens for v in views if v is not None)))
+    packed, chunks, segments = _pack_all(views, num_rows, page_size, padding_slot)
     ids, positions, slots = torch.from_numpy(packed).to(device).unbind()
     first_rows = {placed.chunk.request_id: placed.first_row for placed in chunks}
     wide = _wide_rows(plan, sequences, first_rows, group, num_groups) if is_wide else None
-    shared = None
-    if any(_is_shared(chunk, sequences[chunk.request_id]) for chunk in plan.chunks):
+    shared, shared_ids = None, _shared_ids(plan, sequences) if num_groups > 1 else set()
+    if shared_ids:
+        common: list[Segment] = []
+        own: list[Segment] = []
+        for placed, segment in zip(chunks, segments, strict=True):
+            (common if placed.chunk.request_id in shared_ids else own).append(segment)
+        segments = own
         batch = AttentionBatch(tuple(common), num_rows, page_size)
-        shared = _shared_rows(plan, sequences, first_rows, batch)
+        shared = _shared_rows(plan, shared_ids, first_rows, batch)
     return StepInputs(
         token_ids_T=ids,
         positions_T=positions,
         slots_T=slots,
-        batch=AttentionBatch(tuple(own), num_rows, page_size),
+        batch=AttentionBatch(tuple(segments), num_rows, page_size),
         chunks=tuple(chunks),
         shared=shared.to(device) if shared else None,
         wide=wide.to(device) if wide else None,
     )
+
+
+def _pack_all(
+    views: list[_LocalView | None], num_rows: int, page_size: int, padding_slot: int
+) -> tuple[np.ndarray, list[PlacedChunk], list[Segment]]:
+    """Ids, positions and slots of the rows, int64 ``[3, T]``; each chunk and what its rows see."""
+    packed = np.zeros((3, num_rows), dtype=np.int64)
+    packed[2] = padding_slot
+    chunks, segments, row = [], [], 0
+    for view in views:
+        if view is None:
+            continue
+        _pack(packed, row, view, page_size)
+        chunks.append(PlacedChunk(view.chunk, row))
+        segments.append(_segment(view, row))
+        row += view.chunk.num_tokens
+    return packed, chunks, segments
 
 
 def _pack(packed: np.ndarray, row: int, view: _LocalView, page_size: int) -> None:
@@ -152,21 +161,22 @@ def _segment(view: _LocalView, row: int) -> Segment:
     )
 
 
-def _is_shared(chunk: Chunk, sequence: SequenceState) -> bool:
-    """Whether several groups compute the rows of a chunk."""
-    return sequence.placement.num_active(chunk.stop) > 1
+def _shared_ids(plan: Plan, sequences: Mapping[int, SequenceState]) -> set[int]:
+    """The requests whose rows several groups compute."""
+    return {
+        chunk.request_id
+        for chunk in plan.chunks
+        if sequences[chunk.request_id].placement.num_active(chunk.stop) > 1
+    }
 
 
 def _shared_rows(
-    plan: Plan,
-    sequences: Mapping[int, SequenceState],
-    first_rows: Mapping[int, int],
-    batch: AttentionBatch,
+    plan: Plan, shared_ids: set[int], first_rows: Mapping[int, int], batch: AttentionBatch
 ) -> SharedRows:
     """The rows that several groups compute, counted alike on every group."""
     local, exchange, num_rows = [], [], 0
     for chunk in plan.chunks:
-        if not _is_shared(chunk, sequences[chunk.request_id]):
+        if chunk.request_id not in shared_ids:
             continue
         if chunk.request_id in first_rows:
             local.append(_rows(first_rows[chunk.request_id], chunk))
