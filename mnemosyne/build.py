@@ -13,7 +13,6 @@ from functools import partial
 import torch
 
 from mnemosyne.attention import choose_backend
-from mnemosyne.cache.allocator import PageAllocator
 from mnemosyne.cache.capacity import count_pages, describe_cache, tokens_per_group
 from mnemosyne.cache.pages import PagePool, bytes_per_token
 from mnemosyne.checkpoint import Checkpoint, Progress, find_checkpoint, weight_bytes
@@ -39,9 +38,8 @@ from mnemosyne.runtime.worker import Worker
 from mnemosyne.schedule.calibrate import Limits, calibrate
 from mnemosyne.schedule.plan import Executor
 from mnemosyne.schedule.predictor import LinearPredictor, Predictor, fit_error
-from mnemosyne.schedule.routing import Router
 from mnemosyne.schedule.saved_fits import fits_folder, load_fit, save_fit
-from mnemosyne.schedule.scheduler import Scheduler
+from mnemosyne.schedule.scheduler import build_scheduler
 from mnemosyne.schedule.work import StepWork, WorkModel
 from mnemosyne.serve.engine import Engine
 from mnemosyne.serve.intake import Intake
@@ -113,18 +111,21 @@ def build_rank(
         pipeline=_pipeline(mesh, spec, dtype, device, trace),
         trace=trace,
     )
-    if any(num_bytes):
-        log.info("%s", describe_reads(num_bytes))
-    log.info("%s, %s on %s, %s attention", checkpoint.name, dtype, device, backend.name)
-    page_size, num_groups = config.cache.page_size, mesh.kvp.degree
-    log.info(
-        "%s",
-        describe_cache(num_pages, page_size, token_bytes=token_bytes, num_groups=num_groups),
-    )
-    return Rank(
+    rank = Rank(
         *(mesh, checkpoint, worker, intake, num_pages, max_tokens, trace, config.metrics),
         backend=backend.name,
     )
+    _announce(rank, f"{dtype} on {device}", num_bytes, token_bytes)
+    return rank
+
+
+def _announce(rank: Rank, where: str, num_bytes: Sequence[int], token_bytes: int) -> None:
+    """Say what was loaded and what fits."""
+    if any(num_bytes):
+        log.info("%s", describe_reads(num_bytes))
+    log.info("%s, %s, %s attention", rank.checkpoint.name, where, rank.backend)
+    sizes = {"token_bytes": token_bytes, "num_groups": rank.mesh.kvp.degree}
+    log.info("%s", describe_cache(rank.num_pages, rank.worker.pool.page_size, **sizes))
 
 
 def build_engine(
@@ -150,20 +151,18 @@ def build_engine(
         executor = MeshExecutor(
             rank.worker, crew, num_groups=mesh.kvp.degree, num_stages=mesh.pp.degree
         )
-    router = Router(
-        [PageAllocator(rank.num_pages) for _ in range(mesh.kvp.degree)],
-        page_size=config.cache.page_size,
-        max_tokens_per_group=rank.tokens_per_group,
-    )
     work_model = WorkModel(spec.windows, mesh.kvp.degree)
     if predictor is None:
         predictor = LinearPredictor()
         if config.schedule.is_adaptive:
             _fit(predictor, executor, work_model, config, rank)
-    scheduler = Scheduler(
+    scheduler = build_scheduler(
         config.schedule,
         config.slo,
-        router=router,
+        num_groups=mesh.kvp.degree,
+        num_pages=rank.num_pages,
+        page_size=config.cache.page_size,
+        max_tokens_per_group=rank.tokens_per_group,
         predictor=predictor,
         work_model=work_model,
         depth=executor.depth,

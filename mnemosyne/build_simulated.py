@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mnemosyne.cache.allocator import PageAllocator
 from mnemosyne.cache.capacity import tokens_per_group
 from mnemosyne.cache.layout import pages_for
 from mnemosyne.config import MeshConfig
@@ -18,8 +17,7 @@ from mnemosyne.parallel.mesh import check_mesh
 from mnemosyne.request import RequestOutput
 from mnemosyne.schedule.calibrate import Limits, calibrate
 from mnemosyne.schedule.predictor import LinearPredictor
-from mnemosyne.schedule.routing import Router
-from mnemosyne.schedule.scheduler import Scheduler
+from mnemosyne.schedule.scheduler import build_scheduler
 from mnemosyne.schedule.work import WorkModel
 from mnemosyne.serve.defaults import GenerationDefaults
 from mnemosyne.serve.engine import Engine
@@ -96,28 +94,31 @@ def build_simulation(
         vocab_size=shape.vocab_size,
         step_s=2 * config.schedule.target_tbt,
     )
-    router = Router(
-        [PageAllocator(memory.num_pages) for _ in range(mesh.kvp)],
-        page_size=memory.page_size,
-        max_tokens_per_group=tokens_per_group(config.cache, memory.num_pages),
-    )
-    scheduler = Scheduler(
+    scheduler = build_scheduler(
         config.schedule,
         config.slo,
-        router=router,
+        num_groups=mesh.kvp,
+        num_pages=memory.num_pages,
+        page_size=memory.page_size,
+        max_tokens_per_group=tokens_per_group(config.cache, memory.num_pages),
         predictor=_fitted(cost, work_model, limits),
         work_model=work_model,
         depth=cluster.depth,
     )
-    intake = Intake(
+    intake = _intake(shape, config.model)
+    engine = Engine(scheduler, cluster, intake, on_step=on_step, clock=cluster.clock)
+    return Simulation(engine, cluster, memory)
+
+
+def _intake(shape: ShapeConfig, model: str) -> Intake:
+    """Prompts are counts of tokens here: nothing is tokenized."""
+    return Intake(
         vocab_size=shape.vocab_size,
         max_positions=ANY_POSITIONS,
         defaults=GenerationDefaults(),
         tokenizer=None,
-        model=config.model,
+        model=model,
     )
-    engine = Engine(scheduler, cluster, intake, on_step=on_step, clock=cluster.clock)
-    return Simulation(engine, cluster, memory)
 
 
 def _fitted(cost: StepCost, work_model: WorkModel, limits: Limits) -> LinearPredictor:

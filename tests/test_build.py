@@ -11,6 +11,7 @@ import torch
 from mnemosyne.build import _still_holds, build_engine, build_rank, choose_device, describe_reads
 from mnemosyne.config import CacheConfig, EngineConfig, ScheduleConfig
 from mnemosyne.schedule.predictor import LinearPredictor
+from mnemosyne.schedule.saved_fits import fits_folder
 from mnemosyne.schedule.work import StepWork
 from tests.engines import greedy, open_tiny, worker_of
 from tests.model_zoo.tiny import tiny_checkpoint
@@ -70,6 +71,7 @@ def test_the_second_start_takes_the_fit_of_the_first_if_its_probes_still_hold(
 ) -> None:
     caplog.set_level(logging.INFO, logger="mnemosyne")
     monkeypatch.setattr("mnemosyne.build._still_holds", lambda predictor, probes: len(probes) <= 2)
+    monkeypatch.setattr("mnemosyne.build.fit_error", lambda predictor, samples: 0.0)
     coefficients = []
     for _ in range(2):
         engine = build_engine(build_rank(config(checkpoint)), config(checkpoint, "adaptive"))
@@ -78,6 +80,22 @@ def test_the_second_start_takes_the_fit_of_the_first_if_its_probes_still_hold(
     said = [record.getMessage() for record in caplog.records]
     assert coefficients[0] == coefficients[1]
     assert ["of an earlier start" in line for line in said if "step times" in line] == [False, True]
+
+
+def test_a_fit_that_misses_its_own_sweep_is_said_and_not_kept(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, logger="mnemosyne")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(checkpoint.parent / "disturbed"))
+    monkeypatch.setattr("mnemosyne.build._still_holds", lambda predictor, probes: True)
+    monkeypatch.setattr("mnemosyne.build.fit_error", lambda predictor, samples: 0.6)
+    for _ in range(2):
+        build_engine(build_rank(config(checkpoint)), config(checkpoint, "adaptive"))
+
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("median error 60%" in line for line in said) == 2
+    assert not any("of an earlier start" in line for line in said)
+    assert not list(fits_folder().glob("*"))
 
 
 @pytest.mark.parametrize(("factor", "is_measured"), [(1.0, False), (5.0, True), (0.1, True)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from itertools import islice
 
+from mnemosyne.cache.allocator import PageAllocator
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request
 from mnemosyne.schedule.draft import Running
@@ -245,3 +246,38 @@ class Scheduler:
         running.num_in_flight += 1
         self.router.advance(running.placement, chunk.start, chunk.stop)
         self._num_decoding += not running.is_prefilling
+
+
+def build_scheduler(
+    config: ScheduleConfig,
+    slo: SloConfig,
+    *,
+    num_groups: int,
+    num_pages: int,
+    page_size: int,
+    max_tokens_per_group: int,
+    predictor: Predictor,
+    work_model: WorkModel,
+    depth: int,
+) -> Scheduler:
+    """A scheduler over empty caches.
+
+    Args:
+        config: as for ``Scheduler``, like all that is not named here.
+        slo: when a first token is due.
+        num_groups: degree of the kvp axis.
+        num_pages: of each group.
+        page_size: tokens per page.
+        max_tokens_per_group: of one request.
+        predictor: step time.
+        work_model: counts the work of a chunk.
+        depth: steps that may be in flight.
+    """
+    router = Router(
+        [PageAllocator(num_pages) for _ in range(num_groups)],
+        page_size=page_size,
+        max_tokens_per_group=max_tokens_per_group,
+    )
+    return Scheduler(
+        config, slo, router=router, predictor=predictor, work_model=work_model, depth=depth
+    )
