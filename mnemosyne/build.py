@@ -33,6 +33,7 @@ from mnemosyne.parallel.pipeline import Pipeline
 from mnemosyne.parallel.trace import Trace
 from mnemosyne.runtime.compile import CompiledModel
 from mnemosyne.runtime.executor import Crew, LocalExecutor, MeshExecutor
+from mnemosyne.runtime.graphs import capture_decodes, replayable
 from mnemosyne.runtime.step import LayerShape, Model
 from mnemosyne.runtime.worker import Worker
 from mnemosyne.schedule.calibrate import Limits, calibrate
@@ -85,6 +86,9 @@ def build_rank(
     spec = checkpoint.spec
     dtype = getattr(torch, spec.dtype if config.dtype == "auto" else config.dtype)
     backend = choose_backend(config.attention, device=device, dtype=dtype, head_dim=spec.head_dim)
+    replays = device.type == "cuda" and config.compile == "step"
+    if replays:
+        replayable(backend)
     mesh = init_mesh(config.mesh, device.type)
     decoder = checkpoint.decoder(mesh, dtype)
     token_bytes = _token_bytes(decoder, dtype)
@@ -101,15 +105,19 @@ def build_rank(
     max_tokens = tokens_per_group(config.cache, num_pages)
     num_bytes = gather_counts(checkpoint.load(decoder, device, progress), mesh)
     trace = _trace(config.metrics, mesh, device)
+    model = _compile(decoder, config.compile, device, compiling)
+    layers = _layer_shape(decoder, spec)
+    pool = _pool(decoder, config.cache, num_pages, dtype, device)
     worker = Worker(
-        _compile(decoder, config.compile, device, compiling),
-        _layer_shape(decoder, spec),
-        pool=_pool(decoder, config.cache, num_pages, dtype, device),
+        model,
+        layers,
+        pool=pool,
         backend=backend,
         device=device,
         mesh=mesh,
         pipeline=_pipeline(mesh, spec, dtype, device, trace),
         trace=trace,
+        graphs=capture_decodes(model, layers, pool, backend) if replays else None,
     )
     rank = Rank(
         *(mesh, checkpoint, worker, intake, num_pages, max_tokens, trace, config.metrics),

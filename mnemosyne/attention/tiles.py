@@ -48,7 +48,7 @@ def cut_rows(segments: Sequence[Segment], tile_rows: int, window: int | None) ->
 
 
 def split_keys(
-    tiles: np.ndarray, *, num_shares: int, min_keys: int, block: int
+    tiles: np.ndarray, *, num_shares: int, min_keys: int, block: int, merge_all: bool = False
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Cut the keys of long tiles so that no item holds much more than its share of all keys.
 
@@ -60,10 +60,11 @@ def split_keys(
         num_shares: items wanted; the GPU's processors, or some per processor, over the KV heads.
         min_keys: keys below which a cut does not pay.
         block: cuts fall on multiples of it.
+        merge_all: tiles that are not cut leave a partial too, so that every row is merged.
 
     Returns:
         ``(items, merges, num_partials)`` as ``mnemosyne.kernels.tile.Tiles`` has them, the
-        longest items first.
+        longest items first; no more of them than ``most_items``.
     """
     keys = tiles[:, STOP] - tiles[:, START]
     share = max(min_keys, -(-int(keys.sum()) // max(1, num_shares)))
@@ -76,7 +77,7 @@ def split_keys(
         (first_block[tile] + num_blocks[tile] * index // parts[tile]) * block
         for index in (part, part + 1)
     ]
-    cut = parts > 1
+    cut = parts > (0 if merge_all else 1)
     rows = tiles[:, ROWS] * cut  # of partials, per part
     first_partial = np.cumsum(rows * parts) - rows * parts
     items = np.empty((len(tile), 8), dtype=np.int64)
@@ -93,3 +94,14 @@ def split_keys(
         axis=1,
     )
     return items, merges, int((rows * parts).sum())
+
+
+def most_items(num_tiles: int, num_shares: int) -> int:
+    """Items that ``split_keys`` gives at most, whatever the lengths of so many tiles."""
+    return num_tiles + max(1, num_shares) - 1
+
+
+def page_table(segments: Sequence[Segment]) -> np.ndarray:
+    """Page ids of all segments, one segment after the other, int32."""
+    empty = np.empty(0, dtype=np.int64)
+    return np.concatenate([empty, *(segment.pages for segment in segments)]).astype(np.int32)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mnemosyne.attention.segments import AttentionBatch, Segment
-from mnemosyne.attention.tiles import cut_rows, split_keys
+from mnemosyne.attention.tiles import cut_rows, page_table, split_keys
 from mnemosyne.kernels.configs import configs_for
 from mnemosyne.kernels.paged_chunk import paged_chunk, tile_rows
 from mnemosyne.kernels.paged_decode import paged_decode
@@ -79,22 +78,23 @@ class TritonBackend:
         tensors = q_THD, k_KSD, v_KSD, out_THD, lse_TH
         size = prepared.page_size
         if prepared.decodes:
-            config = self._config("decode", q_THD, size)
+            config = self.config("decode", q_THD, size)
             tiles = _tiles(prepared, "decode", num_kv_heads, 1, config)
             paged_decode(*tensors, tiles, page_size=size, scale=scale, config=config)
         if prepared.chunks:
-            config = self._config("chunk", q_THD, size)
+            config = self.config("chunk", q_THD, size)
             rows = tile_rows(config, head_dim, group)
             tiles = _tiles(prepared, "chunk", num_kv_heads, rows, config)
             window = prepared.window
             paged_chunk(*tensors, tiles, page_size=size, window=window, scale=scale, config=config)
         return out_THD, lse_TH if return_lse else None
 
-    def _config(self, kind: str, q_THD: Tensor, page_size: int) -> TileConfig:
+    def config(self, kind: str, like: Tensor, page_size: int) -> TileConfig:
+        """How the kernel of ``decode`` or ``chunk`` is built for queries or keys as these."""
         if kind in self._configs:
             return self._configs[kind]
-        capability = torch.cuda.get_device_capability(q_THD.device)[0] if q_THD.is_cuda else None
-        return configs_for(kind, q_THD.dtype, q_THD.shape[-1], page_size, capability)[0]
+        capability = torch.cuda.get_device_capability(like.device)[0] if like.is_cuda else None
+        return configs_for(kind, like.dtype, like.shape[-1], page_size, capability)[0]
 
 
 def _tiles(
@@ -107,7 +107,7 @@ def _tiles(
             segments,
             prepared.window,
             tile_rows=rows,
-            num_shares=_programs(kind, prepared.device) // num_kv_heads,
+            num_shares=num_programs(kind, prepared.device) // num_kv_heads,
             min_keys=MIN_SPLIT_KEYS[kind],
             block=config.block_n,
             device=prepared.device,
@@ -130,12 +130,13 @@ def make_tiles(
     items, merges, num_partials = split_keys(
         tiles, num_shares=num_shares, min_keys=min_keys, block=block
     )
-    pages = np.concatenate([segment.pages for segment in segments]).astype(np.int32)
-    on_device = [torch.from_numpy(table).to(device) for table in (items, merges, pages)]
+    tables = items, merges, page_table(segments)
+    on_device = [torch.from_numpy(table).to(device) for table in tables]
     return Tiles(on_device[0], on_device[1], on_device[2], num_partials)
 
 
-def _programs(kind: str, device: torch.device) -> int:
+def num_programs(kind: str, device: torch.device) -> int:
+    """Programs that a launch for one long sequence should have."""
     if device.type != "cuda":
         return INTERPRETED_PROGRAMS
     processors = torch.cuda.get_device_properties(device).multi_processor_count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -15,6 +16,7 @@ from mnemosyne.parallel.mesh import Mesh
 from mnemosyne.parallel.pipeline import Pipeline
 from mnemosyne.parallel.trace import Trace
 from mnemosyne.request import Logprobs, Sampled
+from mnemosyne.runtime.graphs import DecodeGraphs
 from mnemosyne.runtime.inputs import PlacedChunk, StepInputs, build_inputs, count_rows
 from mnemosyne.runtime.sampler import sample, token_logprobs
 from mnemosyne.runtime.sequences import SequenceState
@@ -36,6 +38,7 @@ class Worker:
         mesh: this rank's place.
         pipeline: the links to the stages before and after, if there are any.
         trace: records what this rank does, if anybody wants to know.
+        graphs: replay the steps that they hold; the model runs the others.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Worker:
         mesh: Mesh,
         pipeline: Pipeline | None = None,
         trace: Trace | None = None,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self._model = model
         self._layers = layers
@@ -58,6 +62,7 @@ class Worker:
         self._mesh = mesh
         self._pipeline = pipeline
         self._trace = trace
+        self._graphs = graphs
         self._sequences: dict[int, SequenceState] = {}
         self._expected: deque[Plan] = deque()  # announced, and not run yet
         self._placements: dict[int, Placement] = {}  # as of the last of them
@@ -121,12 +126,10 @@ class Worker:
             padding_slot=self._pool.padding_slot,
             device=self._device,
         )
-        attend = PagedAttention(
-            self._pool, self._backend, inputs, layers=self._layers, kvp=self._mesh.kvp
-        )
+        forward = self._forward_pass(inputs)
 
         def stage(x: Tensor) -> Tensor:
-            hidden_TE = self._model(x, inputs.positions_T, attend)
+            hidden_TE = forward(x)
             self._mark_broken(inputs, hidden_TE)
             return hidden_TE
 
@@ -135,6 +138,16 @@ class Worker:
                 return stage(inputs.token_ids_T), inputs
         num_rows = len(inputs.token_ids_T)
         return self._pipeline.run(stage, num_rows, inputs.token_ids_T, step=plan.index), inputs
+
+    def _forward_pass(self, inputs: StepInputs) -> Callable[[Tensor], Tensor]:
+        """What computes the step, its tables ready before its input arrives."""
+        graphs = self._graphs
+        if graphs is not None and graphs.holds(inputs):
+            return lambda x: graphs.run(inputs)
+        attend = PagedAttention(
+            self._pool, self._backend, inputs, layers=self._layers, kvp=self._mesh.kvp
+        )
+        return lambda x: self._model(x, inputs.positions_T, attend)
 
     def close(self) -> None:
         """Wait until the next stage has taken everything; call it after the last step."""

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from mnemosyne.llm import LLM
 from mnemosyne.model_zoo.haystack import cycle, haystack
 from mnemosyne.model_zoo.needle import write_needle
 from mnemosyne.request import SamplingParams
+from mnemosyne.runtime.graphs import CudaGraph
 from tests.engines import greedy, open_tiny, random_prompts, worker_of
 from tests.model_zoo.tiny import tiny_checkpoint
 
@@ -60,6 +62,31 @@ def test_the_passkey_is_found_on_cuda_beside_short_requests(
         )
 
     assert [o.token_ids for o in outputs] == [r.answer_ids.tolist() for r in recitals]
+
+
+@pytest.mark.parametrize("num_prompts", [1, 3, len(PROMPTS)])
+def test_decodes_that_are_replayed_give_the_tokens_of_the_cpu(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, num_prompts: int
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with open_tiny(checkpoint) as llm:
+        expected = llm.generate(PROMPTS[:num_prompts], greedy(32))
+
+    with open_tiny(checkpoint, device="cuda", attention="triton", compile="step") as llm:
+        replays = []
+        replay = CudaGraph.replay
+        monkeypatch.setattr(CudaGraph, "replay", lambda graph: replays.append(replay(graph)))
+        before = counters["stats"]["unique_graphs"]
+        outputs = llm.generate(PROMPTS[:num_prompts], greedy(32))
+
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
+    assert len(replays) >= 16
+    assert counters["stats"]["unique_graphs"] == before, "a step compiled something"
+
+
+def test_decodes_are_replayed_with_the_triton_kernels_alone(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="attention must be triton for compile=step on a GPU"):
+        open_tiny(checkpoint, device="cuda", attention="reference", compile="step")
 
 
 def test_auto_takes_the_gpu_and_a_backend_that_runs_there(tmp_path: Path) -> None:

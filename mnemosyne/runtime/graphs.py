@@ -1,0 +1,197 @@
+"""Steps of decodes alone as CUDA graphs: one launch replays the whole forward pass.
+
+A graph repeats the kernels of one step at the addresses that it saw. So the inputs of a step are
+copied to tensors that stay in place, and attention must launch alike whatever the lengths are.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mnemosyne.attention.segments import AttentionBackend, AttentionBatch
+from mnemosyne.cache.pages import PagePool
+from mnemosyne.parallel.mesh import Axis
+from mnemosyne.runtime.inputs import StepInputs, bucket_size
+from mnemosyne.runtime.step import LayerShape, Model, PagedAttention
+
+if TYPE_CHECKING:
+    from mnemosyne.attention.triton import TritonBackend
+
+log = logging.getLogger(__name__)
+
+MOST_ROWS = 64  # of a step that is replayed; larger ones hide their launches behind their work
+GRAPH_ROWS = tuple(sorted({bucket_size(n) for n in range(1, MOST_ROWS + 1)}))
+
+
+class Graph(Protocol):
+    """Something that records what is launched, and launches it again."""
+
+    def capture(self, run: Callable[[], Tensor]) -> Tensor:
+        """Record what ``run`` launches; the tensor that each replay overwrites."""
+
+    def replay(self) -> None:
+        """Launch it again."""
+
+
+class CudaGraph:
+    """A ``torch.cuda.CUDAGraph``.
+
+    Args:
+        device: where the work runs.
+        memory: from ``torch.cuda.graph_pool_handle``: where what is computed on the way lies.
+            Graphs that never run at the same time may share it.
+    """
+
+    def __init__(self, device: torch.device, memory: Any) -> None:
+        self._device = device
+        self._memory = memory
+        self._graph = torch.cuda.CUDAGraph()
+
+    def capture(self, run: Callable[[], Tensor]) -> Tensor:
+        """See ``Graph``. What compiles or allocates once does so in a run before."""
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                run()
+            torch.cuda.current_stream().wait_stream(stream)
+            # On torch's own stream: memory is shared among captures of one stream alone.
+            with torch.cuda.graph(self._graph, pool=self._memory):
+                return run()
+
+    def replay(self) -> None:
+        """See ``Graph``."""
+        self._graph.replay()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Captured:
+    """A graph and the tensors that it reads and writes."""
+
+    graph: Graph
+    backend: AttentionBackend  # its prepare refills the tables that the graph reads
+    inputs: StepInputs
+    hidden_TE: Tensor
+
+
+class DecodeGraphs:
+    """The forward pass of decode steps, captured for a few numbers of rows.
+
+    Args:
+        model: the decoder, weights loaded.
+        layers: windows of its layers and the scale of their scores.
+        pool: the KV cache.
+        backend_for: from the number of rows, a backend whose ``prepare`` refills tables that stay
+            in place and whose ``attend`` launches the same kernels whatever they hold.
+        new_graph: makes a graph.
+        rows: numbers of rows, padding included.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        layers: LayerShape,
+        pool: PagePool,
+        *,
+        backend_for: Callable[[int], AttentionBackend],
+        new_graph: Callable[[], Graph],
+        rows: Sequence[int] = GRAPH_ROWS,
+    ) -> None:
+        self._model = model
+        self._layers = layers
+        self._pool = pool
+        self._backend_for = backend_for
+        self._new_graph = new_graph
+        # The largest first: the others fit in the memory that it leaves.
+        self._captured = {n: self._capture(n) for n in sorted(rows, reverse=True)}
+
+    def holds(self, inputs: StepInputs) -> bool:
+        """Whether a graph was captured for such a step."""
+        alone = inputs.shared is None and inputs.wide is None
+        decodes = all(segment.num_rows == 1 for segment in inputs.batch.segments)
+        return alone and decodes and inputs.batch.num_rows in self._captured
+
+    def run(self, inputs: StepInputs) -> Tensor:
+        """Hidden states ``[T, E]`` of a step that is held, until the next one overwrites them."""
+        captured = self._captured[inputs.batch.num_rows]
+        captured.inputs.token_ids_T.copy_(inputs.token_ids_T)
+        captured.inputs.positions_T.copy_(inputs.positions_T)
+        captured.inputs.slots_T.copy_(inputs.slots_T)
+        for window in set(self._layers.windows):
+            captured.backend.prepare(inputs.batch, window, inputs.slots_T.device)
+        captured.graph.replay()
+        return captured.hidden_TE
+
+    @torch.inference_mode()
+    def _capture(self, num_rows: int) -> _Captured:
+        """Capture a step of padding rows alone."""
+        backend, graph = self._backend_for(num_rows), self._new_graph()
+        device = self._pool.k[0].device
+        inputs = StepInputs(
+            token_ids_T=torch.zeros(num_rows, dtype=torch.int64, device=device),
+            positions_T=torch.zeros(num_rows, dtype=torch.int64, device=device),
+            slots_T=torch.full((num_rows,), self._pool.padding_slot, device=device),
+            batch=AttentionBatch((), num_rows, self._pool.page_size),
+            chunks=(),
+        )
+        attend = PagedAttention(self._pool, backend, inputs, layers=self._layers, kvp=Axis("kvp"))
+        hidden_TE = graph.capture(
+            lambda: self._model(inputs.token_ids_T, inputs.positions_T, attend)
+        )
+        return _Captured(graph, backend, inputs, hidden_TE)
+
+
+def replayable(backend: AttentionBackend) -> TritonBackend:
+    """The kernels that decodes are replayed with.
+
+    Raises:
+        ValueError: if the backend has others, whose launches depend on the lengths of a step.
+    """
+    if backend.name != "triton":
+        raise ValueError(
+            f"attention must be triton for compile=step on a GPU, got {backend.name}; "
+            "write attention=triton, or compile=layer"
+        )
+    from mnemosyne.attention.triton import TritonBackend  # triton may be missing elsewhere
+
+    assert isinstance(backend, TritonBackend)
+    return backend
+
+
+def capture_decodes(
+    model: Model, layers: LayerShape, pool: PagePool, backend: AttentionBackend
+) -> DecodeGraphs:
+    """Capture decode steps on the GPU of the pool; whatever compiles has done so before.
+
+    Raises:
+        ValueError: see ``replayable``.
+    """
+    from mnemosyne.attention.fixed_decodes import FixedDecodes  # triton may be missing elsewhere
+
+    started_s = time.perf_counter()
+    device, kernels = pool.k[0].device, replayable(backend)
+    with torch.cuda.device(device):
+        memory = torch.cuda.graph_pool_handle()
+    graphs = DecodeGraphs(
+        model,
+        layers,
+        pool,
+        backend_for=lambda num_rows: FixedDecodes(
+            kernels,
+            pool.k[0],
+            num_rows=num_rows,
+            page_size=pool.page_size,
+            max_pages=pool.num_pages,
+        ),
+        new_graph=partial(CudaGraph, device, memory),
+    )
+    log.info("decode steps captured in %.1f s", time.perf_counter() - started_s)
+    return graphs

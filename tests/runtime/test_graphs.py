@@ -1,0 +1,128 @@
+"""Steps that are replayed: the tokens of steps that are not, from tensors that stay in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mnemosyne.attention import FlexBackend
+from mnemosyne.attention.fixed_decodes import FixedDecodes
+from mnemosyne.attention.triton import TritonBackend
+from mnemosyne.llm import LLM
+from mnemosyne.runtime.graphs import DecodeGraphs, replayable
+from tests.engines import greedy, open_tiny, random_prompts, worker_of
+from tests.model_zoo.tiny import tiny_checkpoint
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="in the interpreter; a GPU has tests of its own"
+)
+
+PROMPTS = random_prompts((1, 5, 33, 41, 40))
+NUM_TOKENS = 10
+# what a GPU cannot record: the host waits for a value, or a shape depends on one
+ASKS_THE_HOST = {"_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero"}
+
+
+class Recorder(TorchDispatchMode):
+    """The operations that run while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), keywords: Any = None
+    ) -> Any:
+        self.names.add(function.overloadpacket.__name__)
+        return function(*arguments, **(keywords or {}))
+
+
+class FakeGraph:
+    """Calls again what it captured: it sees what that closed over, and nothing of a later step."""
+
+    replays = 0
+    recorder = Recorder()
+
+    def capture(self, run: Callable[[], Tensor]) -> Tensor:
+        self._run = run
+        with self.recorder:
+            self._result = run()
+        return self._result
+
+    def replay(self) -> None:
+        FakeGraph.replays += 1
+        self._result.copy_(self._run())
+
+
+@pytest.fixture(scope="module", params=[None, 24], ids=["full", "window"])
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    path = tmp_path_factory.mktemp("graphs") / "tiny"
+    return tiny_checkpoint(path, family="mistral", window=request.param)
+
+
+def graphs_of(llm: LLM, rows: tuple[int, ...] = (1, 2, 4)) -> DecodeGraphs:
+    worker = worker_of(llm)
+    pool = worker.pool
+    return DecodeGraphs(
+        worker._model,
+        worker._layers,
+        pool,
+        backend_for=lambda num_rows: FixedDecodes(
+            TritonBackend(),
+            pool.k[0],
+            num_rows=num_rows,
+            page_size=pool.page_size,
+            max_pages=pool.num_pages,
+        ),
+        new_graph=FakeGraph,
+        rows=rows,
+    )
+
+
+def test_replayed_steps_give_the_tokens_of_computed_ones(checkpoint: Path) -> None:
+    with open_tiny(checkpoint, chunk=64) as llm:
+        expected = [output.token_ids for output in llm.generate(PROMPTS, greedy(NUM_TOKENS))]
+        worker_of(llm)._graphs = graphs_of(llm)
+        before = FakeGraph.replays
+
+        outputs = [output.token_ids for output in llm.generate(PROMPTS, greedy(NUM_TOKENS))]
+        alone = llm.generate(PROMPTS[2], greedy(NUM_TOKENS))[0].token_ids
+
+    assert outputs == expected
+    assert alone == expected[2]
+    # alone, all but the first token; together, five rows are eight with padding: in no graph
+    assert FakeGraph.replays - before >= NUM_TOKENS - 1
+
+
+def test_fewer_requests_than_rows_leave_padding_that_touches_nobody(checkpoint: Path) -> None:
+    with open_tiny(checkpoint, chunk=64) as llm:
+        expected = [output.token_ids for output in llm.generate(PROMPTS[:3], greedy(NUM_TOKENS))]
+        worker_of(llm)._graphs = graphs_of(llm)
+        before = FakeGraph.replays
+
+        outputs = [output.token_ids for output in llm.generate(PROMPTS[:3], greedy(NUM_TOKENS))]
+
+    assert outputs == expected
+    assert FakeGraph.replays - before == NUM_TOKENS - 1
+
+
+def test_nothing_that_is_captured_asks_the_host(checkpoint: Path) -> None:
+    with open_tiny(checkpoint) as llm:
+        graphs_of(llm, rows=(2,))
+
+    assert "index_copy_" in FakeGraph.recorder.names
+    assert not FakeGraph.recorder.names & ASKS_THE_HOST
+
+
+def test_a_backend_that_cannot_be_replayed_is_refused() -> None:
+    assert isinstance(replayable(TritonBackend()), TritonBackend)
+    with pytest.raises(
+        ValueError, match="attention must be triton for compile=step on a GPU, got flex; write"
+    ):
+        replayable(FlexBackend())
