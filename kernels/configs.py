@@ -1,4 +1,4 @@
-"""How the attention kernels are built, by GPU: data, not yet measured on any."""
+"""How the attention kernels may be built, by GPU; the GPU suite finds out which is fastest."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import triton
 
 from mnemosyne.kernels.tile import TileConfig
 
-# Candidates by the major compute capability; the first one is used. The order is by what fits
-# registers and shared memory without spills: nothing here was timed on a GPU yet.
+# Candidates by the major compute capability; the first one is used where none was measured. The
+# order is by what fits registers and shared memory without spills: nothing was timed on a GPU yet.
 DECODE_CONFIGS: dict[int, tuple[TileConfig, ...]] = {
     8: (TileConfig(16, 64, 4, 5), TileConfig(16, 128, 4, 5), TileConfig(16, 64, 4, 7)),
     9: (TileConfig(16, 64, 4, 5), TileConfig(16, 64, 4, 7), TileConfig(16, 128, 4, 5)),
@@ -40,10 +40,15 @@ def is_interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def shape_key(kind: str, head_dim: int, page_size: int) -> str:
+    """What the fastest candidate is noted by: ``decode D128 N128``."""
+    return f"{kind} D{head_dim} N{page_size}"
+
+
 def configs_for(
     kind: str, dtype: torch.dtype, head_dim: int, page_size: int, capability: int | None
 ) -> tuple[TileConfig, ...]:
-    """Candidates for a kernel, best first.
+    """Candidates for a kernel, the one to take unmeasured first.
 
     Args:
         kind: ``decode`` or ``chunk``.

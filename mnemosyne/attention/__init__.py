@@ -27,10 +27,11 @@ from importlib.util import find_spec
 import torch
 
 from mnemosyne.attention.avx512 import Avx512Backend, why_not_avx512
+from mnemosyne.attention.by_kind import ByKind
 from mnemosyne.attention.cpu import CPU_DTYPES, CpuBackend
 from mnemosyne.attention.flex import FLEX_DTYPES, FlexBackend
 from mnemosyne.attention.lse import merge_partials
-from mnemosyne.attention.measured import measured_backends, usual_on_gpu
+from mnemosyne.attention.measured import measured_on, usual_on_gpu
 from mnemosyne.attention.reference import ReferenceBackend
 from mnemosyne.attention.segments import Attend, AttentionBackend, AttentionBatch, Segment
 
@@ -40,6 +41,7 @@ __all__ = [
     "AttentionBackend",
     "AttentionBatch",
     "Avx512Backend",
+    "ByKind",
     "CpuBackend",
     "FlexBackend",
     "ReferenceBackend",
@@ -60,8 +62,8 @@ def choose_backend(
 
     Args:
         name: ``avx512``, ``cpu``, ``flex``, ``reference``, ``triton``, or ``auto``: on CPU
-            ``avx512`` where it can run and else ``cpu``; on a GPU ``triton`` where the GPU suite
-            measured it to be the faster, else ``flex``.
+            ``avx512`` where it can run and else ``cpu``; on a GPU ``triton`` for decodes or chunks
+            where the GPU suite measured it to be the faster, else ``flex``.
         device: where q, k and v are.
         dtype: of q, k and v.
         head_dim: of q, k and v.
@@ -74,15 +76,14 @@ def choose_backend(
         close = get_close_matches(name, BACKENDS, n=1)
         remedy = f"did you mean {close[0]!r}?" if close else "auto picks by device"
         raise ValueError(f"attention must be one of {', '.join(BACKENDS)}, got {name!r}; {remedy}")
-    why_not = why_not_avx512(dtype, head_dim)
     if name == "auto":
-        name = _usual(device, dtype, head_dim, why_not)
+        return _usual(device, dtype, head_dim)
     if name == "reference":
         _require(name, "dtype", dtype.is_floating_point, "a floating one", dtype)
         return ReferenceBackend()
     if name == "avx512":
         _require(name, "device", device.type == "cpu", "cpu", device)
-        if why_not is not None:
+        if (why_not := why_not_avx512(dtype, head_dim)) is not None:
             raise ValueError(f"attention=avx512 must be able to run, but {why_not}; use cpu")
         return Avx512Backend(head_dim)
     if name == "cpu":
@@ -96,23 +97,23 @@ def choose_backend(
     return FlexBackend()
 
 
-def _usual(
-    device: torch.device, dtype: torch.dtype, head_dim: int, why_not_avx512: str | None
-) -> str:
-    if device.type != "cpu":
-        has_gpu = device.type == "cuda" and torch.cuda.is_available()
-        version = torch.cuda.get_device_capability(device) if has_gpu else ()
-        capability = ".".join(map(str, version)) or None
-        name, why = usual_on_gpu(measured_backends(), capability, dtype)
-        if name == "triton" and (head_dim > 256 or find_spec("triton") is None):
-            name, why = "flex", "triton was the faster, but is missing or lacks this head dim"
-        log.info("attention is %s: %s", name, why)
-        return name
-    if why_not_avx512 is None:
-        return "avx512"
-    if dtype == torch.bfloat16:
-        log.warning("attention is cpu, not the faster avx512: %s", why_not_avx512)
-    return "cpu"
+def _usual(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
+    """The backend that ``auto`` takes."""
+    if device.type == "cpu":
+        why_not = why_not_avx512(dtype, head_dim)
+        if why_not is not None and dtype == torch.bfloat16:
+            log.warning("attention is cpu, not the faster avx512: %s", why_not)
+        name = "cpu" if why_not else "avx512"
+        return choose_backend(name, device=device, dtype=dtype, head_dim=head_dim)
+    kinds, why = usual_on_gpu(measured_on(device), dtype)
+    if "triton" in kinds.values() and (head_dim > 256 or find_spec("triton") is None):
+        kinds, why = dict.fromkeys(kinds, "flex"), "triton is missing or lacks this head dim"
+    log.info("attention is %s for decodes, %s for chunks: %s", *kinds.values(), why)
+    decode, chunk = (
+        choose_backend(name, device=device, dtype=dtype, head_dim=head_dim)
+        for name in kinds.values()
+    )
+    return decode if decode.name == chunk.name else ByKind(decode, chunk)
 
 
 def _triton_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
@@ -124,12 +125,14 @@ def _triton_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
     # Not at the top: the package works where triton is missing.
     from mnemosyne.attention.triton import TRITON_DTYPES, TritonBackend
     from mnemosyne.kernels.configs import is_interpreted
+    from mnemosyne.kernels.tile import TileConfig
 
     runs = device.type == "cuda" or (device.type == "cpu" and is_interpreted())
     _require("triton", "device", runs, "cuda (or cpu under TRITON_INTERPRET=1)", device)
     _require("triton", "dtype", dtype in TRITON_DTYPES, f"one of {TRITON_DTYPES}", dtype)
     _require("triton", "head_dim", head_dim <= 256, "<= 256", head_dim)
-    return TritonBackend()
+    measured = (measured_on(device) or {}).get("configs", {})
+    return TritonBackend({shape: TileConfig(**fields) for shape, fields in measured.items()})
 
 
 def _require(backend: str, name: str, holds: bool, rule: str, value: object) -> None:

@@ -1,4 +1,4 @@
-"""Which backend was measured to be the faster, by GPU: a table that the GPU suite writes."""
+"""What was measured to be the faster, by GPU: a table that the GPU suite writes."""
 
 from __future__ import annotations
 
@@ -9,32 +9,38 @@ from typing import Any
 import torch
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)  # what was timed
+KINDS = ("decode", "chunk")
 
 
-def measured_backends() -> dict[str, Any]:
-    """Backend of ``decode`` and of ``chunk`` by compute capability, such as ``9.0``."""
+def measured_on(device: torch.device) -> dict[str, Any] | None:
+    """What was measured on GPUs of this kind, or None.
+
+    Returns:
+        By ``decode`` and ``chunk`` the faster backend; by ``configs`` how the Triton kernels are
+        fastest, the fields of a ``TileConfig`` by what ``shape_key`` gives.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    version = torch.cuda.get_device_capability(device)
+    return read_table().get(".".join(map(str, version)))
+
+
+def read_table() -> dict[str, Any]:
+    """What was measured, by compute capability, such as ``9.0``."""
     table = json.loads((files("mnemosyne") / "conf" / "attention_cuda.json").read_text())
     assert isinstance(table, dict)
     return table
 
 
-def usual_on_gpu(
-    table: dict[str, Any], capability: str | None, dtype: torch.dtype
-) -> tuple[str, str]:
-    """The backend that ``auto`` takes on a GPU, and why.
-
-    One backend serves decodes and chunks: the kernels of our own are taken where they won both.
+def usual_on_gpu(row: dict[str, Any] | None, dtype: torch.dtype) -> tuple[dict[str, str], str]:
+    """The backends that ``auto`` takes on a GPU for ``decode`` and ``chunk``, and why.
 
     Args:
-        table: from ``measured_backends``.
-        capability: of the GPU; None where there is none to ask.
+        row: from ``measured_on``.
         dtype: of q, k and v.
     """
-    row = table.get(capability) if capability else None
     if row is None:
-        return "flex", f"nothing was measured on this device (capability {capability})"
+        return dict.fromkeys(KINDS, "flex"), "nothing was measured on this device"
     if dtype not in HALF_PRECISION:
-        return "flex", f"nothing was measured in {dtype}"
-    kinds = {kind: row[kind] for kind in ("decode", "chunk")}
-    name = "triton" if set(kinds.values()) == {"triton"} else "flex"
-    return name, f"measured on capability {capability}: {kinds}"
+        return dict.fromkeys(KINDS, "flex"), f"nothing was measured in {dtype}"
+    return {kind: row[kind] for kind in KINDS}, "measured to be the faster here"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from mnemosyne.attention.segments import AttentionBatch, Segment
 from mnemosyne.attention.tiles import cut_rows, page_table, split_keys
-from mnemosyne.kernels.configs import configs_for
+from mnemosyne.kernels.configs import configs_for, shape_key
 from mnemosyne.kernels.paged_chunk import paged_chunk, tile_rows
 from mnemosyne.kernels.paged_decode import paged_decode
 from mnemosyne.kernels.tile import TileConfig, Tiles
@@ -40,12 +41,13 @@ class TritonBackend:
     read. The keys of long sequences are split over the GPU and merged by log-sum-exp.
 
     Args:
-        configs: how to build the kernel of ``decode`` or ``chunk``; unset: the first candidate.
+        configs: how to build a kernel in half precision, by ``shape_key``; the first candidate
+            is taken for others.
     """
 
     name = "triton"
 
-    def __init__(self, configs: dict[str, TileConfig] | None = None) -> None:
+    def __init__(self, configs: Mapping[str, TileConfig] | None = None) -> None:
         self._configs = configs or {}
 
     def prepare(self, batch: AttentionBatch, window: int | None, device: torch.device) -> _Prepared:
@@ -91,10 +93,11 @@ class TritonBackend:
 
     def config(self, kind: str, like: Tensor, page_size: int) -> TileConfig:
         """How the kernel of ``decode`` or ``chunk`` is built for queries or keys as these."""
-        if kind in self._configs:
-            return self._configs[kind]
+        head_dim, shape = like.shape[-1], shape_key(kind, like.shape[-1], page_size)
+        if like.dtype.itemsize == 2 and shape in self._configs:
+            return self._configs[shape]
         capability = torch.cuda.get_device_capability(like.device)[0] if like.is_cuda else None
-        return configs_for(kind, like.dtype, like.shape[-1], page_size, capability)[0]
+        return configs_for(kind, like.dtype, head_dim, page_size, capability)[0]
 
 
 def _tiles(

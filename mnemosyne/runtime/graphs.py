@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from mnemosyne.attention.by_kind import ByKind
 from mnemosyne.attention.segments import AttentionBackend, AttentionBatch
 from mnemosyne.cache.pages import PagePool
 from mnemosyne.parallel.mesh import Axis
@@ -155,15 +156,16 @@ def replayable(backend: AttentionBackend) -> TritonBackend:
     Raises:
         ValueError: if the backend has others, whose launches depend on the lengths of a step.
     """
-    if backend.name != "triton":
+    decode = backend.decode if isinstance(backend, ByKind) else backend
+    if decode.name != "triton":
         raise ValueError(
-            f"attention must be triton for compile=step on a GPU, got {backend.name}; "
+            f"attention must be triton for compile=step on a GPU, got {decode.name}; "
             "write attention=triton, or compile=layer"
         )
     from mnemosyne.attention.triton import TritonBackend  # triton may be missing elsewhere
 
-    assert isinstance(backend, TritonBackend)
-    return backend
+    assert isinstance(decode, TritonBackend)
+    return decode
 
 
 def capture_decodes(

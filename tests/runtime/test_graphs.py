@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mnemosyne.attention import FlexBackend
+from mnemosyne.attention import ByKind, FlexBackend
 from mnemosyne.attention.fixed_decodes import FixedDecodes
 from mnemosyne.attention.triton import TritonBackend
 from mnemosyne.llm import LLM
@@ -121,7 +121,8 @@ def test_nothing_that_is_captured_asks_the_host(checkpoint: Path) -> None:
 
 
 def test_a_backend_that_cannot_be_replayed_is_refused() -> None:
-    assert isinstance(replayable(TritonBackend()), TritonBackend)
+    kernels = TritonBackend()
+    assert replayable(kernels) is replayable(ByKind(kernels, FlexBackend())) is kernels
     with pytest.raises(
         ValueError, match="attention must be triton for compile=step on a GPU, got flex; write"
     ):
