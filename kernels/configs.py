@@ -30,7 +30,7 @@ CHUNK_CONFIGS: dict[int, tuple[TileConfig, ...]] = {
     ),
 }
 # Products of float32 and float64 keep their digits only outside TF32, which takes more registers.
-WIDE_CONFIGS = {"decode": TileConfig(16, 32, 8, 2), "chunk": TileConfig(16, 16, 4, 2)}
+WIDE_CONFIGS = {"decode": TileConfig(16, 32, 8, 2), "chunk": TileConfig(16, 16, 8, 2)}
 LONG_HEAD_CONFIGS = {"decode": TileConfig(16, 32, 4, 2), "chunk": TileConfig(64, 32, 8, 2)}
 INTERPRETED = TileConfig(16, 32, 4, 2)
 

@@ -11,30 +11,87 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mnemosyne.attention import choose_backend
-from tests.attention.cases import Case, make_case
-from tools.gpu.timing import Entry, device_of
+from mnemosyne.attention import AttentionBackend, FlexBackend
+from mnemosyne.attention.fixed_decodes import FixedDecodes
+from mnemosyne.attention.triton import TritonBackend
+from mnemosyne.kernels.configs import configs_for, shape_key
+from tests.attention.cases import Case, Rows, make_case
+from tools.gpu.setting import Entry, Setting
+from tools.gpu.speed import HEAD_DIM, PAGE_SIZES, describe
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+BLOCKS = (Rows(300, 700), Rows(1, 999), Rows(64, 0), Rows(1, 130))  # keys that fill blocks
 
 
-def correct(smoke: bool) -> Iterator[Entry]:
+def triton(setting: Setting) -> Iterator[Entry]:
     """Ragged decodes and chunks, empty rows and shards, by dtype, head ratio and window."""
-    device = device_of(smoke)
-    for group in (5,) if smoke else (1, 3, 4, 8):
-        case = make_case(heads=(2, group, 16 if smoke else 64))
-        for dtype in DTYPES[1:3] if smoke else DTYPES:
-            low = case.to(dtype, str(device))
-            for window in (40,) if smoke else (None, 40):
-                for name in ("triton",) if smoke else ("triton", "flex"):
-                    label = f"{name} {str(dtype)[6:]} group {group} window {window}"
-                    yield label, errors_of(name, low, window)
+    for group in (5,) if setting.smoke else (1, 3, 4, 8):
+        case = make_case(heads=(2, group, 16 if setting.smoke else 64))
+        for dtype in DTYPES[1:3] if setting.smoke else DTYPES:
+            low = case.to(dtype, str(setting.device))
+            for window in (40,) if setting.smoke else (None, 40):
+                label = f"{str(dtype)[6:]} group {group} window {window}"
+                yield label, errors_of(TritonBackend(), low, window)
+    yield from candidates(setting)
+    yield from replays(setting)
 
 
-def errors_of(name: str, low: Case, window: int | None) -> dict[str, Any]:
+def flex(setting: Setting) -> Iterator[Entry]:
+    """The same by FlexAttention; one head ratio, since each kernel takes seconds to compile."""
+    case = make_case(heads=(2, 4, 16 if setting.smoke else 64))
+    for dtype in () if setting.smoke else DTYPES[1:3]:
+        low = case.to(dtype, str(setting.device))
+        for window in (None, 40):
+            yield f"{str(dtype)[6:]} group 4 window {window}", errors_of(FlexBackend(), low, window)
+
+
+def candidates(setting: Setting) -> Iterator[Entry]:
+    """Every way to build a kernel that the suite times, over whole blocks of keys."""
+    for page_size in PAGE_SIZES[:1] if setting.smoke else PAGE_SIZES:
+        heads = (1, 4, 16) if setting.smoke else (2, 4, HEAD_DIM)
+        case = make_case(BLOCKS, heads=heads, page_size=page_size, num_pages=4096 // page_size)
+        low = case.to(torch.bfloat16, str(setting.device))
+        for kind in ("decode", "chunk"):
+            shape = shape_key(kind, heads[-1], page_size)
+            for config in configs_for(
+                kind, torch.bfloat16, heads[-1], page_size, setting.capability
+            ):
+                backend = TritonBackend({shape: config})
+                yield f"{shape} {describe(config)}", errors_of(backend, low, None)
+
+
+def replays(setting: Setting) -> Iterator[Entry]:
+    """Decodes replayed from a graph that was captured over other lengths."""
+    steps = [
+        make_case([Rows(1, last) for last in lengths], heads=(2, 4, 16), seed=seed).to(
+            torch.bfloat16, str(setting.device)
+        )
+        for seed, lengths in enumerate(((0, 1, 2), (1100, 0, 99), (15, 300, 300)))
+    ]
+    backend, q, k, v = TritonBackend(), *(torch.empty_like(x) for x in tensors_of(steps[0]))
+    fixed = FixedDecodes(backend, k, num_rows=len(q), page_size=16, max_pages=256)
+    tables = fixed.prepare(steps[0].batch, None, setting.device)
+    graph = setting.new_graph()
+    out = graph.capture(lambda: fixed.attend(q, k, v, tables, scale=steps[0].scale)[0])
+    for index, case in enumerate(steps):
+        for static, now in zip((q, k, v), tensors_of(case), strict=True):
+            static.copy_(now)
+        fixed.prepare(case.batch, None, setting.device)
+        graph.replay()
+        same = torch.equal(out, case.attend(backend)[0])
+        yield (
+            f"replayed decodes {index}",
+            {"same_bits": same} | ({} if same else {"failed": "must be the bits of a launch"}),
+        )
+
+
+def tensors_of(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    return case.q_THD, case.k_KSD, case.v_KSD
+
+
+def errors_of(backend: AttentionBackend, low: Case, window: int | None) -> dict[str, Any]:
     """Largest errors of output and LSE; each at most twice that of plain torch in the dtype."""
-    dtype, head_dim = low.q_THD.dtype, low.q_THD.shape[-1]
-    backend = choose_backend(name, device=low.q_THD.device, dtype=dtype, head_dim=head_dim)
+    dtype = low.q_THD.dtype
     actual = low.attend(backend, window, return_lse=True)
     eager = low.dense(window)
     exact = low.to(torch.float64, str(low.q_THD.device)).dense(window)
@@ -56,43 +113,51 @@ def largest(x: Tensor) -> float:
     return x.masked_fill(x.isneginf(), 0).nan_to_num(0.0, posinf=float("inf")).abs().max().item()
 
 
-def needle(smoke: bool) -> Iterator[Entry]:
+def needle(setting: Setting) -> Iterator[Entry]:
     """Whether the passkey comes back from ever longer texts, and what the CPU answers."""
     # Here, so that a machine without the engine's packages still tests attention.
     from mnemosyne.model_zoo.haystack import haystack
 
-    lengths = (256,) if smoke else (2**14, 2**18, 2**20, 2**22)
+    lengths = (256,) if setting.smoke else (2**14, 2**18, 2**20, 2**22)
     for length in lengths:
-        for dtype in ("float32",) if smoke else ("float32", "bfloat16"):
+        for dtype in ("float32",) if setting.smoke else ("float32", "bfloat16"):
             recital = haystack(length, depth=0.3)
             started_s = time.perf_counter()
-            tokens = answer(recital, dtype, "cpu" if smoke else "cuda", "triton", smoke)
-            entry: dict[str, Any] = {"seconds": time.perf_counter() - started_s}
+            tokens = answer(recital, dtype, setting)
+            entry: dict[str, Any] = {"engine_s": time.perf_counter() - started_s}
             entry["found"] = tokens == list(recital.answer_ids)
             if not entry["found"]:
                 entry["failed"] = f"the passkey must come back, got {tokens}"
             if length == lengths[0]:
-                entry["same_as_cpu"] = tokens == answer(recital, dtype, "cpu", "cpu", smoke)
-                if not entry["same_as_cpu"]:
-                    entry["failed"] = "tokens must be those of the CPU"
+                entry |= compare(recital, dtype, setting, tokens)
             yield f"{dtype} {length}", entry
 
 
-def answer(recital: Any, dtype: str, device: str, attention: str, smoke: bool) -> list[int]:
+def compare(recital: Any, dtype: str, setting: Setting, tokens: list[int]) -> dict[str, Any]:
+    """Whether the CPU, and decodes that are replayed, give the same tokens."""
+    others = {"same_as_cpu": answer(recital, dtype, setting, device="cpu", attention="cpu")}
+    if not setting.smoke:
+        others["same_replayed"] = answer(recital, dtype, setting, compile="step")
+    found: dict[str, Any] = {key: other == tokens for key, other in others.items()}
+    wrong = [key for key, same in found.items() if not same]
+    return found | ({"failed": f"{', '.join(wrong)} must hold"} if wrong else {})
+
+
+def answer(recital: Any, dtype: str, setting: Setting, **options: Any) -> list[int]:
     """The tokens of the engine, greedy."""
     from mnemosyne.llm import LLM
     from mnemosyne.model_zoo.needle import write_needle
     from mnemosyne.request import SamplingParams
 
+    arguments = {"device": str(setting.device), "attention": "triton"} | options
     with (
         tempfile.TemporaryDirectory() as folder,
         LLM(
             str(write_needle(Path(folder) / "needle")),
             dtype=dtype,
-            device=device,
-            attention=attention,
-            schedule={"chunk": 64 if smoke else 8192},
+            schedule={"chunk": 64 if setting.smoke else 8192},
             cache={"max_tokens": len(recital.prompt_ids) + 1024},
+            **arguments,
         ) as llm,
     ):
         params = SamplingParams(max_tokens=len(recital.answer_ids), temperature=0.0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -13,74 +15,91 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from mnemosyne.attention import AttentionBatch, Segment, choose_backend
+from mnemosyne.attention import AttentionBackend, AttentionBatch, FlexBackend, Segment
 from mnemosyne.attention.triton import TritonBackend
 from mnemosyne.kernels.add_rms_norm import add_rms_norm
-from mnemosyne.kernels.configs import configs_for
+from mnemosyne.kernels.configs import configs_for, shape_key
 from mnemosyne.kernels.rotate_and_write import rotate_and_write
+from mnemosyne.kernels.tile import TileConfig
 from mnemosyne.model_zoo.rope import RopeSpec, rotary_cos_sin, rotate
-from tools.gpu.timing import Entry, device_of, timed
+from tools.gpu.setting import Entry, Setting
 
-HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, WIDTH = 32, 8, 128, 128, 4096  # those of Llama-3-8B
+HEADS, KV_HEADS, HEAD_DIM, WIDTH = 32, 8, 128, 4096  # those of Llama-3-8B
+PAGE_SIZES = (128, 16)  # the usual one, and one of which several make a block of keys
 SCALE = HEAD_DIM**-0.5
 KEYS = (2**13, 2**16, 2**17, 2**20, 2**22)
 
 
-def decode(smoke: bool) -> Iterator[Entry]:
-    """GB/s of K and V read by one row, in bfloat16."""
-    for keys in (256,) if smoke else KEYS:
-        yield from attention(smoke, 1, keys, "GB_s", 4 * keys * KV_HEADS * HEAD_DIM / 1e9)
+def decode(setting: Setting) -> Iterator[Entry]:
+    """GB/s of K and V read by one row, in bfloat16; 8K keys may come from the L2 cache."""
+    for keys in (128,) if setting.smoke else KEYS:
+        yield from attention(setting, 1, keys)
 
 
-def chunk(smoke: bool) -> Iterator[Entry]:
+def chunk(setting: Setting) -> Iterator[Entry]:
     """TFLOP/s of the last 2048 rows of a prompt, causal count, in bfloat16."""
-    rows = 16 if smoke else 2048
-    for keys in (256,) if smoke else KEYS:
-        flop = 4 * HEADS * HEAD_DIM * rows * (keys - rows / 2)
-        yield from attention(smoke, rows, keys, "TFLOP_s", flop / 1e12)
+    for keys in (128,) if setting.smoke else KEYS:
+        yield from attention(setting, 4 if setting.smoke else 2048, keys)
 
 
-def configs(smoke: bool) -> Iterator[Entry]:
+def configs(setting: Setting) -> Iterator[Entry]:
     """Every candidate of kernels/configs.py on one decode and one chunk; the least seconds win."""
-    device, keys = device_of(smoke), 256 if smoke else 2**17
-    capability = None if smoke else torch.cuda.get_device_capability()[0]
-    for kind, rows in (("decode", 1), ("chunk", 16 if smoke else 2048)):
-        q, k, v, batch = paged_case(device, rows, keys)
-        for config in configs_for(kind, q.dtype, HEAD_DIM, PAGE_SIZE, capability):
-            backend = TritonBackend({kind: config})
-            prepared = backend.prepare(batch, None, device)
-            work = partial(backend.attend, q, k, v, prepared, scale=SCALE)
-            yield f"{kind} {keys} {config}", timed(work, smoke, "calls_s", 1)
+    keys = 128 if setting.smoke else 2**17
+    for page_size in PAGE_SIZES:
+        for kind, rows in (("decode", 1), ("chunk", 4 if setting.smoke else 2048)):
+            q, k, v, batch = paged_case(setting.device, rows, keys, page_size)
+            shape, done = shape_key(kind, HEAD_DIM, page_size), work_of(rows, keys)
+            for config in configs_for(kind, q.dtype, HEAD_DIM, page_size, setting.capability):
+                backend = TritonBackend({shape: config})
+                prepared = backend.prepare(batch, None, setting.device)
+                work = partial(backend.attend, q, k, v, prepared, scale=SCALE)
+                about = {"shape": shape, "config": asdict(config)}
+                yield f"{shape} {describe(config)}", about | setting.timed(work, *done)
+
+
+def describe(config: TileConfig) -> str:
+    """Tile, warps and stages in one word each."""
+    word = f"{config.block_m}x{config.block_n} w{config.num_warps} s{config.num_stages}"
+    return word + " descriptor" * config.descriptor
 
 
 def paged_case(
-    device: torch.device, rows: int, keys: int
+    device: torch.device, rows: int, keys: int, page_size: int = PAGE_SIZES[0]
 ) -> tuple[Tensor, Tensor, Tensor, AttentionBatch]:
     """q, k and v of the last rows of one sequence, its pages shuffled."""
-    pages = np.random.default_rng(0).permutation(keys // PAGE_SIZE).astype(np.int64)
+    pages = np.random.default_rng(0).permutation(keys // page_size).astype(np.int64)
     segment = Segment(0, rows, keys - rows, keys, pages)
     options = {"dtype": torch.bfloat16, "device": device}
     q = torch.randn(rows, HEADS, HEAD_DIM, **options)
     k, v = (torch.randn(KV_HEADS, keys, HEAD_DIM, **options) for _ in "kv")
-    return q, k, v, AttentionBatch((segment,), rows, PAGE_SIZE)
+    return q, k, v, AttentionBatch((segment,), rows, page_size)
 
 
-def attention(smoke: bool, rows: int, keys: int, unit: str, amount: float) -> Iterator[Entry]:
+def work_of(rows: int, keys: int) -> tuple[str, float]:
+    """What the last rows of a sequence ask for: GB of K and V for one, TFLOP for more."""
+    if rows == 1:
+        return "GB_s", 4 * keys * KV_HEADS * HEAD_DIM / 1e9
+    return "TFLOP_s", 4 * HEADS * HEAD_DIM * rows * (keys - rows / 2) / 1e12
+
+
+def attention(setting: Setting, rows: int, keys: int) -> Iterator[Entry]:
     """One sequence in shuffled pages by our backends; without pages by torch's kernels."""
-    device = device_of(smoke)
-    q, k, v, batch = paged_case(device, rows, keys)
-    for name in ("triton",) if smoke else ("triton", "flex"):
-        backend = choose_backend(name, device=device, dtype=q.dtype, head_dim=HEAD_DIM)
-        prepared = backend.prepare(batch, None, device)
+    done = work_of(rows, keys)
+    q, k, v, batch = paged_case(setting.device, rows, keys)
+    backends: list[AttentionBackend] = [TritonBackend(setting.configs)]
+    if not setting.smoke:
+        backends.append(FlexBackend())
+    for backend in backends:
+        prepared = backend.prepare(batch, None, setting.device)
         work: Callable[[], Any] = partial(backend.attend, q, k, v, prepared, scale=SCALE)
-        yield f"{name} {keys}", timed(work, smoke, unit, amount)
+        yield f"{backend.name} {keys}", setting.timed(work, *done)
     for name, kernel in (
         ("flash", SDPBackend.FLASH_ATTENTION),
         ("cudnn", SDPBackend.CUDNN_ATTENTION),
     ):
         work = partial(sdpa, q, k, v, kernel)
-        yield f"sdpa {name} {keys}", timed(work, smoke, unit, amount)
-    yield f"varlen {keys}", timed(varlen(q, k, v), smoke, unit, amount)
+        yield f"sdpa {name} {keys}", setting.timed(work, *done)
+    yield f"varlen {keys}", setting.timed(varlen(q, k, v), *done)
 
 
 def sdpa(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, kernel: SDPBackend) -> Tensor:
@@ -102,19 +121,23 @@ def varlen(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor) -> Callable[[], Any]:
     def work() -> Any:
         from torch.nn.attention.varlen import varlen_attn  # may be missing: an entry says so
 
-        sizes = len(q_THD), len(k_SKD)
-        return varlen_attn(
-            q_THD, k_SKD, v_SKD, *ends, *sizes, scale=SCALE, window_size=(-1, 0), enable_gqa=True
-        )
+        options: dict[str, Any] = {"scale": SCALE, "window_size": (-1, 0)}
+        if "enable_gqa" in signature(varlen_attn).parameters:  # not in torch 2.11
+            options["enable_gqa"] = True
+        return varlen_attn(q_THD, k_SKD, v_SKD, *ends, len(q_THD), len(k_SKD), **options)
 
     return work
 
 
-def fused(smoke: bool) -> Iterator[Entry]:
-    """RoPE with write, and add with norm: ours, plain torch and torch.compile, GB/s."""
-    device = device_of(smoke)
+def fused(setting: Setting) -> Iterator[Entry]:
+    """RoPE with write, and add with norm: ours, plain torch and torch.compile, GB/s.
+
+    They stand beside what the compiled step makes of the same lines; ours would be wired in
+    where they are faster. Their tensors may come from the L2 cache, as in a step.
+    """
+    device = setting.device
     options = {"dtype": torch.bfloat16, "device": device}
-    for rows in (4,) if smoke else (1, 64, 2048):
+    for rows in (4,) if setting.smoke else (1, 64, 2048):
         q = torch.randn(rows, HEADS, HEAD_DIM, **options)
         k, v = (torch.randn(rows, KV_HEADS, HEAD_DIM, **options) for _ in "kv")
         pools = [torch.zeros(KV_HEADS, 4096, HEAD_DIM, **options) for _ in "kv"]
@@ -125,24 +148,28 @@ def fused(smoke: bool) -> Iterator[Entry]:
         rotary = rotary_cos_sin(positions, RopeSpec(theta=500_000.0, dim=HEAD_DIM), q.dtype)
         arguments = q, k, v, *rotary, slots, *pools
         moved = 2 * 2 * (q.numel() + k.numel() + v.numel()) / 1e9
-        yield from beside(
-            f"rotate_and_write {rows}", rotate_and_write, rotate_then_write, arguments, moved, smoke
-        )
+        works = rotate_and_write, rotate_then_write
+        yield from beside(setting, f"rotate_and_write {rows}", *works, arguments, moved)
         hidden, delta = (torch.randn(rows, WIDTH, **options) for _ in "ab")
         norm = hidden, delta, torch.ones(WIDTH, **options), 1e-5
         moved = 4 * 2 * hidden.numel() / 1e9
-        yield from beside(f"add_rms_norm {rows}", add_rms_norm, add_then_norm, norm, moved, smoke)
+        yield from beside(setting, f"add_rms_norm {rows}", add_rms_norm, add_then_norm, norm, moved)
 
 
 def beside(
-    name: str, ours: Any, original: Any, arguments: tuple[Any, ...], moved: float, smoke: bool
+    setting: Setting,
+    name: str,
+    ours: Callable[..., Any],
+    original: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    moved: float,
 ) -> Iterator[Entry]:
     """Our kernel, its torch original, and what the compiler makes of that."""
     works = {"triton": ours, "torch": original}
-    if not smoke:
+    if not setting.smoke:
         works["compiled"] = torch.compile(original, dynamic=False)
     for kind, work in works.items():
-        yield f"{name} {kind}", timed(partial(work, *arguments), smoke, "GB_s", moved)
+        yield f"{name} {kind}", setting.timed(partial(work, *arguments), "GB_s", moved)
 
 
 def rotate_then_write(
