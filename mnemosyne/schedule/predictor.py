@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import math
+from collections import deque
 from collections.abc import Sequence
 from statistics import median
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from mnemosyne.schedule.least_squares import fit_relative
 from mnemosyne.schedule.work import StepWork
 
 MAX_SAMPLES = 256  # measured steps that a fit looks back on
 REFIT_EVERY = 16  # steps between two fits
-GAIN_WEIGHT = 0.25  # of the newest step in the running ratio of measured to predicted time
+GAIN_STEPS = 15  # whose median ratio of measured to fitted time is the gain
+KNOWN_AFTER = 64  # steps; until then a sweep that was wrong looks like a change of speed
+NEWEST = GAIN_STEPS // 2 + 1  # steps that move the median together
+SAME_SPEED = 1.25  # a gain beyond it, up or down, asks for an explanation
+CLEARLY = 0.9  # of the error of one fit is that of the other, if it explains better
 MIN_STEP_S = 1e-9  # a clock may not have moved
 NUM_FEATURES = len(StepWork().features())
 
@@ -36,15 +41,19 @@ class LearningPredictor(Predictor, Protocol):
 class LinearPredictor:
     """Non-negative least squares over recent steps, in relative error, with a running gain.
 
-    The coefficients follow slowly, by a fit over the last ``MAX_SAMPLES`` steps; the gain follows
-    within a few steps when the machine becomes slower or faster as a whole.
+    The gain is a median: it follows within ``NEWEST`` steps when the machine as a whole becomes
+    slower or faster, and a few stalls do not move it. Where step times scatter, as beside another
+    process on the same cores, half of the steps take less than predicted. The coefficients follow
+    slowly, by a fit over the last ``MAX_SAMPLES`` steps but the newest.
     """
 
     def __init__(self) -> None:
         self._calibration = np.empty((0, NUM_FEATURES + 1))  # features, seconds
         self._recent = np.empty((MAX_SAMPLES, NUM_FEATURES + 1))  # a ring
         self._num_observed = 0
+        self._explained_at = 0  # steps observed when a change of speed was last considered
         self._coefficients: tuple[float, ...] = ()
+        self._ratios: deque[float] = deque(maxlen=GAIN_STEPS)  # measured to fitted
         self._gain = 1.0
 
     @property
@@ -54,9 +63,8 @@ class LinearPredictor:
 
     @property
     def samples(self) -> np.ndarray:
-        """What the next fit is made from: float64 ``[steps, features + 1]``, seconds last."""
-        num_recent = min(self._num_observed, MAX_SAMPLES)
-        return np.concatenate([self._calibration, self._recent[:num_recent]])
+        """What the next fit is made from: float64 ``[steps, features + 1]``, newest last."""
+        return np.concatenate([self._calibration, self._recent[self._places(MAX_SAMPLES)]])
 
     def fit(self, samples: Sequence[tuple[StepWork, float]]) -> None:
         """Set the coefficients from a sweep of ``(work, seconds)``.
@@ -73,8 +81,8 @@ class LinearPredictor:
                 f"samples must hold at least one step of positive time, got {rows.tolist()}; "
                 "measure a few steps first"
             )
-        self._calibration = rows
-        self._refit()
+        self._calibration = rows.copy()
+        self._use(fit_relative(self.samples)[0])
 
     def predict(self, work: StepWork) -> float:
         """Seconds for this work; 0 before anything was fitted or observed."""
@@ -88,11 +96,15 @@ class LinearPredictor:
         row[:-1] = work.features()
         row[-1] = seconds
         self._num_observed += 1
-        is_young = self._num_observed < REFIT_EVERY and not len(self._calibration)
-        if is_young or self._num_observed % REFIT_EVERY == 0:
-            self._refit()
-        else:
-            self._follow(self._raw(work), seconds)
+        if self._num_observed < 2 * REFIT_EVERY and not len(self._calibration):
+            self._use(fit_relative(self.samples)[0])
+            return
+        self._follow(seconds / max(self._raw(work), MIN_STEP_S))
+        if self._asks_why():
+            self._explain()
+        elif self._num_observed % REFIT_EVERY == 0:
+            # without the newest, of which nobody can tell yet whether the machine has changed
+            self._use(fit_relative(self.samples[:-NEWEST])[0])
 
     def _raw(self, work: StepWork) -> float:
         step, token, pair, key, sequence, sampled, exchanged = self._coefficients
@@ -106,65 +118,47 @@ class LinearPredictor:
             + exchanged * work.num_exchanged
         )
 
-    def _follow(self, raw_s: float, seconds: float) -> None:
-        error = seconds / max(raw_s, MIN_STEP_S) / self._gain
-        self._gain *= math.exp(GAIN_WEIGHT * math.log(error))
+    def _places(self, count: int) -> np.ndarray:
+        """Where in the ring the last steps are, at most ``count``, newest last."""
+        first = max(0, self._num_observed - min(count, MAX_SAMPLES))
+        return np.arange(first, self._num_observed) % MAX_SAMPLES
 
-    def _refit(self) -> None:
+    def _follow(self, ratio: float) -> None:
+        self._ratios.append(ratio)
+        self._gain = median(self._ratios)
+
+    def _asks_why(self) -> bool:
+        is_known = self._num_observed >= KNOWN_AFTER
+        is_due = self._num_observed - self._explained_at >= NEWEST
+        return is_known and is_due and not 1 / SAME_SPEED <= self._gain <= SAME_SPEED
+
+    def _explain(self) -> None:
+        """The newest steps did work of which too little was known, or the machine has changed.
+
+        One fit over steps of two speeds would have a wrong shape: the chunk rule makes small steps
+        on a slow machine and large ones on a fast one, of equal time. So if old steps explain the
+        new ones clearly better once they are scaled to their speed, they stay scaled.
+        """
+        self._explained_at = self._num_observed
         rows = self.samples
-        seconds = rows[:, -1]
-        # Rows divided by the measured time: a step that is 10% off counts the same whatever
-        # its length. Columns scaled to one, so that the solver sees like magnitudes.
-        a: np.ndarray = rows[:, :-1] / seconds[:, None]
-        scale = np.maximum(a.max(axis=0), 1e-30)
-        # The triangle of a QR decomposition has the same solution and far fewer rows.
-        both = np.column_stack([a / scale, np.ones(len(a))])
-        triangle = np.asarray(np.linalg.qr(both, mode="r"))
-        solution = nonnegative_least_squares(triangle[:, :-1], triangle[:, -1])
-        self._coefficients = tuple((solution / scale).tolist())
-        self._gain = 1.0
-        num_recent = min(self._num_observed, 8)
-        for index in range(self._num_observed - num_recent, self._num_observed):
-            row = self._recent[index % MAX_SAMPLES]
-            self._follow(float(row[:-1] @ self._coefficients), float(row[-1]))
+        rates, error = fit_relative(rows)
+        rows[:-NEWEST, -1] *= self._gain
+        rates_if_changed, error_if_changed = fit_relative(rows)
+        if error_if_changed < CLEARLY * error:
+            rates = rates_if_changed
+            self._calibration = rows[: len(self._calibration)]
+            self._recent[self._places(MAX_SAMPLES)] = rows[len(self._calibration) :]
+        self._use(rates)
+
+    def _use(self, rates: np.ndarray) -> None:
+        """Take new coefficients, and the gain of the last steps against them."""
+        self._coefficients = tuple(rates.tolist())
+        last = self._recent[self._places(GAIN_STEPS)]
+        fitted = np.maximum(last[:, :-1] @ rates, MIN_STEP_S)
+        self._ratios = deque((last[:, -1] / fitted).tolist(), maxlen=GAIN_STEPS)
+        self._gain = median(self._ratios) if self._ratios else 1.0
 
 
 def fit_error(predictor: Predictor, samples: Sequence[tuple[StepWork, float]]) -> float:
     """Median relative error of predictions on ``(work, seconds)``."""
     return median(abs(predictor.predict(work) / seconds - 1) for work, seconds in samples)
-
-
-def nonnegative_least_squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Minimise ``|a x - b|`` over ``x >= 0``.
-
-    Args:
-        a: float64 ``[rows, columns]``.
-        b: float64 ``[rows]``.
-
-    Returns:
-        float64 ``[columns]``.
-
-    Source: the active-set method of Lawson and Hanson, Solving Least Squares Problems, 1974.
-    """
-    num_columns = a.shape[1]
-    x = np.zeros(num_columns)
-    passive = np.zeros(num_columns, dtype=bool)
-    tolerance = 1e-12 * max(1.0, float(np.abs(a.T @ b).max()))
-    for _ in range(3 * num_columns):
-        gradient = np.where(passive, -np.inf, a.T @ (b - a @ x))
-        if gradient.max() <= tolerance:
-            break
-        passive[int(np.argmax(gradient))] = True
-        while True:
-            trial = np.zeros(num_columns)
-            trial[passive] = np.linalg.lstsq(a[:, passive], b, rcond=None)[0]
-            blocking = passive & (trial <= 0)
-            if not blocking.any():
-                break
-            # walk from x towards the trial until the first entry reaches zero
-            steps = x[blocking] / np.maximum(x[blocking] - trial[blocking], 1e-300)
-            x = x + float(steps.min()) * (trial - x)
-            passive &= x > tolerance * 1e-3
-            x[~passive] = 0.0
-        x = trial
-    return x

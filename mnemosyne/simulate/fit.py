@@ -10,8 +10,8 @@ import numpy as np
 from mnemosyne.config import MeshConfig
 from mnemosyne.config_simulate import EfficiencyConfig, HardwareConfig, ShapeConfig
 from mnemosyne.metrics import StepRecord
+from mnemosyne.schedule.least_squares import nonnegative_least_squares
 from mnemosyne.schedule.plan import Chunk, Plan
-from mnemosyne.schedule.predictor import nonnegative_least_squares
 from mnemosyne.simulate.cluster import SimulatedCluster
 from mnemosyne.simulate.cost import GroupLoad, Rates, StepCost
 
