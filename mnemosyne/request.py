@@ -229,12 +229,11 @@ class Request:
     arrival_s: float
     priority: int = 0  # a lower number is prefilled first
     deadline_s: float | None = None  # for the first token, after arrival; unset: by the slo config
+    # kept, not counted each time: a scheduling decision asks dozens of times
+    num_prompt_tokens: int = field(init=False)
+    max_tokens: int = field(init=False)  # of prompt and output together
 
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.prompt_ids)
-
-    @property
-    def max_tokens(self) -> int:
-        """Tokens of prompt and output together, at most."""
-        return len(self.prompt_ids) + self.params.max_tokens
+    def __post_init__(self) -> None:
+        num_prompt_tokens = len(self.prompt_ids)
+        object.__setattr__(self, "num_prompt_tokens", num_prompt_tokens)
+        object.__setattr__(self, "max_tokens", num_prompt_tokens + self.params.max_tokens)

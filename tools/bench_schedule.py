@@ -4,6 +4,11 @@ No model and no rank runs: steps are planned, completed with made-up tokens and 
 clock that the predictor moves. Short requests that finish are replaced, so that their number stays.
 Three states of the thousand: nearly all of them wait, all are admitted and prefill, all decode.
 
+Three times of each step: the decision; what follows when the step is back (completing it, learning
+from it, releasing who finished and queueing who comes instead), which delays the next step as much;
+and both together. A machine shared with others makes some of any work slow: the last line tells by
+how much, from a loop of plain arithmetic that took about as long as a decision.
+
 Usage: python tools/bench_schedule.py [--long 10M] [--short 1000] [--steps 2000] [--json FILE]
 """
 
@@ -57,9 +62,9 @@ class Outcome:
     name: str
     num_decodes: float  # of a step, mean
     num_chunks: float
-    plan_us: dict[int, float]
-    worst_us: float
-    rest_us: dict[int, float]  # completing the step and learning from it
+    decision_us: dict[int, float]
+    after_us: dict[int, float]  # once the step is back
+    step_us: dict[int, float]  # both
 
 
 class Crowd:
@@ -87,31 +92,28 @@ class Crowd:
         self._rng = np.random.default_rng(0)
         self._ids = count()
         self._left: dict[int, int] = {}  # output tokens to come
-        self.add(long_tokens, ENDLESS)
+        self.scheduler.add(self._request(long_tokens, ENDLESS))
         for _ in range(num_short):
-            self.add_short()
+            self.scheduler.add(self._short())
 
-    def add_short(self) -> None:
-        self.add(
-            int(self._rng.integers(16, self._case.prompt_tokens + 1)), self._case.output_tokens
-        )
+    def _short(self) -> Request:
+        prompt_tokens = int(self._rng.integers(16, self._case.prompt_tokens + 1))
+        return self._request(prompt_tokens, self._case.output_tokens)
 
-    def add(self, prompt_tokens: int, output_tokens: int) -> None:
+    def _request(self, prompt_tokens: int, output_tokens: int) -> Request:
         request_id = next(self._ids)
         self._left[request_id] = output_tokens
-        self.scheduler.add(
-            Request(
-                request_id=request_id,
-                prompt_ids=np.zeros(prompt_tokens, dtype=np.int64),
-                params=SamplingParams(max_tokens=output_tokens),
-                seed=0,
-                end_token_ids=(),
-                arrival_s=self.now_s,
-            )
+        return Request(
+            request_id=request_id,
+            prompt_ids=np.zeros(prompt_tokens, dtype=np.int64),
+            params=SamplingParams(max_tokens=output_tokens),
+            seed=0,
+            end_token_ids=(),
+            arrival_s=self.now_s,
         )
 
     def step(self) -> tuple[float, float, int, int]:
-        """Seconds of the decision and of all after it; decodes and chunks of the step."""
+        """Seconds of the decision, and of what follows; decodes and chunks of the step."""
         started_s = time.perf_counter()
         plan = self.scheduler.plan(self.now_s)
         planned_s = time.perf_counter()
@@ -121,19 +123,23 @@ class Crowd:
         between_s = time.perf_counter()
         self.scheduler.complete(plan, tokens)
         self.scheduler.learn(plan, plan.predicted_s)
-        done_s = time.perf_counter()
+        after_s = time.perf_counter() - between_s
         for request_id in tokens:
             self._left[request_id] -= 1
             if self._left[request_id] == 0:
-                self.scheduler.release(request_id)
-                self.add_short()
+                after_s += self._replace(request_id)
         num_decodes = sum(chunk.is_decode for chunk in plan.chunks)
-        return (
-            planned_s - started_s,
-            done_s - between_s,
-            num_decodes,
-            len(plan.chunks) - num_decodes,
-        )
+        return planned_s - started_s, after_s, num_decodes, len(plan.chunks) - num_decodes
+
+    def _replace(self, request_id: int) -> float:
+        """Another short request for one that finished; seconds in the scheduler."""
+        started_s = time.perf_counter()
+        self.scheduler.release(request_id)
+        released_s = time.perf_counter()
+        request = self._short()
+        made_s = time.perf_counter()
+        self.scheduler.add(request)
+        return time.perf_counter() - made_s + released_s - started_s
 
 
 def gpu_like_steps() -> Iterator[tuple[StepWork, float]]:
@@ -153,15 +159,30 @@ def measure(case: Case, long_tokens: int, num_short: int, num_steps: int, policy
         pass  # until all of them decode
     gc.collect()
     steps = [crowd.step() for _ in range(num_steps)]
-    plan_s, rest_s, num_decodes, num_chunks = zip(*steps, strict=True)
+    decision_s, after_s, num_decodes, num_chunks = np.array(steps).T
     return Outcome(
         name=case.name,
-        num_decodes=float(np.mean(num_decodes)),
-        num_chunks=float(np.mean(num_chunks)),
-        plan_us={p: 1e6 * s for p, s in percentiles(plan_s).items()},
-        worst_us=1e6 * max(plan_s),
-        rest_us={p: 1e6 * s for p, s in percentiles(rest_s).items()},
+        num_decodes=float(num_decodes.mean()),
+        num_chunks=float(num_chunks.mean()),
+        decision_us=percentiles(1e6 * decision_s),
+        after_us=percentiles(1e6 * after_s),
+        step_us=percentiles(1e6 * (decision_s + after_s)),
     )
+
+
+def machine_us(num_steps: int) -> dict[int, float]:
+    """What the same piece of arithmetic takes on this machine, microseconds."""
+    seconds = []
+    for _ in range(num_steps):
+        started_s = time.perf_counter()
+        sum(number * number % 7 for number in range(2000))
+        seconds.append(time.perf_counter() - started_s)
+    return percentiles(1e6 * s for s in seconds)
+
+
+def row(name: str, *times_us: dict[int, float]) -> str:
+    cells = (f"{us[50]:11.0f}{us[99]:6.0f}" for us in times_us)
+    return f"{name:<46}" + "".join(cells)
 
 
 def main() -> int:
@@ -174,15 +195,13 @@ def main() -> int:
     arguments = parser.parse_args()
     long_tokens = parse_size(arguments.long, "--long")
     outcomes = []
+    print(f"{'microseconds, p50 and p99':<46}{'decision':>17}{'after it':>17}{'both':>17}")
     for case in CASES:
-        outcome = measure(case, long_tokens, arguments.short, arguments.steps, arguments.policy)
-        outcomes.append(outcome)
-        plan, rest = outcome.plan_us, outcome.rest_us
-        print(
-            f"{outcome.name:<24}{outcome.num_decodes:6.0f} decodes{outcome.num_chunks:4.0f} chunks"
-            f"   decision p50 {plan[50]:5.0f} p99 {plan[99]:5.0f} worst {outcome.worst_us:6.0f} us"
-            f"   after it p50 {rest[50]:4.0f} p99 {rest[99]:4.0f} us"
-        )
+        o = measure(case, long_tokens, arguments.short, arguments.steps, arguments.policy)
+        outcomes.append(o)
+        name = f"{o.name}: {o.num_decodes:.0f} decodes, {o.num_chunks:.0f} chunks"
+        print(row(name, o.decision_us, o.after_us, o.step_us))
+    print(row("the same arithmetic each time", machine_us(arguments.steps)))
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump([asdict(outcome) for outcome in outcomes], file, indent=1)

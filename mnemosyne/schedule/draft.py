@@ -17,6 +17,7 @@ class Running:
 
     request: Request
     placement: Placement  # pages for its whole life
+    due_s: float  # when its first token is due, on the clock of arrivals
     num_planned: int = 0  # prompt tokens in this and earlier plans
     num_in_flight: int = 0  # steps that hold a chunk of its prompt
     is_released: bool = False
@@ -25,12 +26,6 @@ class Running:
     def num_remaining(self) -> int:
         """Prompt tokens not yet planned."""
         return self.request.num_prompt_tokens - self.num_planned
-
-    @property
-    def num_chunkable(self) -> int:
-        """Prompt tokens that the next chunk may hold: it never crosses into another shard."""
-        boundary = self.placement.next_boundary(self.num_planned)
-        return min(self.num_remaining, boundary - self.num_planned)
 
     @property
     def next_group(self) -> int:
@@ -50,6 +45,9 @@ class OneMore:
         work: of the step without it, by group.
         model: counts the work of a chunk.
         predict: seconds for the work of one group.
+
+    Attributes:
+        most: tokens that the chunk may hold: it never crosses into another shard.
     """
 
     def __init__(
@@ -60,13 +58,17 @@ class OneMore:
         predict: Callable[[StepWork], float],
     ) -> None:
         self._running, self._start, self._before = running, running.num_planned, work
+        self._remaining = running.num_remaining
         self._model, self._predict = model, predict
         placement = running.placement
-        # the shards that compute the chunk, by group: it does not cross into another one
+        self.most = min(self._remaining, placement.next_boundary(self._start) - self._start)
+        # the shards that compute the chunk, by group
         active = placement.shards[: placement.num_active(self._start + 1)]
         self._shards = {shard.group: index for index, shard in enumerate(active)}
-        others = [part for group, part in enumerate(work) if group not in self._shards]
-        self._others_s = max(map(predict, others), default=0.0)
+        self._others_s = 0.0
+        if len(active) < len(work):
+            others = [part for group, part in enumerate(work) if group not in self._shards]
+            self._others_s = max(map(predict, others))
         self._known: dict[int, tuple[float, Work]] = {}  # by size: a search asks again
 
     def seconds(self, num_tokens: int) -> float:
@@ -77,11 +79,16 @@ class OneMore:
         """The work of the step, by group."""
         return self._at(num_tokens)[1]
 
+    def chunk(self, num_tokens: int) -> Chunk:
+        """The chunk itself."""
+        samples = num_tokens == self._remaining
+        return Chunk(self._running.request.request_id, self._start, num_tokens, samples)
+
     def _at(self, num_tokens: int) -> tuple[float, Work]:
         found = self._known.get(num_tokens)
         if found is not None:
             return found
-        samples, is_shared = num_tokens == self._running.num_remaining, len(self._shards) > 1
+        samples, is_shared = num_tokens == self._remaining, len(self._shards) > 1
         seconds, work = self._others_s, list(self._before)
         for group, shard in self._shards.items():
             keys = None  # a lone shard holds all of them
@@ -97,8 +104,8 @@ class OneMore:
             )
             seconds = max(seconds, self._predict(part))
             work[group] = part
-        self._known[num_tokens] = seconds, tuple(work)
-        return self._known[num_tokens]
+        found = self._known[num_tokens] = seconds, tuple(work)
+        return found
 
 
 @dataclass(slots=True, eq=False)
@@ -109,9 +116,8 @@ class Draft:
     rows: list[int] = field(default_factory=list)  # of the table of prompts
     chunks: list[Chunk] = field(default_factory=list)  # of each
 
-    def add(self, row: int, running: Running, num_tokens: int, work: Work) -> None:
-        """Take a prompt's next chunk in, with which the step has this work."""
-        start, samples = running.num_planned, num_tokens == running.num_remaining
+    def add(self, row: int, one_more: OneMore, num_tokens: int) -> None:
+        """Take the next chunk of the prompt in a row in."""
         self.rows.append(row)
-        self.chunks.append(Chunk(running.request.request_id, start, num_tokens, samples))
-        self.work = work
+        self.chunks.append(one_more.chunk(num_tokens))
+        self.work = one_more.work(num_tokens)

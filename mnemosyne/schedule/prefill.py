@@ -71,34 +71,33 @@ class PrefillPlanner:
         """
         if not self.prompts:
             return Prefills([], [], work)
-        step, urgency = Draft(work), self.prompts.urgency()
+        step, urgency = Draft(work), self.prompts.urgency(now_s)
         if not self.config.is_adaptive:
-            self._add_fixed(step, self.prompts.in_order(urgency, now_s))
+            self._add_fixed(step, self.prompts.in_order(urgency))
         elif len(self.prompts) == 1 and not delays_decodes:
             self._add_lone(step)
         else:
-            self._add_adaptive(step, urgency, now_s)
-        slack_s = urgency.slack_s(now_s)[step.rows].tolist()
+            self._add_adaptive(step, urgency)
+        slack_s = urgency.slack_s[step.rows].tolist()
         self._commit(step)
         return Prefills(step.chunks, slack_s, step.work)
 
     def _commit(self, step: Draft) -> None:
         done = []
         for row, chunk in zip(step.rows, step.chunks, strict=True):
-            running = self.prompts.items[row]
-            running.num_planned = chunk.stop
-            if running.is_prefilling:
-                self.prompts.advance(row, chunk.stop)
-            else:
+            self.prompts.items[row].num_planned = chunk.stop
+            if chunk.samples:
                 done.append(row)
+            else:
+                self.prompts.advance(row, chunk.stop)
         self.prompts.drop(done)
 
     def _add_fixed(self, step: Draft, order: Iterator[int]) -> None:
         budget = int(self.config.chunk)
         for row in order:
-            running = self.prompts.items[row]
-            size = min(budget, running.num_chunkable)
-            step.add(row, running, size, self._one_more(running, step.work).work(size))
+            one_more = self._one_more(row, step)
+            size = min(budget, one_more.most)
+            step.add(row, one_more, size)
             budget -= size
             if budget == 0:
                 break
@@ -109,19 +108,18 @@ class PrefillPlanner:
         It is never smaller than beside decodes: where measurements are noisy, small chunks may
         look as fast as large ones, and a step of ``target_tbt`` delays no new arrival too long.
         """
-        (running,) = self.prompts.items
-        one_more = self._one_more(running, step.work)
+        one_more = self._one_more(0, step)
         soonest = solve_lone_chunk(
             one_more.seconds,
-            remaining=running.num_chunkable,
+            remaining=one_more.most,
             min_chunk=self.config.min_chunk,
             max_chunk=self.config.max_chunk,
         )
         target_s, max_chunk = self.config.target_tbt, self.config.max_chunk
-        size = max(soonest, self._solve(one_more, running, max_chunk, target_s))
-        step.add(0, running, size, one_more.work(size))
+        size = max(soonest, self._solve(one_more, max_chunk, target_s))
+        step.add(0, one_more, size)
 
-    def _add_adaptive(self, step: Draft, urgency: Urgency, now_s: float) -> None:
+    def _add_adaptive(self, step: Draft, urgency: Urgency) -> None:
         """Chunks in order of the policy until the predicted time of the step is spent.
 
         At most one long prefill takes part, and while it has slack it leaves a share of the step
@@ -134,28 +132,27 @@ class PrefillPlanner:
         # whatever the decodes of one group take, prompts of others may take as well
         budget_s = max(self.config.target_tbt, self.step_s(step.work))
         full: set[int] = set()  # groups in which not even the smallest chunk fits any more
-        for row in self.prompts.in_order(urgency, now_s):
+        for row in self.prompts.in_order(urgency):
             if num_left < self.config.min_chunk or len(full) == len(step.work):
                 break
             running = self.prompts.items[row]
             is_long = running.request.num_prompt_tokens > long_tokens
             num_short -= not is_long
-            group = running.next_group
-            if (is_long and tried_long) or group in full:
+            if (is_long and tried_long) or (full and running.next_group in full):
                 continue
             tried_long = tried_long or is_long
             own_s = budget_s
             if is_long and num_short:
-                rho = float(urgency.relative_slack(now_s)[row])
+                rho = float(urgency.relative_slack(row))
                 own_s -= self._given_up_s(rho, budget_s, step.work)
-            one_more = self._one_more(running, step.work)
-            size = self._solve(one_more, running, num_left, own_s)
+            one_more = self._one_more(row, step)
+            size = self._solve(one_more, num_left, own_s)
             if size == 0 and not step.rows:
-                size = min(self.config.min_chunk, running.num_chunkable)
+                size = min(self.config.min_chunk, one_more.most)
             if size == 0:
-                full.add(group)
+                full.add(running.next_group)
                 continue
-            step.add(row, running, size, one_more.work(size))
+            step.add(row, one_more, size)
             budget_s = max(budget_s, one_more.seconds(size))
             num_left -= size
 
@@ -164,17 +161,17 @@ class PrefillPlanner:
         share = min(max(rho, 0.0), self.config.max_relative_slack)
         return share * max(0.0, budget_s - self.step_s(work))
 
-    def _solve(self, one_more: OneMore, running: Running, num_left: int, budget_s: float) -> int:
+    def _solve(self, one_more: OneMore, num_left: int, budget_s: float) -> int:
         return solve_chunk(
             one_more.seconds,
-            remaining=running.num_chunkable,
+            remaining=one_more.most,
             budget_s=budget_s,
             min_chunk=self.config.min_chunk,
             max_chunk=num_left,
         )
 
-    def _one_more(self, running: Running, work: Work) -> OneMore:
-        return OneMore(running, work, self.work_model, self.predictor.predict)
+    def _one_more(self, row: int, step: Draft) -> OneMore:
+        return OneMore(self.prompts.items[row], step.work, self.work_model, self.predictor.predict)
 
     def _alone_s(self, start: int, num_tokens: int) -> float:
         """A step of one chunk and nothing else, in the group that has most to do."""

@@ -43,21 +43,20 @@ class Prompts(Generic[Item]):
     def __len__(self) -> int:
         return len(self.items)
 
-    def add(self, request: Request, item: Item, *, due_s: float, num_done: int = 0) -> None:
+    def add(self, request: Request, item: Item, *, due_s: float) -> None:
         """Take a prompt in, behind all others where the policy makes no difference.
 
         Args:
             request: whose length the prefill table was extended to.
             item: what ``items`` holds of it.
             due_s: when its first token is due, on the clock of arrivals.
-            num_done: tokens of it that are computed.
         """
         row, length = len(self.items), request.num_prompt_tokens
         if row == self._columns.shape[1]:
             self._columns = np.concatenate([self._columns, np.empty_like(self._columns)], axis=1)
         self._columns[:, row] = (
-            *(request.priority, request.arrival_s, due_s, request.max_tokens, length, num_done),
-            *(self._table.at(length), self._table.at(num_done), self._num_taken),
+            *(request.priority, request.arrival_s, due_s, request.max_tokens, length, 0),
+            *(self._table.at(length), 0.0, self._num_taken),
         )
         self._num_taken += 1
         self._rows[request.request_id] = row
@@ -99,8 +98,12 @@ class Prompts(Generic[Item]):
         self._columns[DONE, row] = num_done
         self._columns[DONE_S, row] = self._table.at(num_done)
 
-    def urgency(self) -> Urgency:
-        """What the policy sees of each row."""
+    def urgency(self, now_s: float) -> Urgency:
+        """What the policy sees of each row.
+
+        Args:
+            now_s: seconds on the clock of arrivals.
+        """
         live = self._columns[:, : len(self.items)]
         if self._version != self._table.version:
             self._version = self._table.version
@@ -108,32 +111,25 @@ class Prompts(Generic[Item]):
             live[DONE_S] = self._table.until(live[DONE])
         factor = self._table.factor()
         total_s = live[TOTAL_S] * factor
-        return Urgency(live[ARRIVAL], live[DUE], total_s, total_s - live[DONE_S] * factor)
+        slack_s = live[DUE] - now_s - (total_s - live[DONE_S] * factor)
+        return Urgency(live[ARRIVAL], live[DUE], total_s, slack_s)
 
-    def in_order(
-        self, urgency: Urgency, now_s: float, among: np.ndarray | None = None
-    ) -> Iterator[int]:
+    def in_order(self, urgency: Urgency, among: np.ndarray | None = None) -> Iterator[int]:
         """Rows, the most urgent first: by priority, policy, then as they came.
 
         They are put in order few by few, for a reader who stops early.
 
         Args:
             urgency: as it is now.
-            now_s: seconds on the clock of arrivals.
             among: bool ``[B]``, the rows that are asked for; unset: all.
         """
         rows, turns = np.arange(len(self.items)), self.column(TURN)
-        keys, classes = self._policy(urgency, now_s), self.column(PRIORITY)
+        keys, classes = self._policy(urgency), self.column(PRIORITY)
         if among is not None:
             rows, keys, classes, turns = rows[among], keys[among], classes[among], turns[among]
         while len(rows) > FEW:
-            is_next = classes == classes.min()
-            own = keys[is_next]
-            if len(own) > FEW:
-                # Any bound is right; this one leaves few. Equal keys stay together for their turns.
-                sample = own[:: len(own) // FEW]
-                is_next &= keys <= np.partition(sample, 1)[1]
-            few = np.flatnonzero(is_next)
+            is_next = _first_few(keys, classes)
+            (few,) = is_next.nonzero()
             assert len(few), "an urgency is a number"
             yield from rows[few[np.lexsort((turns[few], keys[few], classes[few]))]].tolist()
             later = ~is_next
@@ -143,3 +139,13 @@ class Prompts(Generic[Item]):
     def column(self, index: int) -> np.ndarray:
         """One quantity of all rows, such as ``LENGTH``: float64 ``[B]``."""
         return self._columns[index, : len(self.items)]
+
+
+def _first_few(keys: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Rows that come before all others, those of the same class and key together: bool ``[B]``."""
+    is_next: np.ndarray = classes == classes.min()
+    some = slice(None, None, len(keys) // FEW)
+    sample = keys[some][is_next[some]]
+    if len(sample) > 1:  # any bound is right, this one leaves few
+        is_next &= keys <= np.partition(sample, 1)[1]
+    return is_next

@@ -72,15 +72,9 @@ class Router:
         Returns:
             None if the pages are not free now.
         """
-        free = {
-            group: allocator.num_free - kept.get(group, 0)
-            for group, allocator in enumerate(self.allocators)
-        }
-        order = sorted(
-            free, key=lambda group: (self._pending[group], self.allocators[group].num_used, group)
-        )
         sizes = self._shard_pages(num_tokens)
-        chosen = _assign(sizes, order, free)
+        free = {group: a.num_free - kept.get(group, 0) for group, a in enumerate(self.allocators)}
+        chosen = _assign(sizes, self._least_pending(), free)
         if chosen is None:
             return None
         shards = []
@@ -91,6 +85,13 @@ class Router:
         placement = Placement(tuple(shards), self.max_tokens_per_group)
         self._change_pending(placement, num_prompt_tokens**2)
         return placement
+
+    def _least_pending(self) -> Sequence[int]:
+        """Groups, that with the least prefill ahead of it first."""
+        groups = range(len(self.allocators))
+        if len(groups) == 1:
+            return groups
+        return sorted(groups, key=lambda g: (self._pending[g], self.allocators[g].num_used))
 
     def has_room(self, num_tokens: int) -> bool:
         """Whether a request would be placed now."""
@@ -131,12 +132,14 @@ class Router:
             self._pending[shard.group] += amount
 
 
-def _assign(sizes: list[int], order: list[int], room: Mapping[int, int]) -> list[int] | None:
+def _assign(sizes: list[int], order: Sequence[int], room: Mapping[int, int]) -> list[int] | None:
     """A group of its own for each shard, the first in ``order`` that has room, or None."""
     chosen: list[int] = []
     for size in sizes:
-        group = next((g for g in order if g not in chosen and room[g] >= size), None)
-        if group is None:
+        for group in order:
+            if room[group] >= size and group not in chosen:
+                chosen.append(group)
+                break
+        else:
             return None
-        chosen.append(group)
     return chosen

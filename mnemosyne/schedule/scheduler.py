@@ -13,7 +13,7 @@ from mnemosyne.schedule.plan import Admission, Chunk, Plan
 from mnemosyne.schedule.predictor import LearningPredictor, Predictor
 from mnemosyne.schedule.prefill import PrefillPlanner
 from mnemosyne.schedule.routing import Router
-from mnemosyne.schedule.waiting import Entry, Waiting
+from mnemosyne.schedule.waiting import Waiting
 from mnemosyne.schedule.work import DecodeTally, Work, WorkModel
 
 
@@ -151,7 +151,7 @@ class Scheduler:
             now_s: seconds on the clock of the requests' arrivals.
         """
         num_places = self.config.max_sequences - len(self._running)
-        admitted = [self._start(entry) for entry in self._waiting.admit(num_places, now_s)]
+        admitted = [self._start(running) for running in self._waiting.admit(num_places, now_s)]
         chunks, work = self._decode()
         prefills = self._prefill.plan(work, now_s, delays_decodes=self._num_decoding > 0)
         for chunk in prefills.chunks:
@@ -199,18 +199,17 @@ class Scheduler:
         if self._learner is not None:
             self._learner.observe(max(work, key=self._learner.predict), seconds)
 
-    def _start(self, entry: Entry) -> Admission:
-        request, placement = entry.request, entry.placement
-        running = Running(request, placement)
+    def _start(self, running: Running) -> Admission:
+        request = running.request
         self._running[request.request_id] = running
-        self._prefill.prompts.add(request, running, due_s=entry.due_s)
+        self._prefill.prompts.add(request, running, due_s=running.due_s)
         return Admission(
             request_id=request.request_id,
             prompt_ids=request.prompt_ids,
             params=request.params,
             seed=request.seed,
             end_token_ids=request.end_token_ids,
-            placement=placement,
+            placement=running.placement,
         )
 
     def _forget(self, running: Running) -> None:
@@ -245,7 +244,7 @@ class Scheduler:
         running = self._running[chunk.request_id]
         running.num_in_flight += 1
         self.router.advance(running.placement, chunk.start, chunk.stop)
-        self._num_decoding += not running.is_prefilling
+        self._num_decoding += chunk.samples
 
 
 def build_scheduler(

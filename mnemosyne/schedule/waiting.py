@@ -11,19 +11,11 @@ import numpy as np
 from mnemosyne.cache.layout import Placement
 from mnemosyne.config import SloConfig
 from mnemosyne.request import Request
+from mnemosyne.schedule.draft import Running
 from mnemosyne.schedule.policy import POLICIES, Urgency
 from mnemosyne.schedule.prefill_table import PrefillTable
 from mnemosyne.schedule.prompts import ARRIVAL, DUE, PRIORITY, ROOM, TURN, Prompts
 from mnemosyne.schedule.routing import Router
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A request that may start."""
-
-    request: Request
-    placement: Placement
-    due_s: float  # when its first token is due, on the clock of arrivals
 
 
 @dataclass(slots=True)
@@ -105,39 +97,39 @@ class Waiting:
         self._prompts.clear()
         self._claim = None
 
-    def admit(self, num_places: int, now_s: float) -> list[Entry]:
+    def admit(self, num_places: int, now_s: float) -> list[Running]:
         """Let requests in, at most ``num_places``; their pages are reserved."""
         if self._is_settled or num_places <= 0 or not self._prompts:
             return []
         self._is_settled = True
-        entries: dict[int, Entry] = {}  # by row
+        admitted: dict[int, Running] = {}  # by row
+        dues_s = self._prompts.column(DUE)
         for row in self._order(now_s):
-            if row in entries:
+            if row in admitted:
                 continue
             request = self._prompts.items[row]
             placement = self._place(request)
             if placement is not None:
-                due_s = float(self._prompts.column(DUE)[row])
-                entries[row] = Entry(request, placement, due_s)
-                if len(entries) == num_places:
+                admitted[row] = Running(request, placement, float(dues_s[row]))
+                if len(admitted) == num_places:
                     break
             elif not self._may_pass:
                 break
-        self._prompts.drop(list(entries))
-        return list(entries.values())
+        self._prompts.drop(list(admitted))
+        return list(admitted.values())
 
     def _order(self, now_s: float) -> Iterator[int]:
         """Rows of those that may fit, the first to be let in first; the claimant may come twice."""
-        urgency = self._prompts.urgency()
+        urgency = self._prompts.urgency(now_s)
         if not self._may_pass:
-            return self._prompts.in_order(urgency, now_s)
+            return self._prompts.in_order(urgency)
         most_free = self._router.most_free_tokens()
         may_fit = None  # all of them
         if self._prompts.column(ROOM).max() > min(most_free, self._router.max_tokens_per_group):
             may_fit = self._may_fit(most_free)
             if self._claim is None:
-                self._claim = self._new_claim(urgency, now_s, may_fit)
-        order = self._prompts.in_order(urgency, now_s, may_fit)
+                self._claim = self._new_claim(urgency, may_fit)
+        order = self._prompts.in_order(urgency, may_fit)
         if self._claim is None:
             return order
         claimant = self._prompts.row(self._claim.request.request_id)
@@ -168,10 +160,10 @@ class Waiting:
         fits: np.ndarray = tokens <= most_free
         return fits
 
-    def _new_claim(self, urgency: Urgency, now_s: float, may_fit: np.ndarray) -> Claim | None:
+    def _new_claim(self, urgency: Urgency, may_fit: np.ndarray) -> Claim | None:
         """That of the oldest request that has no time to spare and no room, if there is one."""
         is_several = self._prompts.column(ROOM) > self._router.max_tokens_per_group
-        rows = np.flatnonzero((is_several | ~may_fit) & (urgency.slack_s(now_s) <= 0))
+        rows = np.flatnonzero((is_several | ~may_fit) & (urgency.slack_s <= 0))
         columns = [self._prompts.column(index)[rows] for index in (TURN, ARRIVAL, PRIORITY)]
         for row in rows[np.lexsort(columns)].tolist():
             request = self._prompts.items[row]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mnemosyne.cache.layout import Placement
@@ -171,32 +171,43 @@ class DecodeTally:
         self._exchanged = [0] * num_groups
         self._keys = [[0] * len(self._model.shares) for _ in range(num_groups)]  # by window
 
-    def add(self, rows: Iterable[tuple[int, Placement]], sign: int = 1) -> None:
+    def add(self, rows: Sequence[tuple[int, Placement]], sign: int = 1) -> None:
         """Take decodes in.
 
         Args:
             rows: position and placement of each.
             sign: -1 to take them out again.
         """
-        windows = [window for window, _ in self._model.shares]
-        sees_all = windows == [None]
+        # nearly all are whole on one group, and there may be a thousand: these are summed at once
+        if len(self._counts) == 1:
+            self._add_whole(0, [position + 1 for position, _ in rows], sign)
+            return
+        whole: list[list[int]] = [[] for _ in self._counts]
         for position, placement in rows:
-            if sees_all and len(placement.shards) == 1:  # nearly all, and there may be a thousand
-                group = placement.shards[0].group
-                self._counts[group] += sign
-                self._keys[group][0] += sign * (position + 1)
-                continue
-            num_active = placement.num_active(position + 1)
-            for shard in range(num_active):
-                group, held = (
-                    placement.shards[shard].group,
-                    placement.positions(shard, position + 1),
-                )
-                self._counts[group] += sign
-                self._exchanged[group] += sign * (num_active > 1)
-                for index, window in enumerate(windows):
-                    first = held.start if window is None else max(held.start, position + 1 - window)
-                    self._keys[group][index] += sign * max(0, held.stop - first)
+            if len(placement.shards) == 1:
+                whole[placement.shards[0].group].append(position + 1)
+            else:
+                self._add_shared(position + 1, placement, sign)
+        for group, stops in enumerate(whole):
+            self._add_whole(group, stops, sign)
+
+    def _add_whole(self, group: int, stops: list[int], sign: int) -> None:
+        """Decodes whose keys, so many of each, are all on one group."""
+        self._counts[group] += sign * len(stops)
+        for index, (window, _) in enumerate(self._model.shares):
+            seen = stops if window is None else [min(stop, window) for stop in stops]
+            self._keys[group][index] += sign * sum(seen)
+
+    def _add_shared(self, stop: int, placement: Placement, sign: int) -> None:
+        """A decode over ``stop`` keys on as many groups as hold one."""
+        num_active = placement.num_active(stop)
+        for shard in range(num_active):
+            group, held = placement.shards[shard].group, placement.positions(shard, stop)
+            self._counts[group] += sign
+            self._exchanged[group] += sign * (num_active > 1)
+            for index, (window, _) in enumerate(self._model.shares):
+                first = held.start if window is None else max(held.start, stop - window)
+                self._keys[group][index] += sign * max(0, held.stop - first)
 
     def work(self) -> Work:
         """The work of a step that holds all of them and nothing else, by group."""

@@ -27,7 +27,7 @@ CANDIDATES = Urgency(
     arrival_s=np.array([0.0, 1.0, 2.0, 3.0]),
     due_s=np.array([90.0, 13.0, 32.0, 113.0]),
     total_s=np.array([4.0, 1.0, 24.0, 100.0]),
-    remaining_s=np.array([4.0, 1.0, 24.0, 100.0]),
+    slack_s=np.array([83.0, 9.0, 5.0, 10.0]),  # at 3.0, nothing of them computed
 )
 
 
@@ -41,7 +41,7 @@ CANDIDATES = Urgency(
     ],
 )
 def test_each_policy_has_an_order_of_its_own(policy, order):
-    keys = POLICIES[policy](CANDIDATES, 3.0)
+    keys = POLICIES[policy](CANDIDATES)
 
     assert [NAMES[row] for row in np.argsort(keys)] == order
 
