@@ -50,13 +50,14 @@ def step(setting: Setting) -> Iterator[Entry]:
     models: dict[str, Model] = {"eager": decoder}
     if not setting.smoke:
         models["compiled"] = CompiledModel(decoder, "step", device, rows=(1,))
+    *_, fastest = models.values()
     for context in (150,) if setting.smoke else CONTEXTS:
         pool, num_own = pool_of(spec, context, device)
         amount = bytes_of(decoder, spec, context) / 1e9
         for name, model in models.items():
             worker = worker_of(setting, model, spec, pool, is_replayed=False)
             yield f"{name} {context}", entry_of(worker, context, amount, num_own)
-        worker = worker_of(setting, model, spec, pool, is_replayed=True)
+        worker = worker_of(setting, fastest, spec, pool, is_replayed=True)
         yield f"replayed {context}", entry_of(worker, context, amount, num_own)
         del pool, worker
         gc.collect()
