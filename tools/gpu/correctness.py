@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.errors import TritonError
 
 from mnemosyne.attention import AttentionBackend, FlexBackend
 from mnemosyne.attention.fixed_decodes import FixedDecodes
 from mnemosyne.attention.triton import TritonBackend
 from mnemosyne.kernels.configs import configs_for, shape_key
 from tests.attention.cases import Case, Rows, make_case
-from tools.gpu.setting import Entry, Setting
+from tools.gpu.setting import Entry, Setting, refusal
 from tools.gpu.speed import HEAD_DIM, PAGE_SIZES, describe
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -57,8 +58,11 @@ def candidates(setting: Setting) -> Iterator[Entry]:
             for config in configs_for(
                 kind, torch.bfloat16, heads[-1], page_size, setting.capability
             ):
-                backend = TritonBackend({shape: config})
-                yield f"{shape} {describe(config)}", errors_of(backend, low, None)
+                try:
+                    entry = errors_of(TritonBackend({shape: config}), low, None)
+                except TritonError as error:
+                    entry = refusal(error)
+                yield f"{shape} {describe(config)}", entry
 
 
 def replays(setting: Setting) -> Iterator[Entry]:

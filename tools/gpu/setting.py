@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.errors import TritonError
 
 from mnemosyne.kernels.tile import TileConfig
 from mnemosyne.runtime.graphs import CudaGraph, Graph
 
 Entry = tuple[str, dict[str, Any]]  # what was looked at, and what came out
 
+REFUSALS = (RuntimeError, ValueError, TypeError, ImportError, TritonError)
 SAMPLES = 7
 SAMPLE_S = 0.005  # a launch of microseconds is repeated until it can be timed
 
@@ -55,8 +57,8 @@ class Setting:
             replay = replay_of(work)
             rate = _rate(median_seconds(replay or work), unit, amount)
             return rate if replay else rate | {"launched": True}
-        except (RuntimeError, ValueError, TypeError, ImportError, NotImplementedError) as error:
-            return {"unavailable": f"{type(error).__name__}: {error}"[:300]}
+        except REFUSALS as error:
+            return refusal(error)
 
 
 class Again:
@@ -70,6 +72,11 @@ class Again:
     def replay(self) -> None:
         """See ``Graph``."""
         self._result.copy_(self._run())
+
+
+def refusal(error: Exception) -> dict[str, Any]:
+    """The entry of what does not run here, such as a config that takes too much memory."""
+    return {"unavailable": f"{type(error).__name__}: {error}"[:300]}
 
 
 def replay_of(work: Callable[[], object]) -> Callable[[], None] | None:
