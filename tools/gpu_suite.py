@@ -1,8 +1,8 @@
 """Is attention right on this GPU, and how fast? One call, under nine minutes.
 
-    python tools/gpu_suite.py --json gpu.json    # on a machine with a GPU
-    python tools/gpu_suite.py --write-table      # and have attention=auto go by what it measured
-    python tools/gpu_suite.py --cpu-smoke        # tiny shapes in Triton's interpreter: does it run?
+    python tools/gpu_suite.py --json benchmarks/gpu/h100.json    # on a machine with a GPU
+    python tools/gpu_suite.py --write-table    # and have attention=auto go by what it measured
+    python tools/gpu_suite.py --cpu-smoke      # tiny shapes in Triton's interpreter: does it run?
 
 Every section is a process of its own with a time budget. What it found before it failed or ran
 out of time is kept, in the file as well, and the others run. Sections that time nothing run
@@ -57,14 +57,13 @@ Section = dict[str, Any]
 class Report:
     """What was found so far; it is printed and written as it comes."""
 
-    def __init__(self, path: Path | None, smoke: bool) -> None:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip()
+    def __init__(self, path: Path | None, smoke: bool, commit: str = "") -> None:
         versions = {name: version(name) for name in ("torch", "triton")}
         versions["python"] = sys.version.split()[0]
         self.sections: dict[str, Section] = {}
         self._about = {"commit": commit, "smoke": smoke, "versions": versions}
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._lock = Lock()  # sections of a stage tell at the same time
 
@@ -108,6 +107,16 @@ class Report:
         if self._path is not None:
             report = self._about | {"sections": self.sections}
             self._path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def commit_here() -> str:
+    """The commit of this checkout; nothing where it is a copy, or git is missing."""
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
 
 
 def in_words(entry: dict[str, Any]) -> str:
@@ -215,6 +224,7 @@ def run_here(name: str, smoke: bool, configs: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="where the results go")
+    parser.add_argument("--commit", help="what is measured, where there is no repository to ask")
     parser.add_argument("--cpu-smoke", action="store_true", help="tiny shapes, no GPU")
     parser.add_argument("--write-table", action="store_true", help=f"note the faster in {TABLE}")
     parser.add_argument("--section", choices=SECTIONS, help="run this one here, print its JSON")
@@ -225,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.section:
         run_here(options.section, options.cpu_smoke, options.configs)
         return 0
-    report = Report(options.json, options.cpu_smoke)
+    report = Report(options.json, options.cpu_smoke, options.commit or commit_here())
     run_all(report, options.cpu_smoke)
     failed = report.failed(FOR_THE_TABLE)
     if options.write_table and failed:

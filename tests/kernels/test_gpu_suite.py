@@ -77,7 +77,7 @@ def test_a_section_that_is_killed_leaves_what_it_found(
     program.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(program))
     monkeypatch.setitem(gpu_suite.SECTIONS, "decode", ("speed", 2))
-    path = tmp_path / "gpu.json"
+    path = tmp_path / "benchmarks" / "gpu.json"
     report = Report(path, smoke=False)
     report.begin("machine")
     report.add("machine", "copy", {"GB_s": 200})
@@ -90,7 +90,17 @@ def test_a_section_that_is_killed_leaves_what_it_found(
     assert report.failed(["machine", "decode"]) == ["decode"]
 
 
-def test_no_section_starts_when_the_time_is_up(tmp_path: Path) -> None:
+def test_a_copy_without_a_repository_has_no_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(gpu_suite.commit_here()) in (0, 40)  # of a checkout, or of an archive
+    monkeypatch.setattr(gpu_suite, "ROOT", tmp_path)
+    assert gpu_suite.commit_here() == ""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_suite.commit_here() == ""
+
+
+def test_no_section_starts_when_the_time_is_up() -> None:
     report = Report(None, smoke=False)
 
     run_section(report, False, {}, time.perf_counter(), "decode")
