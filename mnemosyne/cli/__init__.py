@@ -142,6 +142,16 @@ def process_arguments(*arguments: str) -> Iterator[None]:
         sys.argv = said
 
 
+def config_of(name: str, *words: str) -> Any:
+    """The config that ``mnemosyne NAME WORDS`` runs with, for programs that run it themselves.
+
+    Raises:
+        ValueError: as ``to_config`` does.
+    """
+    with hydra.initialize_config_module("mnemosyne.conf", version_base="1.3"):
+        return to_config(hydra.compose(name, list(words)), COMMANDS[name].config)
+
+
 def to_config(composed: DictConfig, kind: type) -> Any:
     """The typed and checked config that the rest of the package sees.
 

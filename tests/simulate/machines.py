@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from hydra import compose, initialize_config_module
-
 from mnemosyne import cli
 from mnemosyne.config_simulate import EfficiencyConfig, HardwareConfig, ShapeConfig, SimulateConfig
 
@@ -42,8 +38,6 @@ SMALL = ShapeConfig(
 
 def simulate_config(*words: str, model: str = "bench") -> SimulateConfig:
     """The config that the command line makes of some words."""
-    with initialize_config_module("mnemosyne.conf", version_base="1.3"):
-        composed = compose("simulate", [f"model={model}", *words])
-    config: Any = cli.to_config(composed, SimulateConfig)
+    config = cli.config_of("simulate", f"model={model}", *words)
     assert isinstance(config, SimulateConfig)
     return config

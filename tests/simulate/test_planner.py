@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -30,8 +29,7 @@ from tests.simulate.machines import ROUND, simulate_config
 
 
 def _plan_config(*words: str) -> PlanConfig:
-    with initialize_config_module("mnemosyne.conf", version_base="1.3"):
-        config: Any = cli.to_config(compose("plan", ["model=llama3_8b", *words]), PlanConfig)
+    config = cli.config_of("plan", "model=llama3_8b", *words)
     assert isinstance(config, PlanConfig)
     return config
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from hydra import compose, initialize_config_module
 from runs import layout, serve_alone
 
 from mnemosyne import cli
@@ -49,7 +47,6 @@ def _config(hardware: str, gpus: int) -> PlanConfig:
         *("model=llama3_8b", f"hardware={hardware}", f"gpus={gpus}", f"context={CONTEXT}"),
         *("slo.tbt=20ms", "slo.ttft=1000000s", "decodes=1"),
     ]
-    with initialize_config_module("mnemosyne.conf", version_base="1.3"):
-        config: Any = cli.to_config(compose("plan", words), PlanConfig)
+    config = cli.config_of("plan", *words)
     assert isinstance(config, PlanConfig)
     return config

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from hydra import compose, initialize_config_module
 
 from mnemosyne import cli
 from mnemosyne.build_simulated import Simulation, build_simulation
@@ -19,8 +17,7 @@ OUTPUT = 32  # tokens after a long prompt, whose mean gap is its TPOT
 
 def simulate_config(model: str, *words: str) -> SimulateConfig:
     """The config of ``mnemosyne simulate model=MODEL WORDS``."""
-    with initialize_config_module("mnemosyne.conf", version_base="1.3"):
-        config: Any = cli.to_config(compose("simulate", [f"model={model}", *words]), SimulateConfig)
+    config = cli.config_of("simulate", f"model={model}", *words)
     assert isinstance(config, SimulateConfig)
     return config
 
