@@ -42,27 +42,26 @@ class Linear(nn.Linear):
 
 def multiply(x_TE: Tensor, weight_NE: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """``x W^T + b``, in the dtype of ``x_TE``, by whichever product is the faster."""
-    if _is_few(x_TE, weight_NE):
+    if linear.is_fast_for(x_TE, weight_NE):
         return linear.linear(x_TE, [(weight_NE, bias_N)])[0]
     return F.linear(x_TE, weight_NE, bias_N)
 
 
 def multiply_each(x_TE: Tensor, layers: Sequence[nn.Linear]) -> Sequence[Tensor]:
     """What each of some layers of one input gives."""
-    if all(_is_few(x_TE, layer.weight) for layer in layers):
+    if all(linear.is_fast_for(x_TE, layer.weight) for layer in layers):
         return linear.linear(x_TE, [(layer.weight, layer.bias) for layer in layers])
     return [layer(x_TE) for layer in layers]
 
 
 def gate(x_TE: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
     """``silu(gate(x)) * up(x)``."""
-    if _is_few(x_TE, gate.weight) and _is_few(x_TE, up.weight):
-        return linear.gated(x_TE, (gate.weight, gate.bias), (up.weight, up.bias))
-    return F.silu(gate(x_TE)) * up(x_TE)
-
-
-def _is_few(x_TE: Tensor, weight_NE: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and linear.is_fast_for(x_TE, weight_NE)
+    layers = gate, up
+    is_fast = all(linear.is_fast_for(x_TE, layer.weight) for layer in layers)
+    if is_fast and not torch.compiler.is_compiling():  # a compiler fuses the rest for any rows
+        return linear.gated(x_TE, *((layer.weight, layer.bias) for layer in layers))
+    gate_TF, up_TF = multiply_each(x_TE, layers)
+    return F.silu(gate_TF) * up_TF
 
 
 class Attention(nn.Module):

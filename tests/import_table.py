@@ -150,7 +150,7 @@ TABLE = {
         ("torch", "numpy", "safetensors", "tokenizers"),
     ),
     "runtime": Rule(
-        ("request", "schedule.plan", "cache", "attention", "parallel", "config"),
+        ("request", "schedule.plan", "cache", "attention", "parallel", "config", "kernels.cpu"),
         ("torch", "numpy", "safetensors"),
     ),
     "serve": Rule(

@@ -1,4 +1,8 @@
-"""Linear layers of few rows on AVX-512 BF16; the torch original is ``F.linear``."""
+"""Linear layers of few rows on AVX-512 BF16; the torch original is ``F.linear``.
+
+In a graph of ``torch.compile`` they are the operator ``mnemosyne::linear``, which takes any number
+of rows, because one graph serves many.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +26,10 @@ def is_fast_for(x_TE: Tensor, weight_NE: Tensor) -> bool:
     return (
         x_TE.dtype == weight_NE.dtype == torch.bfloat16
         and x_TE.device.type == "cpu"
-        and x_TE.shape[0] <= FEW_ROWS
+        and (torch.compiler.is_compiling() or x_TE.shape[0] <= FEW_ROWS)
         and x_TE.shape[1] % 32 == 0
         and weight_NE.is_contiguous()
-        and what_is_missing() is None
+        and can_run()
     )
 
 
@@ -43,9 +47,20 @@ def linear(x_TE: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     Returns:
         ``y_TN`` of each layer, bfloat16, contiguous.
     """
+    num_rows = x_TE.shape[0]  # len() would have a graph serve one number of rows
+    sizes = [weight.shape[0] * num_rows for weight, _ in layers]
+    if torch.compiler.is_compiling():
+        weights, biases = [weight for weight, _ in layers], [bias for _, bias in layers]
+        y = torch.ops.mnemosyne.linear(x_TE, weights, biases)
+    else:
+        y = _linear(x_TE, layers)
+    return tuple(part.view(num_rows, -1) for part in y.split(sizes))
+
+
+def _linear(x_TE: Tensor, layers: Sequence[Layer]) -> Tensor:
+    """What ``linear`` gives, one layer after another in one dimension."""
     num_rows, num_columns = _check(x_TE, layers)
-    sizes = [len(weight) * num_rows for weight, _ in layers]
-    y = x_TE.new_empty(sum(sizes))
+    y = x_TE.new_empty(num_rows * sum(len(weight) for weight, _ in layers))
     compile_linear().linear(
         x_TE.data_ptr(),
         x_TE.stride(0),
@@ -56,7 +71,7 @@ def linear(x_TE: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
         num_columns,
         torch.get_num_threads(),
     )
-    return tuple(part.view(num_rows, -1) for part in y.split(sizes))
+    return y
 
 
 def gated(x_TE: Tensor, gate: Layer, up: Layer) -> Tensor:
@@ -107,6 +122,38 @@ def _table(layers: Sequence[Layer]) -> Any:
 def _array(*fields: int) -> Any:
     """The table of some layers as C has it: weight, bias and number of outputs of each."""
     return (ctypes.c_int64 * len(fields))(*fields)
+
+
+def can_run() -> bool:
+    """Whether the kernels run here; a graph takes the answer of the time when it is made."""
+    return what_is_missing() is None
+
+
+torch.library.define(
+    "mnemosyne::linear", "(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor"
+)
+
+
+@torch.library.impl("mnemosyne::linear", "CPU")
+def _linear_of_any_rows(x_TE: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Tensor:
+    """``_linear`` for any number of rows: many take torch's product."""
+    num_rows = len(x_TE)
+    if num_rows <= FEW_ROWS:
+        return _linear(x_TE, list(zip(weights, biases, strict=True)))
+    y = x_TE.new_empty(num_rows * sum(map(len, weights)))
+    parts = y.split([num_rows * len(weight) for weight in weights])
+    for part, weight_NE, bias_N in zip(parts, weights, biases, strict=True):
+        y_TN = part.view(num_rows, -1)
+        if bias_N is None:
+            torch.mm(x_TE, weight_NE.t(), out=y_TN)
+        else:
+            torch.addmm(bias_N, x_TE, weight_NE.t(), out=y_TN)
+    return y
+
+
+@torch.library.register_fake("mnemosyne::linear")
+def _linear_shape(x_TE: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Tensor:
+    return x_TE.new_empty(x_TE.shape[0] * sum(map(len, weights)))
 
 
 @cache

@@ -17,9 +17,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.functional import pad
 
 from mnemosyne.attention.segments import Attend
+from mnemosyne.kernels.cpu import linear
 from mnemosyne.runtime.few_rows import compile_few_rows
 from mnemosyne.runtime.step import Layer, LayeredModel
 
@@ -72,6 +74,9 @@ class CompiledModel:
     ) -> None:
         self._model = model
         self._layers = model.decoder_layers()
+        torch.compiler.assume_constant_result(linear.can_run)  # it asks the compiler and the disk
+        # one graph serves all layers, and what they hold is not checked at every call
+        assert all(_shapes(layer) == _shapes(self._layers[0]) for layer in self._layers)
         self._device = device
         self._run = {"layer": self._run_layers, "step": self._run_step}[mode]
         is_cpu = device.type == "cpu"
@@ -189,7 +194,30 @@ def _compiled(function: Piece, backend: Any = "inductor") -> Piece:
     assert isinstance(function, types.FunctionType)
     code = function.__code__.replace()
     own = types.FunctionType(code, function.__globals__, code.co_name)
-    return torch.compile(own, fullgraph=True, dynamic=False, backend=backend)
+    return torch.compile(
+        own,
+        fullgraph=True,
+        dynamic=False,
+        backend=backend,
+        options={"guard_filter_fn": _that_may_fail},
+    )
+
+
+def _shapes(layer: Layer) -> list[tuple[str, torch.Size, torch.dtype]]:
+    return [(name, value.shape, value.dtype) for name, value in layer.named_parameters()]
+
+
+def _that_may_fail(guards: Sequence[Any]) -> list[bool]:
+    """Which of the compiler's checks before each call to keep: rows and the state of torch.
+
+    The others ask of weights, modules and globals, which do not change while a model is served, and
+    take as long as a layer's small operators.
+    """
+    return [
+        guard.guard_type in ("SHAPE_ENV", "GLOBAL_STATE")
+        or (guard.guard_type == "TENSOR_MATCH" and not isinstance(guard.value, Parameter))
+        for guard in guards
+    ]
 
 
 def _marking(piece: Piece) -> Piece:

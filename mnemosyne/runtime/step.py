@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from mnemosyne.attention.kvp import start_exchange, wide_feed_forward
 from mnemosyne.attention.segments import Attend, AttentionBackend, AttentionBatch
@@ -38,6 +39,9 @@ class Model(Protocol):
 
 class Layer(Protocol):
     """One layer of a decoder, cut at its attention."""
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """What it holds, by name."""
 
     def project(self, hidden_TE: Tensor, rotary: tuple[Tensor, Tensor]) -> Projections:
         """``q_THD``, ``k_TKD`` and ``v_TKD``, from the residual stream and the step's rotation."""

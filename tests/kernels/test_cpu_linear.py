@@ -40,6 +40,20 @@ def test_it_is_no_worse_than_torch(num_rows: int, num_outputs: int, has_bias: bo
     assert_no_worse_than_eager(y, F.linear(x, w, b), exact)
 
 
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("num_rows", [1, FEW_ROWS, FEW_ROWS + 1])
+def test_the_operator_of_a_graph_takes_any_number_of_rows(num_rows: int, has_bias: bool) -> None:
+    x, w, bias = make(num_rows, 67, 96)
+    arguments = x, [w, w[:3]], [bias, bias[:3]] if has_bias else [None, None]
+
+    torch.library.opcheck(torch.ops.mnemosyne.linear.default, arguments)
+    parts = torch.ops.mnemosyne.linear(*arguments).split([67 * num_rows, 3 * num_rows])
+
+    for y, w, b in zip(parts, *arguments[1:], strict=True):
+        exact = F.linear(x.double(), w.double(), None if b is None else b.double())
+        assert_no_worse_than_eager(y.view(num_rows, -1), F.linear(x, w, b), exact)
+
+
 def test_a_row_has_the_same_bits_in_any_company_and_number_of_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -17,6 +17,7 @@ from mnemosyne.model_zoo.rope import RopeSpec
 from mnemosyne.model_zoo.spec import ModelSpec
 from mnemosyne.runtime.compile import CompiledModel
 from mnemosyne.runtime.few_rows import compile_few_rows
+from tests.attention.cases import assert_no_worse_than_eager
 from tests.model_zoo.dense import DenseAttend
 
 # importing the compiler warns of what torch itself still uses
@@ -87,6 +88,22 @@ def test_any_number_of_rows_gives_what_the_decoder_gives_and_compiles_nothing_mo
 
     assert counters["stats"]["unique_graphs"] == before
     assert calls == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 64, 70])
+def test_in_bfloat16_a_compiled_step_is_no_worse_than_an_eager_one(
+    num_rows: int, cache: Path
+) -> None:
+    exact, decoder = _decoder(), _decoder()
+    decoder.to(torch.bfloat16).dtype = torch.bfloat16
+    exact.load_state_dict(decoder.state_dict())
+    model = CompiledModel(decoder, "step", CPU)
+    model.warm_up()
+
+    for actual, eager, wanted in zip(
+        *(_results(m, num_rows) for m in (model, decoder, exact)), strict=True
+    ):
+        assert_no_worse_than_eager(actual, eager, wanted)
 
 
 def test_a_second_run_reads_what_the_first_one_compiled(cache: Path) -> None:
