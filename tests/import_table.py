@@ -88,7 +88,10 @@ TABLE = {
     "bench.peers.with_vllm": Rule((), ("vllm",), itself=False),
     "bench.peers.with_llamacpp": Rule((), ("numpy", "gguf", "llama_cpp"), itself=False),
     "bench.peers.ours": Rule(
-        ("build", "cache.pages", "config", "request", "runtime", "schedule", "serve"),
+        (
+            *("build", "cache.pages", "config", "metrics", "request", "runtime", "schedule"),
+            "serve",
+        ),
         ("numpy", "torch"),
         itself=False,
     ),

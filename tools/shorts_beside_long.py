@@ -4,8 +4,12 @@ The same arrivals on the same ids are served by this engine under ``lars`` with 
 under ``fcfs`` with chunks of 2048, and by vLLM if an interpreter that has it is named; each in a
 process of its own with all cores. Every engine is opened and warmed before the clock starts.
 
+``--record steps`` writes what the steps of a policy took to ``steps-POLICY.jsonl``. Once the
+simulator is calibrated to such a file, best to that of another policy than it is to predict, it
+serves the same arrivals (``--calibration FILE``), and what it says is set beside what was measured.
+
 Usage: python tools/shorts_beside_long.py [--length 64K] [--shorts 20] [--every 3] [--target 0.5]
-       [--engines lars fcfs] [--vllm PYTHON] [--json FILE]
+       [--engines lars fcfs] [--vllm PYTHON] [--record PREFIX] [--calibration FILE] [--json FILE]
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +97,10 @@ def make_requests(length: int, num_shorts: int, every_s: float) -> list[dict[str
     return found
 
 
-def make_settings(requests: list[dict[str, Any]], schedule: dict[str, Any]) -> dict[str, Any]:
-    """The settings of ``mnemosyne.bench.peers``."""
+def make_settings(
+    requests: list[dict[str, Any]], schedule: dict[str, Any], record: str | None
+) -> dict[str, Any]:
+    """The settings of ``mnemosyne.bench.peers``; steps of our engine are written to ``record``."""
     from mnemosyne.checkpoint import path_on_disk
 
     model = str(path_on_disk("bench", "bfloat16"))
@@ -111,6 +119,7 @@ def make_settings(requests: list[dict[str, Any]], schedule: dict[str, Any]) -> d
             "dtype": "bfloat16",
             "schedule": schedule,
             "cache": {"max_tokens": room},
+            "metrics": {"path": record},
         },
     }
 
@@ -159,17 +168,72 @@ def measure(python: str, file: str, settings: Any, requests: Any) -> list[dict[s
     return answers
 
 
-def main() -> int:
+def simulate(
+    calibration: str, requests: list[dict[str, Any]], schedule: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """What ``serve`` would return on the machine whose steps a file holds.
+
+    Raises:
+        ValueError: if the file holds too few steps, or none.
+    """
+    from mnemosyne import cli
+    from mnemosyne.build_simulated import build_simulation
+    from mnemosyne.cli.shapes import calibrated, find_shape
+    from mnemosyne.simulate.workload import Arrival
+
+    words = [f"schedule.{name}={value}" for name, value in schedule.items()]
+    config = cli.config_of("simulate", "model=bench", "hardware=cpu_2core", *words)
+    shape = find_shape("bench")
+    config = calibrated(replace(config, calibration=calibration), shape)
+    arrivals = [Arrival(r["at_s"], len(r["ids"]), r["max_tokens"]) for r in requests]
+    metrics = [output.metrics for output in build_simulation(config, shape).run(arrivals)]
+    return [
+        {
+            "added_s": m.arrival_s,
+            "times_s": list(accumulate(m.tbt_s, initial=m.arrival_s + (m.ttft_s or 0.0))),
+        }
+        for m in metrics
+    ]
+
+
+def show(name: str, outcome: dict[str, float]) -> None:
+    print(
+        f"{name:<17}TTFT of shorts p50 {outcome['ttft_p50_s']:7.2f} p99 "
+        f"{outcome['ttft_p99_s']:7.2f} s   TBT p50 {outcome['tbt_p50_s']:6.2f} p99 "
+        f"{outcome['tbt_p99_s']:6.2f} s   long done after {outcome['long_s']:6.1f} s, "
+        f"last short came after {outcome['last_short_s']:5.1f} s"
+    )
+
+
+def show_simulated(name: str, outcome: dict[str, float], measured: dict[str, float]) -> None:
+    """A simulated run, and how far it is from the measured one."""
+    show(f"{name}, simulated", outcome)
+    off = {key: outcome[key] / measured[key] - 1 for key in ("ttft_p50_s", "tbt_p50_s", "long_s")}
+    print(
+        f"{'':<17}off by {off['ttft_p50_s']:+.1%} in median TTFT, {off['tbt_p50_s']:+.1%} in "
+        f"median TBT, {off['long_s']:+.1%} in the time of the long prompt"
+    )
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--length", default="64K", help="tokens of the long prompt")
     parser.add_argument("--shorts", type=int, default=20)
     parser.add_argument("--every", type=float, default=3.0, help="seconds between short ones, mean")
     parser.add_argument("--target", type=float, default=0.5, help="seconds of schedule.target_tbt")
-    parser.add_argument("--engines", nargs="*", default=["lars", "fcfs"], help="of ours")
+    parser.add_argument(
+        "--engines", nargs="*", default=["lars", "fcfs"], choices=["lars", "fcfs"], help="of ours"
+    )
     parser.add_argument("--vllm", help="an interpreter that has vLLM")
+    parser.add_argument("--record", help="write the steps of ours to PREFIX-POLICY.jsonl")
+    parser.add_argument("--calibration", help="steps that a simulation of ours is fitted to")
     parser.add_argument("--json", help="add a line per engine to this file")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
     if arguments.serve:
         run_engine(arguments.serve)
         return 0
@@ -184,18 +248,21 @@ def main() -> int:
     runs = [(name, sys.executable, "ours.py", schedules[name]) for name in arguments.engines]
     if arguments.vllm:
         runs.append(("vllm", arguments.vllm, "with_vllm.py", {}))
+    outcomes = []
     for name, python, file, schedule in runs:
-        answers = measure(python, file, make_settings(requests, schedule), requests)
+        record = f"{arguments.record}-{name}.jsonl" if arguments.record else None
+        answers = measure(python, file, make_settings(requests, schedule, record), requests)
         outcome = summarise(answers, arguments.shorts)
-        print(
-            f"{name:<6}TTFT of shorts p50 {outcome['ttft_p50_s']:7.2f} p99 "
-            f"{outcome['ttft_p99_s']:7.2f} s   TBT p50 {outcome['tbt_p50_s']:6.2f} p99 "
-            f"{outcome['tbt_p99_s']:6.2f} s   long done after {outcome['long_s']:6.1f} s, "
-            f"last short came after {outcome['last_short_s']:5.1f} s"
-        )
-        if arguments.json:
-            with open(arguments.json, "a", encoding="utf-8") as lines:
-                lines.write(json.dumps({"engine": name, "length": length, **outcome}) + "\n")
+        show(name, outcome)
+        outcomes.append({"engine": name, "length": length, **outcome})
+        if arguments.calibration and name in schedules:
+            answers = simulate(arguments.calibration, requests, schedule)
+            simulated = summarise(answers, arguments.shorts)
+            show_simulated(name, simulated, outcome)
+            outcomes.append({"engine": f"{name}, simulated", "length": length, **simulated})
+    if arguments.json:
+        with open(arguments.json, "a", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(outcome) + "\n" for outcome in outcomes)
     return 0
 
 

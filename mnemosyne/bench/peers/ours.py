@@ -13,6 +13,7 @@ import torch
 from mnemosyne.build import build_engine, build_rank
 from mnemosyne.cache.pages import PagePool
 from mnemosyne.config import EngineConfig
+from mnemosyne.metrics import StepLog
 from mnemosyne.request import Sampled, SamplingParams
 from mnemosyne.runtime.executor import LocalExecutor
 from mnemosyne.schedule.plan import Executor, Plan, StepResult
@@ -60,7 +61,14 @@ class Ours:
         rank = build_rank(config)
         built = build_engine(rank, config)
         self.executor = SkippingExecutor(LocalExecutor(rank.worker))
-        self._engine = Engine(built.scheduler, self.executor, built.intake, clock=self._clock)
+        log = StepLog(config.metrics.path) if config.metrics.path else None
+        self._engine = Engine(
+            built.scheduler,
+            self.executor,
+            built.intake,
+            clock=self._clock,
+            on_step=None if log is None else log.write,
+        )
         self._index: dict[int | None, int] = {}
         if settings["fills"]:
             fill_randomly(rank.worker.pool)
