@@ -304,7 +304,7 @@ def _fit(
         page_size=config.cache.page_size,
         max_positions=rank.checkpoint.spec.max_positions,
         vocab_size=rank.checkpoint.spec.vocab_size,
-        step_s=2 * config.schedule.target_tbt,
+        step_s=2 * float(config.schedule.target_tbt),
     )
     started_s = time.perf_counter()
     measure = partial(calibrate, executor, work_model, limits, clock=time.perf_counter)

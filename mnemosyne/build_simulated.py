@@ -92,7 +92,7 @@ def build_simulation(
         page_size=memory.page_size,
         max_positions=ANY_POSITIONS,
         vocab_size=shape.vocab_size,
-        step_s=2 * config.schedule.target_tbt,
+        step_s=2 * float(config.schedule.target_tbt),
     )
     scheduler = build_scheduler(
         config.schedule,

@@ -11,6 +11,8 @@ from types import UnionType
 from typing import Any
 
 SIZE_SUFFIXES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+DURATION_SUFFIXES = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "": 1.0}  # seconds
+Duration = float | int | str  # OmegaConf takes no whole number for a float of several types
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 ATTENTION_BACKENDS = ("auto", "reference", "flex", "triton", "cpu", "avx512")
 COMPILE_MODES = ("none", "layer", "step")
@@ -39,6 +41,25 @@ def parse_size(value: int | str, name: str = "size") -> int:
             f"got {value!r}; write 131072, 128K or 1M"
         )
     return int(value) if isinstance(value, int) else int(count)
+
+
+def parse_duration(value: Duration, name: str = "duration") -> float:
+    """Read seconds, such as ``0.03``, ``"30ms"``, ``"60s"`` or ``"2min"``.
+
+    Args:
+        value: a number of seconds, or digits with a suffix us, ms, s or min.
+        name: what the value is called in the error.
+
+    Raises:
+        ValueError: if it is not a positive time.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*(us|ms|s|min|)", str(value).strip())
+    seconds = float(match[1]) * DURATION_SUFFIXES[match[2]] if match else -1.0
+    if not 0 < seconds < float("inf"):
+        raise ValueError(
+            f"{name} must be a positive time, got {value!r}; write 30ms, 60s or a number of seconds"
+        )
+    return seconds
 
 
 def check_types(config: Any, section: str = "") -> None:
@@ -129,7 +150,8 @@ class ScheduleConfig:
     """What a step may hold."""
 
     chunk: int | str = "adaptive"  # or a fixed number of prefill tokens per step
-    target_tbt: float = 0.2  # seconds between tokens of running decodes that a step is cut to
+    # between tokens of running decodes: a step is cut to it; seconds, or text such as 200ms
+    target_tbt: Duration = 0.2
     min_chunk: int = 32  # tokens; what a prefill gets even when decodes alone fill the step
     max_chunk: int = 8192  # tokens
     max_sequences: int = 64  # sequences admitted at a time
@@ -146,11 +168,7 @@ class ScheduleConfig:
                 raise ValueError(
                     f"schedule.chunk must be >= 1 or 'adaptive', got {self.chunk}; 512 is usual"
                 )
-        if not 0 < self.target_tbt < float("inf"):
-            raise ValueError(
-                "schedule.target_tbt must be a positive number of seconds, got "
-                f"{self.target_tbt}; 0.2 is 200 ms"
-            )
+        self.target_tbt = parse_duration(self.target_tbt, "schedule.target_tbt")
         if not 1 <= self.min_chunk <= self.max_chunk:
             raise ValueError(
                 "schedule.min_chunk must lie in [1, schedule.max_chunk="
@@ -185,16 +203,15 @@ class SloConfig:
     """When a first token is due, for requests that do not say so themselves."""
 
     ttft_scale: float = 2.0  # times the predicted prefill time of the prompt, alone
-    ttft_min: float = 1.0  # seconds; no deadline is shorter
+    ttft_min: Duration = 1.0  # seconds, or text such as 30s; no deadline is shorter
 
     def __post_init__(self) -> None:
         check_types(self, "slo.")
-        for name in ("ttft_scale", "ttft_min"):
-            value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                raise ValueError(
-                    f"slo.{name} must be a positive number, got {value}; 1 to 10 is usual"
-                )
+        self.ttft_min = parse_duration(self.ttft_min, "slo.ttft_min")
+        if not 0 < self.ttft_scale < float("inf"):
+            raise ValueError(
+                f"slo.ttft_scale must be a positive number, got {self.ttft_scale}; 1 to 10 is usual"
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -277,7 +294,7 @@ class GenerateConfig(EngineConfig):
     n: int = 1
     logprobs: int | None = None
     priority: int = 0
-    deadline: float | None = None
+    deadline: Duration | None = None  # seconds, or text such as 2s
 
 
 @dataclass(kw_only=True, slots=True)

@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
 from mnemosyne.config import (
     DTYPES,
     CacheConfig,
+    Duration,
     MeshConfig,
     MetricsConfig,
     ScheduleConfig,
     SloConfig,
     check_types,
+    parse_duration,
     parse_size,
 )
 
-DURATIONS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "": 1.0}
 GPU_TARGET_TBT = 0.03  # seconds; what the paper promises
 GPU_MEMORY_SHARE = 0.9  # of what the weights leave; the rest is for activations and the allocator
-
-
-def parse_duration(value: float | str, name: str = "duration") -> float:
-    """Read seconds, such as ``0.03``, ``"30ms"``, ``"60s"`` or ``"2min"``.
-
-    Args:
-        value: a number of seconds, or digits with a suffix us, ms, s or min.
-        name: what the value is called in the error.
-
-    Raises:
-        ValueError: if it is not a positive time.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e-?\d+)?)\s*(us|ms|s|min|)", str(value).strip())
-    seconds = float(match[1]) * DURATIONS[match[2]] if match else -1.0
-    if not 0 < seconds < float("inf"):
-        raise ValueError(
-            f"{name} must be a positive time, got {value!r}; write 30ms, 60s or a number of seconds"
-        )
-    return seconds
 
 
 def check_positive(config: object, names: tuple[str, ...], section: str, usual: str) -> None:
@@ -79,10 +60,10 @@ class EfficiencyConfig:
     weights: float  # share of the memory bandwidth at which weights are read
     kv: float  # share of the memory bandwidth at which the cache is read
     links: float  # share of the bandwidth of either link
-    node_latency: float | str  # of one collective within a node
-    network_latency: float | str  # of one collective or message between nodes
-    layer_overhead: float | str  # per layer and step: launches and small kernels
-    step_overhead: float | str  # per step and stage: planning, inputs, sampling
+    node_latency: Duration  # of one collective within a node
+    network_latency: Duration  # of one collective or message between nodes
+    layer_overhead: Duration  # per layer and step: launches and small kernels
+    step_overhead: Duration  # per step and stage: planning, inputs, sampling
 
     def __post_init__(self) -> None:
         check_types(self, "efficiency.")
@@ -205,8 +186,8 @@ class SimulateConfig:
 class PlanSloConfig:
     """What requests must see; seconds, or text such as 30ms."""
 
-    tbt: float | str = "30ms"  # time between tokens, while a prompt is prefilled beside them
-    ttft: float | str = "60s"  # time to the first token of a prompt of the asked length
+    tbt: Duration = "30ms"  # time between tokens, while a prompt is prefilled beside them
+    ttft: Duration = "60s"  # time to the first token of a prompt of the asked length
 
     def __post_init__(self) -> None:
         check_types(self, "slo.")

@@ -9,7 +9,7 @@ from numbers import Integral, Real
 
 import numpy as np
 
-from mnemosyne.config import check_types
+from mnemosyne.config import Duration, check_types, parse_duration
 
 NUM_SEEDS = 2**63  # seeds are non-negative int64
 
@@ -40,7 +40,8 @@ class SamplingParams:
     logprobs: int | None = None  # report the k most likely tokens of each output position
     prompt_logprobs: int | None = None  # the same for each prompt position but the first
     priority: int = 0  # a lower number is admitted and prefilled first, whatever the policy
-    deadline: float | None = None  # of the first token, seconds from acceptance; unset: by slo
+    # of the first token, from acceptance: seconds, or text such as 500ms; unset: by slo
+    deadline: Duration | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -110,14 +111,8 @@ class SamplingParams:
             self.seed,
             "use None for a random one",
         )
-        value = self.deadline
-        _require(
-            value is None or (math.isfinite(value) and value > 0),
-            "deadline",
-            "be a finite number of seconds > 0",
-            value,
-            "use None for the one of the slo config",
-        )
+        if self.deadline is not None:
+            self.deadline = parse_duration(self.deadline, "deadline")
 
     def _check_tokens(self) -> None:
         for name in ("logit_bias", "stop_token_ids"):

@@ -17,6 +17,7 @@ from mnemosyne.config import (
     MetricsConfig,
     ScheduleConfig,
     SloConfig,
+    parse_duration,
     parse_size,
 )
 
@@ -67,10 +68,13 @@ def test_a_suffix_multiplies_by_1024(count: int, suffix: str) -> None:
         (lambda: ScheduleConfig(chunk=0), "schedule.chunk must be >= 1 or 'adaptive', got 0"),
         (lambda: ScheduleConfig(chunk="some"), "schedule.chunk (when not 'adaptive') must be a"),
         (lambda: ScheduleConfig(chunk=-5), "schedule.chunk (when not 'adaptive') must be a"),
-        (lambda: ScheduleConfig(target_tbt=0), "schedule.target_tbt must be a positive number"),
+        (
+            lambda: ScheduleConfig(target_tbt=0),
+            "schedule.target_tbt must be a positive time, got 0",
+        ),
         (lambda: ScheduleConfig(target_tbt=float("nan")), "schedule.target_tbt must be"),
         (lambda: ScheduleConfig(target_tbt=float("inf")), "schedule.target_tbt must be"),
-        (lambda: ScheduleConfig(target_tbt="fast"), "schedule.target_tbt must be float, got"),
+        (lambda: ScheduleConfig(target_tbt="fast"), "schedule.target_tbt must be a positive time"),
         (lambda: ScheduleConfig(min_chunk=0), "schedule.min_chunk must lie in [1, schedule.max_"),
         (lambda: ScheduleConfig(min_chunk=64, max_chunk=32), "max_chunk=32], got 64; 32 is usual"),
         (lambda: ScheduleConfig(max_sequences=0), "schedule.max_sequences must be >= 1, got 0"),
@@ -82,7 +86,7 @@ def test_a_suffix_multiplies_by_1024(count: int, suffix: str) -> None:
         (lambda: ScheduleConfig(long_tokens="far"), "schedule.long_tokens must be a whole number"),
         (lambda: ScheduleConfig(max_relative_slack=1), "schedule.max_relative_slack must lie in"),
         (lambda: SloConfig(ttft_scale=0), "slo.ttft_scale must be a positive number, got 0"),
-        (lambda: SloConfig(ttft_min=float("inf")), "slo.ttft_min must be a positive number"),
+        (lambda: SloConfig(ttft_min=float("inf")), "slo.ttft_min must be a positive time"),
         (lambda: MetricsConfig(path=3), "metrics.path must be str or None, got 3"),
         (lambda: EngineConfig(model="m", compile="full"), "compile must be one of none, layer, s"),
         (
@@ -118,6 +122,25 @@ def test_sizes_are_counts_once_they_are_checked() -> None:
     assert CacheConfig(max_tokens="1M").max_tokens == 2**20
     assert ScheduleConfig(chunk="2K", long_tokens="1K").chunk == 2048
     assert DemoConfig(length="64K").length == 65536
+
+
+def test_times_are_seconds_once_they_are_checked() -> None:
+    assert ScheduleConfig(target_tbt="200ms").target_tbt == pytest.approx(0.2)
+    assert SloConfig(ttft_min="1min").ttft_min == 60.0
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("30ms", 0.03), ("60s", 60.0), ("2min", 120.0), (0.5, 0.5), ("15us", 15e-6)],
+)
+def test_durations_may_carry_a_unit(text: float | str, seconds: float) -> None:
+    assert parse_duration(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["", "0", "0ms", "-1s", -1, "fast", "3m", "nan", "1h"])
+def test_what_is_no_positive_time_is_no_duration(text: object) -> None:
+    with pytest.raises(ValueError, match=r"^slo\.tbt must be a positive time, got .*30ms"):
+        parse_duration(text, "slo.tbt")
 
 
 def test_the_world_is_the_product_of_the_degrees() -> None:

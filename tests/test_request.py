@@ -55,9 +55,9 @@ NAN, INF = float("nan"), float("inf")
         ({"logprobs": 1001}, "logprobs must lie in [0, 1000], got 1001"),
         ({"logprobs": True}, "logprobs must be int or None, got True"),
         ({"priority": 0.5}, "priority must be int, got 0.5"),
-        ({"deadline": 0}, "deadline must be a finite number of seconds > 0, got 0; use None"),
-        ({"deadline": INF}, "deadline must be a finite number of seconds > 0, got inf"),
-        ({"deadline": "soon"}, "deadline must be float or None, got 'soon'"),
+        ({"deadline": 0}, "deadline must be a positive time, got 0; write 30ms, 60s or a number"),
+        ({"deadline": INF}, "deadline must be a positive time, got inf"),
+        ({"deadline": "soon"}, "deadline must be a positive time, got 'soon'"),
         ({"prompt_logprobs": 1.5}, "prompt_logprobs must be int or None, got 1.5"),
     ],
 )

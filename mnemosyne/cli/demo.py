@@ -59,7 +59,7 @@ def demo(config: DemoConfig) -> int:
     with LLM.from_config(config, on_step=records.append) as llm:
         alone = _serve(llm, config.num_short, long=None, view=None)
         records.clear()
-        with DemoView(llm, records, target_tbt_s=config.schedule.target_tbt) as view:
+        with DemoView(llm, records, target_tbt_s=float(config.schedule.target_tbt)) as view:
             try:
                 together = _serve(llm, config.num_short, long=recital, view=view)
             except KeyboardInterrupt:
@@ -120,7 +120,7 @@ def _draw(records: list[StepRecord], config: DemoConfig) -> None:
         return
     from mnemosyne.plot import draw_run
 
-    draw_run(records, config.plot, target_s=config.schedule.target_tbt)
+    draw_run(records, config.plot, target_s=float(config.schedule.target_tbt))
     print(f"plot: {config.plot}")
 
 

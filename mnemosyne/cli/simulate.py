@@ -57,7 +57,7 @@ def simulate(config: SimulateConfig) -> int:
     print_report(report, config, simulation)
     print(f"{len(records):,} steps in {wall_s:.1f} s", file=sys.stderr)
     if config.plot:
-        draw_plot(config.plot, records, config.schedule.target_tbt)
+        draw_plot(config.plot, records, float(config.schedule.target_tbt))
     return OK
 
 

@@ -115,7 +115,7 @@ class PrefillPlanner:
             min_chunk=self.config.min_chunk,
             max_chunk=self.config.max_chunk,
         )
-        target_s, max_chunk = self.config.target_tbt, self.config.max_chunk
+        target_s, max_chunk = float(self.config.target_tbt), self.config.max_chunk
         size = max(soonest, self._solve(one_more, max_chunk, target_s))
         step.add(0, one_more, size)
 
@@ -130,7 +130,7 @@ class PrefillPlanner:
         num_short = int(np.count_nonzero(self.prompts.column(LENGTH) <= long_tokens))
         num_left, tried_long = self.config.max_chunk, False
         # whatever the decodes of one group take, prompts of others may take as well
-        budget_s = max(self.config.target_tbt, self.step_s(step.work))
+        budget_s = max(float(self.config.target_tbt), self.step_s(step.work))
         full: set[int] = set()  # groups in which not even the smallest chunk fits any more
         for row in self.prompts.in_order(urgency):
             if num_left < self.config.min_chunk or len(full) == len(step.work):

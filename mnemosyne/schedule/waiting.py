@@ -72,7 +72,7 @@ class Waiting:
         deadline_s = request.deadline_s
         if deadline_s is None:
             alone_s = self._table.seconds(0, request.num_prompt_tokens)
-            deadline_s = max(self._slo.ttft_min, self._slo.ttft_scale * alone_s)
+            deadline_s = max(float(self._slo.ttft_min), self._slo.ttft_scale * alone_s)
         self._prompts.add(request, request, due_s=request.arrival_s + deadline_s)
         self._is_settled = False
         return deadline_s

@@ -56,6 +56,7 @@ class Intake:
         prompt_ids = self._ids(prompt)
         self._check_ids(prompt_ids, params)
         resolved = self.defaults.resolve(params)
+        deadline_s = None if params.deadline is None else float(params.deadline)
         seed = params.seed if params.seed is not None else secrets.randbelow(NUM_SEEDS)
         requests = []
         for sample in range(params.n):
@@ -69,7 +70,7 @@ class Intake:
                     end_token_ids=self.defaults.end_token_ids,
                     arrival_s=arrival_s,
                     priority=params.priority,
-                    deadline_s=params.deadline,
+                    deadline_s=deadline_s,
                 )
             )
         return requests

@@ -55,7 +55,7 @@ def test_what_a_run_wrote_replays_to_the_same_times(tmp_path: Path) -> None:
         (["model=bench", "hardware=h10"], "hardware must be one of a100_80, b200,"),
         (["model=bench", "hardware=h10"], "did you mean h100"),
         (["model=bench", "workload.rate=0"], "workload.rate must be a positive number, got 0"),
-        (["model=bench", "slo.ttft_min=-1"], "slo.ttft_min must be a positive number, got -1"),
+        (["model=bench", "slo.ttft_min=-1"], "slo.ttft_min must be a positive time, got -1"),
         (["model=bench", "workload.trace=none.jsonl"], "workload.trace must be a readable JSONL"),
         (["model=bench", "mesh.tp=3"], "mesh.tp must divide the 16 query heads"),
         (["model=llama3_405b", "mesh.tp=8"], "model must leave memory for the cache, got"),

@@ -13,7 +13,6 @@ from mnemosyne.config_simulate import (
     HardwareConfig,
     ShapeConfig,
     WorkloadConfig,
-    parse_duration,
 )
 from mnemosyne.simulate.workload import Arrival, as_row, draw, read_trace, write_trace
 from tests.simulate.machines import IDEAL, ROUND, SMALL
@@ -94,20 +93,6 @@ def test_a_trace_that_is_not_there_or_empty_is_refused(tmp_path: Path) -> None:
         read_trace(tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match="must hold at least one request"):
         read_trace(tmp_path / "empty.jsonl")
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("30ms", 0.03), ("60s", 60.0), ("2min", 120.0), (0.5, 0.5), ("15us", 15e-6)],
-)
-def test_durations_may_carry_a_unit(text: float | str, seconds: float) -> None:
-    assert parse_duration(text) == pytest.approx(seconds)
-
-
-@pytest.mark.parametrize("text", ["", "0", "0ms", "-1s", -1, "fast", "3m", "nan", "1h"])
-def test_what_is_no_positive_time_is_no_duration(text: object) -> None:
-    with pytest.raises(ValueError, match=r"^slo\.tbt must be a positive time, got .*30ms"):
-        parse_duration(text, "slo.tbt")
 
 
 @pytest.mark.parametrize(
