@@ -82,9 +82,8 @@ class Tokenizer:
 
         Text is not cleaned up afterwards: a space before a full stop stays.
         """
-        return self._backend.decode(
-            [int(token_id) for token_id in ids], skip_special_tokens=skip_special_tokens
-        )
+        listed = ids.tolist() if isinstance(ids, np.ndarray) else ids
+        return self._backend.decode(listed, skip_special_tokens=skip_special_tokens)
 
     def is_text(self, token_id: int, *, skip_special_tokens: bool = True) -> bool:
         """Whether a token has any part in the decoded text."""
