@@ -251,13 +251,15 @@ def main() -> int:
     outcomes = []
     for name, python, file, schedule in runs:
         record = f"{arguments.record}-{name}.jsonl" if arguments.record else None
+        simulated = None
+        if arguments.calibration and name in schedules:  # first: a bad file is told at once
+            answers = simulate(arguments.calibration, requests, schedule)
+            simulated = summarise(answers, arguments.shorts)
         answers = measure(python, file, make_settings(requests, schedule, record), requests)
         outcome = summarise(answers, arguments.shorts)
         show(name, outcome)
         outcomes.append({"engine": name, "length": length, **outcome})
-        if arguments.calibration and name in schedules:
-            answers = simulate(arguments.calibration, requests, schedule)
-            simulated = summarise(answers, arguments.shorts)
+        if simulated is not None:
             show_simulated(name, simulated, outcome)
             outcomes.append({"engine": f"{name}, simulated", "length": length, **simulated})
     if arguments.json:
