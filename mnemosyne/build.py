@@ -89,6 +89,8 @@ def build_rank(
     replays = device.type == "cuda" and config.compile == "step"
     if replays:
         replayable(backend)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # Triton launches on the current one
     mesh = init_mesh(config.mesh, device.type)
     decoder = checkpoint.decoder(mesh, dtype)
     token_bytes = _token_bytes(decoder, dtype)
@@ -184,11 +186,15 @@ def describe_reads(num_bytes: Sequence[int]) -> str:
     return f"weights read: {sizes} MB" + (" by rank" if len(num_bytes) > 1 else "")
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, num_processes: int = 1) -> torch.device:
     """The device by name; ``"auto"`` is cuda where there is one, else cpu.
 
+    Args:
+        name: as the user wrote it.
+        num_processes: of this run; of several, each takes a GPU by its rank on the host.
+
     Raises:
-        ValueError: if the name is no device, or the device is not there.
+        ValueError: if the name is no device, or the device is not there, or not for all processes.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -205,12 +211,17 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(
             f"device must be there, got {name!r} where torch sees {count} GPUs; use device=cpu"
         )
+    if device.type == "cuda" and device.index is not None and num_processes > 1:
+        raise ValueError(
+            f"device must not be one GPU for {num_processes} processes, got {name!r}; use "
+            "device=cuda, and each takes the GPU of its LOCAL_RANK"
+        )
     return device
 
 
 def _find(config: EngineConfig) -> tuple[torch.device, Checkpoint]:
     """Device and model, once mesh and model fit each other and the processes."""
-    device = choose_device(config.device)
+    device = choose_device(config.device, count_processes())
     check_world_size(config.mesh, count_processes())
     checkpoint = find_checkpoint(config.model)
     spec = checkpoint.spec

@@ -159,3 +159,12 @@ def test_devices_are_chosen_by_name() -> None:
     for name in ("", "cpu:x", "gpu", "meta", "cuda:-1", "cuda:64"):
         with pytest.raises(ValueError, match=r"^device must be .*; use "):
             choose_device(name)
+
+
+def test_a_gpu_by_its_index_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    assert choose_device("cuda", num_processes=2) == torch.device("cuda")
+    with pytest.raises(ValueError, match=r"for 2 processes, got 'cuda:1'; use device=cuda, "):
+        choose_device("cuda:1", num_processes=2)
