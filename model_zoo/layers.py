@@ -57,11 +57,12 @@ def multiply_each(x_TE: Tensor, layers: Sequence[nn.Linear]) -> Sequence[Tensor]
 def gate(x_TE: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
     """``silu(gate(x)) * up(x)``."""
     layers = gate, up
-    is_fast = all(linear.is_fast_for(x_TE, layer.weight) for layer in layers)
-    if is_fast and not torch.compiler.is_compiling():  # a compiler fuses the rest for any rows
-        return linear.gated(x_TE, *((layer.weight, layer.bias) for layer in layers))
-    gate_TF, up_TF = multiply_each(x_TE, layers)
-    return F.silu(gate_TF) * up_TF
+    if not all(linear.is_fast_for(x_TE, layer.weight) for layer in layers):
+        return F.silu(gate(x_TE)) * up(x_TE)  # no name: what the gate gave is freed at once
+    if torch.compiler.is_compiling():  # the compiler fuses the rest, for any number of rows
+        gate_TF, up_TF = multiply_each(x_TE, layers)
+        return F.silu(gate_TF) * up_TF
+    return linear.gated(x_TE, *((layer.weight, layer.bias) for layer in layers))
 
 
 class Attention(nn.Module):
