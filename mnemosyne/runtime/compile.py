@@ -25,10 +25,11 @@ from mnemosyne.kernels.cpu import linear
 from mnemosyne.runtime.few_rows import compile_few_rows
 from mnemosyne.runtime.step import Layer, LayeredModel
 
-# Steps of so many rows have graphs of their own, where a linear layer is a sum per row. With more
-# rows the sums gained little in one measurement and lost much in another.
-CPU_ROWS = (1, 2)
-CUDA_ROWS = (1,)
+# Steps of so many rows have graphs of their own. Where a linear layer is spelled out as a sum per
+# row, two rows have one as well: with more the sums gained little in one measurement and lost much
+# in another.
+USUAL_ROWS = (1,)
+ROWS_OF_SUMS = (1, 2)
 MANY_ROWS = 16  # of the steps that the graph for any number of rows is traced with
 
 Rotary = tuple[Tensor, Tensor]
@@ -80,8 +81,10 @@ class CompiledModel:
         self._device = device
         self._run = {"layer": self._run_layers, "step": self._run_step}[mode]
         is_cpu = device.type == "cpu"
-        self._rows = tuple(rows or (CPU_ROWS if is_cpu else CUDA_ROWS))
-        backend = compile_few_rows if is_cpu else "inductor"
+        has_kernel = is_cpu and _dtypes(self._layers[0]) == {torch.bfloat16} and linear.can_run()
+        has_sums = is_cpu and not has_kernel
+        self._rows = tuple(rows or (ROWS_OF_SUMS if has_sums else USUAL_ROWS))
+        backend = compile_few_rows if has_sums else "inductor"
         self._few = {n: _Pieces.make(lambda f: _compiled(f, backend)) for n in self._rows}
         self._many = _Pieces.make(_compiled)
 
@@ -205,6 +208,10 @@ def _compiled(function: Piece, backend: Any = "inductor") -> Piece:
 
 def _shapes(layer: Layer) -> list[tuple[str, torch.Size, torch.dtype]]:
     return [(name, value.shape, value.dtype) for name, value in layer.named_parameters()]
+
+
+def _dtypes(layer: Layer) -> set[torch.dtype]:
+    return {value.dtype for _, value in layer.named_parameters()}
 
 
 def _that_may_fail(guards: Sequence[Any]) -> list[bool]:
