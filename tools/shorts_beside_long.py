@@ -248,7 +248,6 @@ def main() -> int:
     runs = [(name, sys.executable, "ours.py", schedules[name]) for name in arguments.engines]
     if arguments.vllm:
         runs.append(("vllm", arguments.vllm, "with_vllm.py", {}))
-    outcomes = []
     for name, python, file, schedule in runs:
         record = f"{arguments.record}-{name}.jsonl" if arguments.record else None
         simulated = None
@@ -258,13 +257,14 @@ def main() -> int:
         answers = measure(python, file, make_settings(requests, schedule, record), requests)
         outcome = summarise(answers, arguments.shorts)
         show(name, outcome)
-        outcomes.append({"engine": name, "length": length, **outcome})
+        outcomes = {name: outcome}
         if simulated is not None:
             show_simulated(name, simulated, outcome)
-            outcomes.append({"engine": f"{name}, simulated", "length": length, **simulated})
-    if arguments.json:
-        with open(arguments.json, "a", encoding="utf-8") as lines:
-            lines.writelines(json.dumps(outcome) + "\n" for outcome in outcomes)
+            outcomes[f"{name}, simulated"] = simulated
+        if arguments.json:  # after each engine: the next one takes minutes, and may be stopped
+            with open(arguments.json, "a", encoding="utf-8") as lines:
+                for engine, found in outcomes.items():
+                    lines.write(json.dumps({"engine": engine, "length": length, **found}) + "\n")
     return 0
 
 
