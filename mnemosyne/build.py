@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from mnemosyne.attention import choose_backend
+from mnemosyne.attention import AttentionBackend, choose_backend
 from mnemosyne.cache.capacity import count_pages, describe_cache, tokens_per_group
 from mnemosyne.cache.pages import PagePool, bytes_per_token
 from mnemosyne.checkpoint import Checkpoint, Progress, find_checkpoint, weight_bytes
@@ -85,25 +85,13 @@ def build_rank(
     device, checkpoint = _find(config)
     spec = checkpoint.spec
     dtype = getattr(torch, spec.dtype if config.dtype == "auto" else config.dtype)
-    backend = choose_backend(config.attention, device=device, dtype=dtype, head_dim=spec.head_dim)
-    replays = device.type == "cuda" and config.compile == "step"
-    if replays:
-        replayable(backend)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # Triton launches on the current one
+    backend = _backend(config, device, dtype, spec.head_dim)
     mesh = init_mesh(config.mesh, device.type)
     decoder = checkpoint.decoder(mesh, dtype)
     token_bytes = _token_bytes(decoder, dtype)
-    num_pages = count_pages(
-        config.cache,
-        token_bytes=token_bytes,
-        weight_bytes=weight_bytes(decoder),
-        device=device,
-        num_sharing=ranks_on_host() if device.type == "cpu" else 1,
-    )
+    num_pages = _count_pages(config.cache, decoder, token_bytes, device)
     intake = _intake(checkpoint)
-    # Every rank of a group must hold the pages that the driver hands out.
-    num_pages = min(gather_counts(num_pages, mesh))
+    num_pages = min(gather_counts(num_pages, mesh))  # the driver hands them out to all ranks
     max_tokens = tokens_per_group(config.cache, num_pages)
     num_bytes = gather_counts(checkpoint.load(decoder, device, progress), mesh)
     trace = _trace(config.metrics, mesh, device)
@@ -119,7 +107,7 @@ def build_rank(
         mesh=mesh,
         pipeline=_pipeline(mesh, spec, dtype, device, trace),
         trace=trace,
-        graphs=capture_decodes(model, layers, pool, backend) if replays else None,
+        graphs=capture_decodes(model, layers, pool, backend) if _replays(config, device) else None,
     )
     rank = Rank(
         *(mesh, checkpoint, worker, intake, num_pages, max_tokens, trace, config.metrics),
@@ -221,8 +209,9 @@ def choose_device(name: str, num_processes: int = 1) -> torch.device:
 
 def _find(config: EngineConfig) -> tuple[torch.device, Checkpoint]:
     """Device and model, once mesh and model fit each other and the processes."""
-    device = choose_device(config.device, count_processes())
-    check_world_size(config.mesh, count_processes())
+    num_processes = count_processes()
+    device = choose_device(config.device, num_processes)
+    check_world_size(config.mesh, num_processes)
     checkpoint = find_checkpoint(config.model)
     spec = checkpoint.spec
     check_mesh(
@@ -233,7 +222,35 @@ def _find(config: EngineConfig) -> tuple[torch.device, Checkpoint]:
         mlp_width=spec.mlp_width,
         vocab_size=spec.vocab_size,
     )
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # Triton launches on the current one
     return device, checkpoint
+
+
+def _backend(
+    config: EngineConfig, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> AttentionBackend:
+    """How attention is computed; refused if decodes are to be replayed and it cannot be."""
+    backend = choose_backend(config.attention, device=device, dtype=dtype, head_dim=head_dim)
+    if _replays(config, device):
+        replayable(backend)
+    return backend
+
+
+def _replays(config: EngineConfig, device: torch.device) -> bool:
+    return device.type == "cuda" and config.compile == "step"
+
+
+def _count_pages(
+    config: CacheConfig, decoder: Decoder, token_bytes: int, device: torch.device
+) -> int:
+    return count_pages(
+        config,
+        token_bytes=token_bytes,
+        weight_bytes=weight_bytes(decoder),
+        device=device,
+        num_sharing=ranks_on_host() if device.type == "cpu" else 1,
+    )
 
 
 def _intake(checkpoint: Checkpoint) -> Intake:

@@ -169,9 +169,23 @@ def replayable(backend: AttentionBackend) -> TritonBackend:
 
 
 def capture_decodes(
-    model: Model, layers: LayerShape, pool: PagePool, backend: AttentionBackend
+    model: Model,
+    layers: LayerShape,
+    pool: PagePool,
+    backend: AttentionBackend,
+    *,
+    new_graph: Callable[[], Graph] | None = None,
+    rows: Sequence[int] = GRAPH_ROWS,
 ) -> DecodeGraphs:
     """Capture decode steps on the GPU of the pool; whatever compiles has done so before.
+
+    Args:
+        model: as for ``DecodeGraphs``, like all that is not named here.
+        layers: windows and scale.
+        pool: the KV cache.
+        backend: the one that runs other steps.
+        new_graph: makes a graph; unset: CUDA graphs that share their memory.
+        rows: numbers of rows.
 
     Raises:
         ValueError: see ``replayable``.
@@ -180,8 +194,9 @@ def capture_decodes(
 
     started_s = time.perf_counter()
     device, kernels = pool.k[0].device, replayable(backend)
-    with torch.cuda.device(device):
-        memory = torch.cuda.graph_pool_handle()
+    if new_graph is None:
+        with torch.cuda.device(device):
+            new_graph = partial(CudaGraph, device, torch.cuda.graph_pool_handle())
     graphs = DecodeGraphs(
         model,
         layers,
@@ -193,7 +208,8 @@ def capture_decodes(
             page_size=pool.page_size,
             max_pages=pool.num_pages,
         ),
-        new_graph=partial(CudaGraph, device, memory),
+        new_graph=new_graph,
+        rows=rows,
     )
     log.info("decode steps captured in %.1f s", time.perf_counter() - started_s)
     return graphs

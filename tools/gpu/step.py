@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from mnemosyne.attention.fixed_decodes import FixedDecodes
 from mnemosyne.attention.triton import TritonBackend
 from mnemosyne.cache.layout import Placement, Shard, pages_for
 from mnemosyne.cache.pages import PagePool, bytes_per_token, free_memory
@@ -23,7 +22,7 @@ from mnemosyne.model_zoo.spec import ModelSpec
 from mnemosyne.parallel.mesh import single_mesh
 from mnemosyne.request import SamplingParams
 from mnemosyne.runtime.compile import CompiledModel
-from mnemosyne.runtime.graphs import DecodeGraphs
+from mnemosyne.runtime.graphs import capture_decodes
 from mnemosyne.runtime.step import LayerShape, Model
 from mnemosyne.runtime.worker import Worker
 from mnemosyne.schedule.plan import Admission, Chunk, Plan
@@ -123,19 +122,8 @@ def worker_of(
     layers = LayerShape(windows=spec.windows, scale=spec.head_dim**-0.5)
     graphs = None
     if is_replayed:
-        graphs = DecodeGraphs(
-            model,
-            layers,
-            pool,
-            backend_for=lambda num_rows: FixedDecodes(
-                backend,
-                pool.k[0],
-                num_rows=num_rows,
-                page_size=PAGE_SIZE,
-                max_pages=pool.num_pages,
-            ),
-            new_graph=setting.new_graph,
-            rows=(1,),
+        graphs = capture_decodes(
+            model, layers, pool, backend, new_graph=setting.new_graph, rows=(1,)
         )
     return Worker(
         model,
