@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+MOST_PARTIALS = 32  # read at a time
+
 
 @triton.jit
 def merge_kernel(
@@ -20,8 +22,9 @@ def merge_kernel(
     num_heads,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
-    """One row and head: weights e^(lse - top), summed as they come."""
+    """One row and head: weights e^(lse - top), BLOCK_P partials read at a time."""
     pid = tl.program_id(0).to(tl.int64)
     head = pid % num_heads
     if merges is None:
@@ -36,23 +39,26 @@ def merge_kernel(
     d = tl.arange(0, BLOCK_D)
     inside = d < HEAD_DIM
     acc = tl.zeros([BLOCK_D], dtype=partial_lse.dtype.element_ty)
-    total = tl.zeros([1], dtype=partial_lse.dtype.element_ty)
-    top = total - float("inf")
-    for index in range(count):
+    total = tl.full([], 0.0, dtype=acc.dtype)
+    top = tl.full([], float("-inf"), dtype=acc.dtype)
+    for first in range(0, count, BLOCK_P):
+        index = first + tl.arange(0, BLOCK_P)
+        is_part = index < count
         at = (partial + index * distance) * num_heads + head
-        part_lse = tl.load(partial_lse + at + tl.arange(0, 1))
-        part = tl.load(partial_out + at * HEAD_DIM + d, mask=inside, other=0.0)
-        new_top = tl.maximum(top, part_lse)
+        part_lse = tl.load(partial_lse + at, mask=is_part, other=float("-inf"))
+        where = at[:, None] * HEAD_DIM + d[None, :]
+        part = tl.load(partial_out + where, mask=is_part[:, None] & inside[None, :], other=0.0)
+        new_top = tl.maximum(top, tl.max(part_lse, 0))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         decay, weight = tl.exp(top - shift), tl.exp(part_lse - shift)
-        acc = acc * decay + part.to(acc.dtype) * weight
-        total = total * decay + weight
+        acc = acc * decay + tl.sum(part.to(acc.dtype) * weight[:, None], 0)
+        total = total * decay + tl.sum(weight, 0)
         top = new_top
     safe = tl.where(total == 0.0, 1.0, total)
     at = row * num_heads + head
     tl.store(out + at * HEAD_DIM + d, (acc / safe).to(out.dtype.element_ty), mask=inside)
     # top is -inf where no partial saw a key, and so is the sum
-    tl.store(lse + at + tl.arange(0, 1), top + tl.log(safe))
+    tl.store(lse + at, top + tl.log(safe))
 
 
 def merge_partials(out_RTHD: Tensor, lse_RTH: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +87,7 @@ def merge_partials(out_RTHD: Tensor, lse_RTH: Tensor) -> tuple[Tensor, Tensor]:
             num_heads,
             HEAD_DIM=head_dim,
             BLOCK_D=triton.next_power_of_2(head_dim),
-            num_warps=1,
+            BLOCK_P=min(MOST_PARTIALS, triton.next_power_of_2(num_partials)),
         )
     return out_THD, lse_TH
 
@@ -92,6 +98,8 @@ def merge_splits(
     out_THD: Tensor,
     lse_TH: Tensor,
     merges: Tensor,
+    *,
+    block: int = MOST_PARTIALS,
 ) -> None:
     """Merge a number of partials of its own for each of some rows, in place.
 
@@ -101,6 +109,7 @@ def merge_splits(
         out_THD: the rows that ``merges`` names are overwritten; contiguous.
         lse_TH: likewise.
         merges: int64 [M, 4], see ``Tiles``.
+        block: partials read at a time, a power of 2; another number may round otherwise.
     """
     _check(partial_out_XHD, partial_lse_XH)
     assert out_THD.is_contiguous()
@@ -118,7 +127,7 @@ def merge_splits(
             num_heads,
             HEAD_DIM=head_dim,
             BLOCK_D=triton.next_power_of_2(head_dim),
-            num_warps=1,
+            BLOCK_P=block,
         )
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mnemosyne.kernels.merge_partials import merge_splits
+from mnemosyne.kernels.hopper_chunk import attend_whole_blocks
+from mnemosyne.kernels.merge_partials import MOST_PARTIALS, merge_splits
 from mnemosyne.kernels.tile import (
     TileConfig,
     Tiles,
     block_sizes,
+    descriptors_of,
     load_queries,
     partial_buffers,
     store_result,
@@ -153,21 +154,29 @@ def paged_chunk(
     """
     assert q_THD.stride(-1) == k_KSD.stride(-1) == 1
     assert k_KSD.stride() == v_KSD.stride()
-    if not len(tiles.items):
+    if not len(tiles.items) + len(tiles.whole_items):
         return
     num_kv_heads, _, head_dim = k_KSD.shape
     group = q_THD.shape[1] // num_kv_heads
-    blocks = block_sizes(config, head_dim, group)
-    descriptors: list[TensorDescriptor | None] = [None, None]
-    if config.descriptor and page_size % config.block_n == 0 and blocks["BLOCK_D"] == head_dim:
-        shape = [1, config.block_n, head_dim]
-        descriptors = [TensorDescriptor.from_tensor(pool, shape) for pool in (k_KSD, v_KSD)]
     partials = partial_buffers(tiles, out_THD, lse_TH)
+    if len(tiles.whole_items):
+        attend_whole_blocks(
+            q_THD,
+            k_KSD,
+            v_KSD,
+            out_THD,
+            lse_TH,
+            *partials,
+            tiles,
+            page_size=page_size,
+            scale=scale,
+            config=config,
+        )
     chunk_kernel[(len(tiles.items) * num_kv_heads,)](
         q_THD,
         k_KSD,
         v_KSD,
-        *descriptors,
+        *descriptors_of(k_KSD, v_KSD, config, page_size),
         out_THD,
         lse_TH,
         *partials,
@@ -183,11 +192,12 @@ def paged_chunk(
         PAGE_SIZE=page_size,
         GROUP=group,
         HEAD_DIM=head_dim,
-        **blocks,
+        **block_sizes(config, head_dim, group),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    merge_splits(*partials, out_THD, lse_TH, tiles.merges)
+    block = min(MOST_PARTIALS, triton.next_power_of_2(tiles.most_parts))
+    merge_splits(*partials, out_THD, lse_TH, tiles.merges, block=block)
 
 
 def tile_rows(config: TileConfig, head_dim: int, group: int) -> int:

@@ -11,6 +11,7 @@ from mnemosyne.kernels.tile import (
     TileConfig,
     Tiles,
     block_sizes,
+    descriptors_of,
     load_queries,
     partial_buffers,
     store_result,
@@ -23,6 +24,8 @@ def decode_kernel(
     q,  # [T, H, D]
     k,  # [K, S, D]
     v,  # [K, S, D]
+    k_descriptor,  # of [K, S, D], blocks of [1, BLOCK_N, D]; or None
+    v_descriptor,
     out,  # [T, H, D]
     lse,  # [T, H]
     partial_out,  # [X, H, D]
@@ -70,9 +73,9 @@ def decode_kernel(
             queries,
             k + head * stride_pool,
             v + head * stride_pool,
-            None,
-            None,
-            head,
+            k_descriptor,
+            v_descriptor,
+            head.to(tl.int32),
             table,
             stride_s,
             lo,
@@ -83,7 +86,7 @@ def decode_kernel(
             None,
             part != 1,
             False,
-            False,
+            k_descriptor is not None,
             SCALE,
             PAGE_SIZE,
             HEAD_DIM,
@@ -134,7 +137,7 @@ def paged_decode(
         tiles: tiles of one row.
         page_size: tokens per page.
         scale: factor on the scores.
-        config: how to build the kernel.
+        config: how to build the kernel; descriptors are used where a block lies in one page.
     """
     assert q_THD.stride(-1) == k_KSD.stride(-1) == 1
     assert k_KSD.stride() == v_KSD.stride()
@@ -147,6 +150,7 @@ def paged_decode(
         q_THD,
         k_KSD,
         v_KSD,
+        *descriptors_of(k_KSD, v_KSD, config, page_size),
         out_THD,
         lse_TH,
         *partials,

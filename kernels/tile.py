@@ -12,8 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+DESCRIPTOR_HEAD_DIMS = (16, 32, 64, 128)  # whole heads in a block
 # Whether kernels of this process run in the interpreter; read when they are defined.
 INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -31,9 +33,12 @@ class Tiles:
     """
 
     items: Tensor  # int64 [I, 8]
+    whole_items: Tensor  # int64 [W, 8], of whole blocks that all rows see, for specialized warps
     merges: Tensor  # int64 [M, 4]
     pages: Tensor  # int32, the page ids of all sequences
     num_partials: int  # rows of partials
+    most_parts: int  # items of one tile
+    num_rows: int  # that are written; others of the step see no key here
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,8 @@ class TileConfig:
     num_warps: int
     num_stages: int
     descriptor: bool = False  # keys and values through tensor descriptors; Hopper and newer
+    programs: int = 2  # per processor, over which one long sequence is split
+    specialized: bool = False  # whole blocks by warps that fetch or compute; Hopper
 
 
 @triton.jit
@@ -78,23 +85,65 @@ def product(a, b, acc):
 
 
 @triton.jit
-def block_slots(
+def load_pages(
     pages,  # int32, of the sequence
     first,  # local key, a multiple of BLOCK_N
+    stop,
     key_lo,
     key_hi,
     PAGE_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Slots of BLOCK_N keys, int64: their elements outnumber 31 bits early."""
-    n = tl.arange(0, BLOCK_N)
+    """The pages of BLOCK_N keys: one, or one for each key; 0 where nothing may be read."""
     if PAGE_SIZE % BLOCK_N == 0:  # one page holds them all
-        page = tl.load(pages + first // PAGE_SIZE).to(tl.int64)
-        return page * PAGE_SIZE + (first % PAGE_SIZE + n)
+        return tl.load(pages + first // PAGE_SIZE, mask=first < stop, other=0)
     else:
-        key = first + n
-        page = tl.load(pages + key // PAGE_SIZE, mask=(key >= key_lo) & (key < key_hi), other=0)
-        return page.to(tl.int64) * PAGE_SIZE + key % PAGE_SIZE
+        key = first + tl.arange(0, BLOCK_N)
+        return tl.load(pages + key // PAGE_SIZE, mask=(key >= key_lo) & (key < key_hi), other=0)
+
+
+@triton.jit
+def block_offsets(page, first, stride_s, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Offsets of BLOCK_N keys, ``(common, of each key)``; elements outnumber 31 bits early.
+
+    The second one does not change from block to block where one page holds them all.
+    """
+    n = tl.arange(0, BLOCK_N)
+    if PAGE_SIZE % BLOCK_N == 0:
+        return (page.to(tl.int64) * PAGE_SIZE + first % PAGE_SIZE) * stride_s, n * stride_s
+    else:
+        slot = page.to(tl.int64) * PAGE_SIZE + (first + n) % PAGE_SIZE
+        return tl.full([], 0, tl.int64), slot * stride_s
+
+
+@triton.jit
+def load_block(
+    pool,  # [S, D] of one head
+    descriptor,
+    head,
+    common,
+    at,  # [BLOCK_N]
+    inside,  # [BLOCK_N]
+    first_slot,
+    MASKED: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Keys or values of a block, ``[BLOCK_N, BLOCK_D]``; with MASKED those inside alone."""
+    d = tl.arange(0, BLOCK_D)
+    where = pool + common + (at[:, None] + d[None, :])
+    if DESCRIPTOR:
+        return descriptor.load([head, first_slot, 0]).reshape(BLOCK_N, BLOCK_D)
+    elif MASKED and HEAD_DIM == BLOCK_D:
+        return tl.load(where, mask=inside[:, None], other=0.0)
+    elif MASKED:
+        return tl.load(where, mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+    elif HEAD_DIM == BLOCK_D:
+        return tl.load(where)
+    else:
+        return tl.load(where, mask=(d < HEAD_DIM)[None, :], other=0.0)
 
 
 @triton.jit
@@ -119,7 +168,7 @@ def visit_keys(
     MASKED: tl.constexpr,
     DIAGONAL: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
-    SCALE: tl.constexpr,
+    SCALE: tl.constexpr,  # positive
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -131,25 +180,34 @@ def visit_keys(
     those from ``key_lo`` to ``key_hi`` and, under DIAGONAL, in their own window; others are not
     even read.
     """
-    n = tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
+    THROUGH_DESCRIPTOR: tl.constexpr = DESCRIPTOR and not MASKED
+    # A page is looked up one block ahead: looked up in time for its own, the compiler would halve
+    # the distance at which keys and values are fetched.
+    page = load_pages(pages, start, stop, key_lo, key_hi, PAGE_SIZE, BLOCK_N)
     for first in range(start, stop, BLOCK_N):
-        key = first + n
+        key = first + tl.arange(0, BLOCK_N)
         inside = (key >= key_lo) & (key < key_hi)
-        slot = block_slots(pages, first, key_lo, key_hi, PAGE_SIZE, BLOCK_N)
-        at = slot[:, None] * stride_s + d[None, :]
-        if DESCRIPTOR and not MASKED:
-            page = tl.load(pages + first // PAGE_SIZE)
+        common, at = block_offsets(page, first, stride_s, PAGE_SIZE, BLOCK_N)
+        if THROUGH_DESCRIPTOR:
             first_slot = page * PAGE_SIZE + first % PAGE_SIZE
-            k_ND = k_descriptor.load([head, first_slot, 0]).reshape(BLOCK_N, BLOCK_D)
-        elif MASKED:
-            k_ND = tl.load(k + at, mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-        elif HEAD_DIM == BLOCK_D:
-            k_ND = tl.load(k + at)
         else:
-            k_ND = tl.load(k + at, mask=(d < HEAD_DIM)[None, :], other=0.0)
+            first_slot = 0
+        page = load_pages(pages, first + BLOCK_N, stop, key_lo, key_hi, PAGE_SIZE, BLOCK_N)
+        k_ND = load_block(
+            k,
+            k_descriptor,
+            head,
+            common,
+            at,
+            inside,
+            first_slot,
+            MASKED,
+            THROUGH_DESCRIPTOR,
+            HEAD_DIM,
+            BLOCK_N,
+            BLOCK_D,
+        )
         score = product(q, k_ND.T, tl.zeros([q.shape[0], BLOCK_N], dtype=acc.dtype))
-        score = score * (SCALE * LOG2_E)
         if MASKED:
             seen = inside[None, :]
             if DIAGONAL:
@@ -157,21 +215,27 @@ def visit_keys(
                 if WINDOW is not None:
                     seen = seen & (key[None, :] > last_key[:, None] - WINDOW)
             score = tl.where(seen, score, float("-inf"))
-        new_top = tl.maximum(top, tl.max(score, 1))
+        new_top = tl.maximum(top, tl.max(score, 1) * (SCALE * LOG2_E))
         # (-inf) - (-inf) is nan: a query that saw no key yet is shifted by 0.
         shift = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
-        weight = tl.exp2(score - shift[:, None])
+        weight = tl.exp2(score * (SCALE * LOG2_E) - shift[:, None])
         decay = tl.exp2(top - shift)
         total = total * decay + tl.sum(weight, 1)
         acc = acc * decay[:, None]
-        if DESCRIPTOR and not MASKED:
-            v_ND = v_descriptor.load([head, first_slot, 0]).reshape(BLOCK_N, BLOCK_D)
-        elif MASKED:
-            v_ND = tl.load(v + at, mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-        elif HEAD_DIM == BLOCK_D:
-            v_ND = tl.load(v + at)
-        else:
-            v_ND = tl.load(v + at, mask=(d < HEAD_DIM)[None, :], other=0.0)
+        v_ND = load_block(
+            v,
+            v_descriptor,
+            head,
+            common,
+            at,
+            inside,
+            first_slot,
+            MASKED,
+            THROUGH_DESCRIPTOR,
+            HEAD_DIM,
+            BLOCK_N,
+            BLOCK_D,
+        )
         acc = product(weight.to(v_ND.dtype), v_ND, acc)
         top = new_top
     return acc, total, top
@@ -216,6 +280,17 @@ def store_result(
         where = at[:, None] * HEAD_DIM + d[None, :]
         tl.store(partial_out + where, result, mask=inside)
         tl.store(partial_lse + at, result_lse, mask=is_query)
+
+
+def descriptors_of(
+    k_KSD: Tensor, v_KSD: Tensor, config: TileConfig, page_size: int
+) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
+    """For blocks of keys and of values, where they are wanted and a block lies in one page."""
+    head_dim = k_KSD.shape[-1]
+    if not config.descriptor or page_size % config.block_n or head_dim not in DESCRIPTOR_HEAD_DIMS:
+        return None, None
+    shape = [1, config.block_n, head_dim]
+    return TensorDescriptor.from_tensor(k_KSD, shape), TensorDescriptor.from_tensor(v_KSD, shape)
 
 
 def partial_buffers(tiles: Tiles, out_THD: Tensor, lse_TH: Tensor) -> tuple[Tensor, Tensor]:

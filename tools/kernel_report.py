@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 
 from mnemosyne.kernels.add_rms_norm import add_rms_norm_kernel, norm_warps
 from mnemosyne.kernels.configs import configs_for
-from mnemosyne.kernels.merge_partials import merge_kernel
+from mnemosyne.kernels.merge_partials import MOST_PARTIALS, merge_kernel
 from mnemosyne.kernels.paged_chunk import chunk_kernel
 from mnemosyne.kernels.paged_decode import decode_kernel
 from mnemosyne.kernels.rotate_and_write import BLOCK_H, rotate_and_write_kernel
@@ -116,11 +116,11 @@ def attention_build(
     constants |= {"HEAD_DIM": head_dim, **blocks}
     if kind == "chunk":
         constants["WINDOW"] = window
-        for name in ("k_descriptor", "v_descriptor"):
-            if config.descriptor and page_size % config.block_n == 0:
-                types[name] = f"tensordesc<{short}[1, {config.block_n}, {head_dim}]>"
-            else:
-                constants[name] = None
+    for name in ("k_descriptor", "v_descriptor"):
+        if config.descriptor and page_size % config.block_n == 0:
+            types[name] = f"tensordesc<{short}[1, {config.block_n}, {head_dim}]>"
+        else:
+            constants[name] = None
     tiles = f"{blocks['BLOCK_M']}x{config.block_n} w{config.num_warps} s{config.num_stages}"
     name = f"paged_{kind} {short} D{head_dim} N{page_size} {tiles}"
     name += " descriptor" * any(t.startswith("tensordesc") for t in types.values())
@@ -134,14 +134,9 @@ def merge_build(arch: int, dtype: str, wide: str, head_dim: int) -> Build:
     types = {"partial_out": f"*{wide}", "partial_lse": f"*{wide}", "lse": f"*{wide}"}
     types |= {"out": f"*{dtype}", "merges": "*i64"}
     constants: dict[str, object] = {"HEAD_DIM": head_dim, "BLOCK_D": head_dim}
-    return Build(
-        f"used merge_partials {dtype} D{head_dim}",
-        merge_kernel,
-        arch,
-        types,
-        constants,
-        {"num_warps": 1},
-    )
+    constants["BLOCK_P"] = MOST_PARTIALS
+    name = f"used merge_partials {dtype} D{head_dim}"
+    return Build(name, merge_kernel, arch, types, constants)
 
 
 def rotate_build(arch: int, dtype: str, head_dim: int) -> Build:

@@ -44,7 +44,7 @@ class FixedDecodes:
         self._num_rows = num_rows
         self._page_size = page_size
         self._max_pages = max_pages
-        self._num_shares = num_programs("decode", k_KSD.device) // k_KSD.shape[0]
+        self._num_shares = num_programs(self._config, k_KSD.device) // k_KSD.shape[0]
         self._num_items = most_items(num_rows, self._num_shares)
         self._tables: dict[int | None, Tiles] = {}  # by window
 
@@ -90,9 +90,12 @@ class FixedDecodes:
     def _new_tables(self, device: torch.device) -> Tiles:
         return Tiles(
             items=torch.zeros((self._num_items, 8), dtype=torch.int64, device=device),
+            whole_items=torch.empty((0, 8), dtype=torch.int64, device=device),
             merges=torch.zeros((self._num_rows, 4), dtype=torch.int64, device=device),
             pages=torch.zeros(self._max_pages, dtype=torch.int32, device=device),
             num_partials=self._num_items + 1,
+            most_parts=self._num_items,
+            num_rows=self._num_rows,
         )
 
     def _rows_of_tables(

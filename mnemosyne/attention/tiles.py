@@ -47,8 +47,38 @@ def cut_rows(segments: Sequence[Segment], tile_rows: int, window: int | None) ->
     return tiles[stop > start]
 
 
+def cut_at_own_keys(tiles: np.ndarray, *, min_keys: int, block: int) -> tuple[np.ndarray, ...]:
+    """Part the whole blocks that every row of a tile sees from the rest of its keys.
+
+    Args:
+        tiles: from ``cut_rows``, without a window.
+        min_keys: of whole blocks, below which a tile stays as it is.
+        block: keys of a block.
+
+    Returns:
+        ``(pieces, tile)``: rows like those of ``tiles`` and which tile each is a piece of, pieces
+        of a tile next to each other.
+    """
+    seen_by_all = np.minimum(tiles[:, STOP], tiles[:, OWN_KEY] + 1) // block * block
+    first_block = -(-tiles[:, START] // block) * block
+    cut = (seen_by_all - first_block >= min_keys) & (tiles[:, START] == first_block)
+    tile = np.repeat(np.arange(len(tiles)), 1 + (cut & (seen_by_all < tiles[:, STOP])))
+    pieces = tiles[tile]
+    is_second = np.diff(tile, prepend=-1) == 0
+    pieces[is_second, START] = seen_by_all[tile[is_second]]
+    is_first = np.roll(is_second, -1)
+    pieces[is_first, STOP] = seen_by_all[tile[is_first]]
+    return pieces, tile
+
+
 def split_keys(
-    tiles: np.ndarray, *, num_shares: int, min_keys: int, block: int, merge_all: bool = False
+    tiles: np.ndarray,
+    *,
+    num_shares: int,
+    min_keys: int,
+    block: int,
+    merge_all: bool = False,
+    whole_blocks: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Cut the keys of long tiles so that no item holds much more than its share of all keys.
 
@@ -61,29 +91,36 @@ def split_keys(
         min_keys: keys below which a cut does not pay.
         block: cuts fall on multiples of it.
         merge_all: tiles that are not cut leave a partial too, so that every row is merged.
+        whole_blocks: cut long tiles where not every row sees all keys of a block any more.
 
     Returns:
         ``(items, merges, num_partials)`` as ``mnemosyne.kernels.tile.Tiles`` has them, the
         longest items first; no more of them than ``most_items``.
     """
-    keys = tiles[:, STOP] - tiles[:, START]
+    pieces, owner = tiles, np.arange(len(tiles))
+    if whole_blocks:
+        pieces, owner = cut_at_own_keys(tiles, min_keys=min_keys, block=block)
+    keys = pieces[:, STOP] - pieces[:, START]
     share = max(min_keys, -(-int(keys.sum()) // max(1, num_shares)))
-    first_block = tiles[:, START] // block
-    num_blocks = -(-tiles[:, STOP] // block) - first_block
-    parts = np.minimum(-(-keys // share), num_blocks)
-    tile = np.repeat(np.arange(len(tiles)), parts)
-    part = np.arange(len(tile)) - (np.cumsum(parts) - parts)[tile]
+    first_block = pieces[:, START] // block
+    num_blocks = -(-pieces[:, STOP] // block) - first_block
+    piece_parts = np.minimum(-(-keys // share), num_blocks)
+    piece = np.repeat(np.arange(len(pieces)), piece_parts)
+    part = np.arange(len(piece)) - (np.cumsum(piece_parts) - piece_parts)[piece]
     edges = [
-        (first_block[tile] + num_blocks[tile] * index // parts[tile]) * block
+        (first_block[piece] + num_blocks[piece] * index // piece_parts[piece]) * block
         for index in (part, part + 1)
     ]
+    tile = owner[piece]
+    parts = np.bincount(tile, minlength=len(tiles))
+    part = np.arange(len(tile)) - (np.cumsum(parts) - parts)[tile]
     cut = parts > (0 if merge_all else 1)
     rows = tiles[:, ROWS] * cut  # of partials, per part
     first_partial = np.cumsum(rows * parts) - rows * parts
     items = np.empty((len(tile), 8), dtype=np.int64)
     items[:, :4] = tiles[tile, :4]
-    items[:, 4] = np.maximum(edges[0], tiles[tile, START])
-    items[:, 5] = np.minimum(edges[1], tiles[tile, STOP])
+    items[:, 4] = np.maximum(edges[0], pieces[piece, START])
+    items[:, 5] = np.minimum(edges[1], pieces[piece, STOP])
     items[:, 6] = first_partial[tile] + part * rows[tile]
     items[:, 7] = ~cut[tile]
     items = items[np.argsort(items[:, 4] - items[:, 5], kind="stable")]
@@ -94,6 +131,12 @@ def split_keys(
         axis=1,
     )
     return items, merges, int((rows * parts).sum())
+
+
+def of_whole_blocks(items: np.ndarray, block: int) -> np.ndarray:
+    """Which items hold whole blocks that all their rows see."""
+    own_key, start, stop = items[:, 2], items[:, 4], items[:, 5]
+    return (start % block == 0) & (stop % block == 0) & (stop <= own_key + 1)
 
 
 def most_items(num_tiles: int, num_shares: int) -> int:

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from mnemosyne.attention.segments import AttentionBatch, Segment
-from mnemosyne.attention.tiles import cut_rows, page_table, split_keys
+from mnemosyne.attention.tiles import ROWS, cut_rows, of_whole_blocks, page_table, split_keys
 from mnemosyne.kernels.configs import configs_for, shape_key
 from mnemosyne.kernels.paged_chunk import paged_chunk, tile_rows
 from mnemosyne.kernels.paged_decode import paged_decode
 from mnemosyne.kernels.tile import TileConfig, Tiles
 
 TRITON_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-PROGRAMS_PER_PROCESSOR = {"decode": 2, "chunk": 4}
 INTERPRETED_PROGRAMS = 8
 MIN_SPLIT_KEYS = {"decode": 256, "chunk": 1024}  # below, a merge costs more than it spreads
 
@@ -74,21 +73,20 @@ class TritonBackend:
         num_kv_heads, _, head_dim = k_KSD.shape
         group = q_THD.shape[1] // num_kv_heads
         wide = torch.float64 if q_THD.dtype == torch.float64 else torch.float32
-        out_THD = torch.zeros(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
-        lse_TH = torch.full(q_THD.shape[:2], -torch.inf, dtype=wide, device=q_THD.device)
         q_THD = q_THD if q_THD.stride(-1) == 1 else q_THD.contiguous()
+        size, window = prepared.page_size, prepared.window
+        decode, chunk = (self.config(kind, q_THD, size) for kind in ("decode", "chunk"))
+        rows = tile_rows(chunk, head_dim, group)
+        decodes = _tiles(prepared, "decode", num_kv_heads, 1, decode)
+        chunks = _tiles(prepared, "chunk", num_kv_heads, rows, chunk)
+        out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+        lse_TH = torch.empty(q_THD.shape[:2], dtype=wide, device=q_THD.device)
+        if decodes.num_rows + chunks.num_rows < len(q_THD):  # some rows see no key
+            out_THD.zero_()
+            lse_TH.fill_(-torch.inf)
         tensors = q_THD, k_KSD, v_KSD, out_THD, lse_TH
-        size = prepared.page_size
-        if prepared.decodes:
-            config = self.config("decode", q_THD, size)
-            tiles = _tiles(prepared, "decode", num_kv_heads, 1, config)
-            paged_decode(*tensors, tiles, page_size=size, scale=scale, config=config)
-        if prepared.chunks:
-            config = self.config("chunk", q_THD, size)
-            rows = tile_rows(config, head_dim, group)
-            tiles = _tiles(prepared, "chunk", num_kv_heads, rows, config)
-            window = prepared.window
-            paged_chunk(*tensors, tiles, page_size=size, window=window, scale=scale, config=config)
+        paged_decode(*tensors, decodes, page_size=size, scale=scale, config=decode)
+        paged_chunk(*tensors, chunks, page_size=size, window=window, scale=scale, config=chunk)
         return out_THD, lse_TH if return_lse else None
 
     def config(self, kind: str, like: Tensor, page_size: int) -> TileConfig:
@@ -110,10 +108,11 @@ def _tiles(
             segments,
             prepared.window,
             tile_rows=rows,
-            num_shares=num_programs(kind, prepared.device) // num_kv_heads,
+            num_shares=num_programs(config, prepared.device) // num_kv_heads,
             min_keys=MIN_SPLIT_KEYS[kind],
             block=config.block_n,
             device=prepared.device,
+            specialized=config.specialized and prepared.window is None,
         )
     return prepared.tiles[key]
 
@@ -127,20 +126,33 @@ def make_tiles(
     min_keys: int,
     block: int,
     device: torch.device,
+    specialized: bool = False,
 ) -> Tiles:
     """The tables of one launch on the device; arguments as for ``cut_rows`` and ``split_keys``."""
     tiles = cut_rows(segments, tile_rows, window)
     items, merges, num_partials = split_keys(
-        tiles, num_shares=num_shares, min_keys=min_keys, block=block
+        tiles,
+        num_shares=num_shares,
+        min_keys=min_keys,
+        block=block,
+        whole_blocks=specialized,
     )
-    tables = items, merges, page_table(segments)
-    on_device = [torch.from_numpy(table).to(device) for table in tables]
-    return Tiles(on_device[0], on_device[1], on_device[2], num_partials)
+    is_whole = of_whole_blocks(items, block) & specialized
+    tables = items[~is_whole], items[is_whole], merges, page_table(segments)
+    own, whole, merged, pages = (torch.from_numpy(table).to(device) for table in tables)
+    return Tiles(
+        items=own,
+        whole_items=whole,
+        merges=merged,
+        pages=pages,
+        num_partials=num_partials,
+        most_parts=int(merges[:, 2].max(initial=1)),
+        num_rows=int(tiles[:, ROWS].sum()),
+    )
 
 
-def num_programs(kind: str, device: torch.device) -> int:
+def num_programs(config: TileConfig, device: torch.device) -> int:
     """Programs that a launch for one long sequence should have."""
     if device.type != "cuda":
         return INTERPRETED_PROGRAMS
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return processors * PROGRAMS_PER_PROCESSOR[kind]
+    return torch.cuda.get_device_properties(device).multi_processor_count * config.programs

@@ -17,7 +17,7 @@ from mnemosyne.attention.triton import make_tiles
 from mnemosyne.kernels.merge_partials import merge_partials
 from mnemosyne.kernels.paged_chunk import paged_chunk
 from mnemosyne.kernels.paged_decode import paged_decode
-from mnemosyne.kernels.tile import TileConfig, Tiles, block_slots
+from mnemosyne.kernels.tile import TileConfig, Tiles, block_offsets, load_pages
 from tests.attention.cases import Case, Rows, assert_exact, make_case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,8 +78,9 @@ def test_descriptors_load_what_pointers_do() -> None:
 
 @triton.jit
 def offsets_kernel(pages, stride_s, result, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    slot = block_slots(pages, BLOCK_N, 0, 2 * BLOCK_N, PAGE_SIZE, BLOCK_N)
-    tl.store(result + tl.arange(0, BLOCK_N), slot * stride_s)
+    page = load_pages(pages, BLOCK_N, 2 * BLOCK_N, 0, 2 * BLOCK_N, PAGE_SIZE, BLOCK_N)
+    common, at = block_offsets(page, BLOCK_N, stride_s, PAGE_SIZE, BLOCK_N)
+    tl.store(result + tl.arange(0, BLOCK_N), common + at)
 
 
 @pytest.mark.parametrize("page_size", [8, 16, 24, 32])

@@ -22,7 +22,8 @@ from tools.gpu.speed import HEAD_DIM, PAGE_SIZES, describe
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LENGTHS = {2**14: ("float32", "bfloat16"), 2**18: ("float32", "bfloat16"), 2**20: ("bfloat16",)}
-BLOCKS = (Rows(300, 700), Rows(1, 999), Rows(64, 0), Rows(1, 130))  # keys that fill blocks
+# Keys that fill blocks, and so many that they are split.
+BLOCKS = (Rows(300, 700), Rows(1, 999), Rows(64, 0), Rows(1, 130), Rows(40, 2100), Rows(1, 3000))
 
 
 def triton(setting: Setting) -> Iterator[Entry]:
@@ -51,7 +52,7 @@ def candidates(setting: Setting) -> Iterator[Entry]:
     """Every way to build a kernel that the suite times, over whole blocks of keys."""
     for page_size in PAGE_SIZES[:1] if setting.smoke else PAGE_SIZES:
         heads = (1, 4, 16) if setting.smoke else (2, 4, HEAD_DIM)
-        case = make_case(BLOCKS, heads=heads, page_size=page_size, num_pages=4096 // page_size)
+        case = make_case(BLOCKS, heads=heads, page_size=page_size, num_pages=16384 // page_size)
         low = case.to(torch.bfloat16, str(setting.device))
         for kind in ("decode", "chunk"):
             shape = shape_key(kind, heads[-1], page_size)

@@ -60,7 +60,8 @@ def configs(setting: Setting) -> Iterator[Entry]:
 def describe(config: TileConfig) -> str:
     """Tile, warps and stages in one word each."""
     word = f"{config.block_m}x{config.block_n} w{config.num_warps} s{config.num_stages}"
-    return word + " descriptor" * config.descriptor
+    word += f" p{config.programs}" + " descriptor" * config.descriptor
+    return word + " specialized" * config.specialized
 
 
 def paged_case(
