@@ -1,4 +1,4 @@
-"""Attention of long chunks on Hopper: one warp fetches, two groups of four compute in turns.
+"""Attention of long chunks on Hopper: one warp fetches, two groups of four compute.
 
 A chunk's rows all see most of their keys. This kernel takes the blocks that every row of a tile
 sees whole, and ``paged_chunk`` the rest; the two merge by log-sum-exp.
@@ -22,7 +22,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from mnemosyne.kernels.tile import TileConfig, Tiles
 
 GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-IN_TURNS = True
+# Triton 3.9 has it under a name of its own.
+fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 LOG2_E: gl.constexpr = gl.constexpr(1.4426950408889634)
 HALF_M: gl.constexpr = gl.constexpr(64)  # queries of one group of four warps
 
@@ -43,7 +44,7 @@ def fetch_blocks(
     """Keep the buffers of keys and values full; one warp."""
     k_descriptor, v_descriptor = descriptors
     _, k_blocks, v_blocks = buffers
-    k_ready, k_free, v_ready, v_free, _ = barriers
+    k_ready, k_free, v_ready, v_free = barriers
     for index in range(num_blocks):
         stage = index % STAGES
         free = index // STAGES & 1 ^ 1
@@ -51,14 +52,10 @@ def fetch_blocks(
         slot = first_slot + gl.load(pages + key // PAGE_SIZE) * PAGE_SIZE + key % PAGE_SIZE
         mbarrier.wait(k_free.index(stage), free)
         mbarrier.expect(k_ready.index(stage), k_descriptor.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            k_descriptor, [slot, 0], k_ready.index(stage), k_blocks.index(stage)
-        )
+        fetch(k_descriptor, [slot, 0], k_ready.index(stage), k_blocks.index(stage))
         mbarrier.wait(v_free.index(stage), free)
         mbarrier.expect(v_ready.index(stage), v_descriptor.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            v_descriptor, [slot, 0], v_ready.index(stage), v_blocks.index(stage)
-        )
+        fetch(v_descriptor, [slot, 0], v_ready.index(stage), v_blocks.index(stage))
 
 
 @gluon.jit
@@ -78,15 +75,14 @@ def attend_half(
     HEAD_DIM: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
-    IN_TURNS: gl.constexpr,
 ):
     """The queries of one half of a tile; four warps.
 
-    The scores of a block are computed while the values of the one before are added up, and the
-    exponents of one half while the tensor cores work for the other.
+    Tensor cores compute the scores of a block and add up the values of the one before while the
+    exponents are taken, by these warps and by those of the other half.
     """
     q_blocks, k_blocks, v_blocks = buffers
-    k_ready, k_free, v_ready, v_free, turns = barriers
+    k_ready, k_free, v_ready, v_free = barriers
     out, lse, partial_out, partial_lse = results
     stride_qt, stride_qh = strides
     DTYPE: gl.constexpr = q_blocks.dtype
@@ -127,15 +123,11 @@ def attend_half(
     for index in range(1, num_blocks):
         stage = index % STAGES
         before = (index - 1) % STAGES
-        if IN_TURNS:
-            mbarrier.wait(turns.index(HALF), (index - 1 & 1) ^ (1 - HALF))
         scores = warpgroup_mma(
             q_block, k_blocks.index(stage).permute((1, 0)), no_scores, use_acc=False, is_async=True
         )
         mbarrier.wait(v_ready.index(before), (index - 1) // STAGES & 1)
         acc = warpgroup_mma(weights, v_blocks.index(before), acc, is_async=True)
-        if IN_TURNS:
-            mbarrier.arrive(turns.index(1 - HALF), count=1)
         scores = warpgroup_mma_wait(1, deps=(scores,))
         mbarrier.arrive(k_free.index(stage), count=1)
         new_top = gl.maximum(top, gl.max(scores, 1) * FACTOR)
@@ -196,7 +188,6 @@ def hopper_chunk_kernel(
     HEAD_DIM: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
-    IN_TURNS: gl.constexpr,
 ):
     """One item and KV head; its rows see all of its keys, which are whole blocks."""
     pid = gl.program_id(0)
@@ -215,18 +206,15 @@ def hopper_chunk_kernel(
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_ready.index(stage), count=1)
         mbarrier.init(v_ready.index(stage), count=1)
         mbarrier.init(k_free.index(stage), count=2)
         mbarrier.init(v_free.index(stage), count=2)
-    for half in gl.static_range(2):
-        mbarrier.init(turns.index(half), count=1)
     fence_async_shared()
 
     buffers = (q_blocks, k_blocks, v_blocks)
-    barriers = (k_ready, k_free, v_ready, v_free, turns)
+    barriers = (k_ready, k_free, v_ready, v_free)
     results = (out, lse, partial_out, partial_lse)
     strides = (stride_qt, stride_qh)
     descriptors = (k_descriptor, v_descriptor)
@@ -250,7 +238,6 @@ def hopper_chunk_kernel(
                     HEAD_DIM,
                     BLOCK_N,
                     STAGES,
-                    IN_TURNS,
                 ),
             ),
             (
@@ -271,7 +258,6 @@ def hopper_chunk_kernel(
                     HEAD_DIM,
                     BLOCK_N,
                     STAGES,
-                    IN_TURNS,
                 ),
             ),
             (
@@ -336,7 +322,6 @@ def attend_whole_blocks(
         HEAD_DIM=head_dim,
         BLOCK_N=config.block_n,
         STAGES=config.num_stages,
-        IN_TURNS=IN_TURNS,
         num_warps=4,
         maxnreg=168,
     )

@@ -6,6 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
+
+from mnemosyne.kernels.tile import launches_early
 
 MOST_PARTIALS = 32  # read at a time
 
@@ -23,8 +26,14 @@ def merge_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """One row and head: weights e^(lse - top), BLOCK_P partials read at a time."""
+    """One row and head: weights e^(lse - top), BLOCK_P partials read at a time.
+
+    With EARLY it may be launched before the kernel that writes the partials has ended.
+    """
+    if EARLY:
+        gdc_wait()
     pid = tl.program_id(0).to(tl.int64)
     head = pid % num_heads
     if merges is None:
@@ -88,6 +97,7 @@ def merge_partials(out_RTHD: Tensor, lse_RTH: Tensor) -> tuple[Tensor, Tensor]:
             HEAD_DIM=head_dim,
             BLOCK_D=triton.next_power_of_2(head_dim),
             BLOCK_P=min(MOST_PARTIALS, triton.next_power_of_2(num_partials)),
+            EARLY=False,
         )
     return out_THD, lse_TH
 
@@ -115,6 +125,7 @@ def merge_splits(
     assert out_THD.is_contiguous()
     assert lse_TH.is_contiguous()
     num_heads, head_dim = out_THD.shape[1:]
+    early = launches_early(out_THD.device)
     if len(merges):
         merge_kernel[(len(merges) * num_heads,)](
             partial_out_XHD,
@@ -128,6 +139,8 @@ def merge_splits(
             HEAD_DIM=head_dim,
             BLOCK_D=triton.next_power_of_2(head_dim),
             BLOCK_P=block,
+            EARLY=early,
+            **({"launch_pdl": True} if early else {}),
         )
 
 

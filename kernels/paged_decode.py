@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from mnemosyne.kernels.merge_partials import merge_splits
 from mnemosyne.kernels.tile import (
@@ -12,6 +13,7 @@ from mnemosyne.kernels.tile import (
     Tiles,
     block_sizes,
     descriptors_of,
+    launches_early,
     load_queries,
     partial_buffers,
     store_result,
@@ -44,8 +46,11 @@ def decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One item and KV head: its row sees every key of the item."""
+    if EARLY:  # the merge may take its place on the processors, and wait there
+        gdc_launch_dependents()
     pid = tl.program_id(0)
     head = (pid % num_kv_heads).to(tl.int64)
     item = items + (pid // num_kv_heads).to(tl.int64) * 8
@@ -166,6 +171,7 @@ def paged_decode(
         GROUP=group,
         HEAD_DIM=head_dim,
         **block_sizes(config, head_dim, group),
+        EARLY=launches_early(q_THD.device),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 DESCRIPTOR_HEAD_DIMS = (16, 32, 64, 128)  # whole heads in a block
+SPECIALIZED_HEAD_DIMS = (64, 128)
 # Whether kernels of this process run in the interpreter; read when they are defined.
 INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -280,6 +281,11 @@ def store_result(
         where = at[:, None] * HEAD_DIM + d[None, :]
         tl.store(partial_out + where, result, mask=inside)
         tl.store(partial_lse + at, result_lse, mask=is_query)
+
+
+def launches_early(device: torch.device) -> bool:
+    """Whether a kernel may be launched while the one before still runs; Hopper and newer."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def descriptors_of(

@@ -116,6 +116,8 @@ def attention_build(
     constants |= {"HEAD_DIM": head_dim, **blocks}
     if kind == "chunk":
         constants["WINDOW"] = window
+    else:
+        constants["EARLY"] = arch >= 90
     for name in ("k_descriptor", "v_descriptor"):
         if config.descriptor and page_size % config.block_n == 0:
             types[name] = f"tensordesc<{short}[1, {config.block_n}, {head_dim}]>"
@@ -134,7 +136,7 @@ def merge_build(arch: int, dtype: str, wide: str, head_dim: int) -> Build:
     types = {"partial_out": f"*{wide}", "partial_lse": f"*{wide}", "lse": f"*{wide}"}
     types |= {"out": f"*{dtype}", "merges": "*i64"}
     constants: dict[str, object] = {"HEAD_DIM": head_dim, "BLOCK_D": head_dim}
-    constants["BLOCK_P"] = MOST_PARTIALS
+    constants |= {"BLOCK_P": MOST_PARTIALS, "EARLY": arch >= 90}
     name = f"used merge_partials {dtype} D{head_dim}"
     return Build(name, merge_kernel, arch, types, constants)
 

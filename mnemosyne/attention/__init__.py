@@ -105,6 +105,7 @@ def _usual(device: torch.device, dtype: torch.dtype, head_dim: int) -> Attention
             log.warning("attention is cpu, not the faster avx512: %s", why_not)
         name = "cpu" if why_not else "avx512"
         return choose_backend(name, device=device, dtype=dtype, head_dim=head_dim)
+    _require("auto", "device", device.type == "cuda", "cpu or cuda", device)
     kinds, why = usual_on_gpu(measured_on(device), dtype)
     if "triton" in kinds.values() and (head_dim > 256 or find_spec("triton") is None):
         kinds, why = dict.fromkeys(kinds, "flex"), "triton is missing or lacks this head dim"

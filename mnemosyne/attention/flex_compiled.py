@@ -264,11 +264,26 @@ def _kernel_tables(call: _Call, num_pages: int) -> tuple[Tensor, ...]:
         flat[: partial.numel()] = partial.flatten()
         partial = flat.as_strided((*partial.shape[:3], num_pages), partial.stride())
         mark_dynamic((partial, 3))
-    tables = (blocks.num_partial, partial, blocks.num_full, blocks.full)
+        full = blocks.full
+    else:
+        partial, full = alike(partial, blocks.full)
+        mark_dynamic((partial, 3))
+    tables = (blocks.num_partial, partial, blocks.num_full, full)
     if call.is_chunk or partial.device.type == "cpu":
         mark_dynamic(*((table, 2 if call.is_chunk else 0) for table in tables))
-    mark_dynamic((blocks.full, 3))
+    mark_dynamic((full, 3))
     return *tables, blocks.bounds_B3
+
+
+def alike(partial: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
+    """Both tables as wide as the wider one, contiguous.
+
+    The GPU kernel steps through the full pages with the strides of the partial ones (Inductor's
+    templates ``flex_attention`` and ``flex_decode``, torch 2.11 to 2.13).
+    """
+    width = max(partial.shape[3], full.shape[3])
+    partial, full = (pad(x, (0, width - x.shape[3])).contiguous() for x in (partial, full))
+    return partial, full
 
 
 def mark_dynamic(*dims: tuple[Tensor, int]) -> None:

@@ -40,7 +40,7 @@ def usual_on_gpu(row: dict[str, Any] | None, dtype: torch.dtype) -> tuple[dict[s
         dtype: of q, k and v.
     """
     if row is None:
-        return dict.fromkeys(KINDS, "flex"), "nothing was measured on this device"
+        return dict.fromkeys(KINDS, "triton"), "nothing was measured on this device"
     if dtype not in HALF_PRECISION:
-        return dict.fromkeys(KINDS, "flex"), f"nothing was measured in {dtype}"
+        return dict.fromkeys(KINDS, "triton"), f"nothing was measured in {dtype}"
     return {kind: row[kind] for kind in KINDS}, "measured to be the faster here"

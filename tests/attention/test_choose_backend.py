@@ -24,7 +24,8 @@ def test_auto_goes_by_the_device() -> None:
     usual = "cpu" if what_is_missing() else "avx512"
     assert choose_backend("auto", device=CPU, dtype=torch.bfloat16, head_dim=64).name == usual
     assert choose_backend("auto", device=CPU, dtype=torch.bfloat16, head_dim=48).name == "cpu"
-    assert choose_backend("auto", device=CUDA, dtype=torch.float32, head_dim=64).name == "flex"
+    assert choose_backend("auto", device=CUDA, dtype=torch.float32, head_dim=64).name == "triton"
+    assert choose_backend("auto", device=CUDA, dtype=torch.float32, head_dim=512).name == "flex"
 
 
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:
@@ -43,7 +44,7 @@ def test_a_backend_that_cannot_run_there_is_refused() -> None:
         choose_backend("avx512", device=CPU, dtype=torch.float32, head_dim=64)
     with pytest.raises(ValueError, match="multiples of 32 up to 256, not 48; use cpu"):
         choose_backend("avx512", device=CPU, dtype=torch.bfloat16, head_dim=48)
-    with pytest.raises(ValueError, match="device must be cpu or cuda for attention=flex, got mps"):
+    with pytest.raises(ValueError, match="device must be cpu or cuda for attention=auto, got mps"):
         choose_backend("auto", device=torch.device("mps"), dtype=torch.float32, head_dim=64)
 
 

@@ -28,8 +28,8 @@ ROW = {
     ("row", "dtype", "kinds"),
     [
         (ROW, torch.bfloat16, {"decode": "triton", "chunk": "flex"}),
-        (ROW, torch.float32, {"decode": "flex", "chunk": "flex"}),
-        (None, torch.bfloat16, {"decode": "flex", "chunk": "flex"}),
+        (ROW, torch.float32, {"decode": "triton", "chunk": "triton"}),
+        (None, torch.bfloat16, {"decode": "triton", "chunk": "triton"}),
     ],
 )
 def test_a_backend_is_taken_for_the_kind_that_it_won(
@@ -88,5 +88,5 @@ def test_auto_says_that_nothing_was_measured(caplog: pytest.LogCaptureFixture) -
     backend = choose_backend("auto", device=CUDA, dtype=torch.bfloat16, head_dim=64)
 
     assert measured_on(CUDA) is None
-    assert backend.name == "flex"
-    assert "flex for decodes, flex for chunks: nothing was measured on this device" in caplog.text
+    assert backend.name == "triton"
+    assert "triton for decodes, triton for chunks: nothing was measured on this device" in caplog.text
