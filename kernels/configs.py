@@ -24,7 +24,6 @@ CHUNK_CONFIGS: dict[int, tuple[TileConfig, ...]] = {
     8: (TileConfig(64, 64, 8, 3), TileConfig(64, 32, 4, 3)),
     9: (
         TileConfig(128, 128, 8, 3, descriptor=True, specialized=True),
-        TileConfig(128, 128, 8, 2, descriptor=True, specialized=True),
         TileConfig(128, 128, 8, 3, descriptor=True),
         TileConfig(128, 64, 8, 3),
         TileConfig(64, 64, 4, 3),

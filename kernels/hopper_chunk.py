@@ -25,6 +25,10 @@ GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 # Triton 3.9 has it under a name of its own.
 fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 LOG2_E: gl.constexpr = gl.constexpr(1.4426950408889634)
+# Warps of the first half, and registers of a thread before warps that compute take those of the
+# one that fetches.
+LAUNCH = {"num_warps": 4, "maxnreg": 168}
+BUFFERS = 2  # of keys and of values; a third made it slower on an H200
 HALF_M: gl.constexpr = gl.constexpr(64)  # queries of one group of four warps
 
 
@@ -321,7 +325,6 @@ def attend_whole_blocks(
         GROUP=q_THD.shape[1] // num_kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_N=config.block_n,
-        STAGES=config.num_stages,
-        num_warps=4,
-        maxnreg=168,
+        STAGES=BUFFERS,
+        **LAUNCH,
     )

@@ -25,9 +25,12 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from mnemosyne.kernels.add_rms_norm import add_rms_norm_kernel, norm_warps
 from mnemosyne.kernels.configs import configs_for
+from mnemosyne.kernels.hopper_chunk import BUFFERS, GLUON_DTYPES, LAUNCH, hopper_chunk_kernel
 from mnemosyne.kernels.merge_partials import MOST_PARTIALS, merge_kernel
 from mnemosyne.kernels.paged_chunk import chunk_kernel
 from mnemosyne.kernels.paged_decode import decode_kernel
@@ -88,6 +91,9 @@ def builds() -> Iterator[Build]:
                     build = attention_build(kind, arch, dtype, head_dim, page_size, config)
                     role = "used" if config == configs[0] else "candidate"
                     yield replace(build, name=f"{role} {build.name}")
+                    if config.specialized:
+                        build = hopper_build(arch, dtype, head_dim, page_size, config)
+                        yield replace(build, name=f"{role} {build.name}")
         yield merge_build(arch, "bf16", "fp32", 128)
         for dtype, head_dim in (("bf16", 128), ("bf16", 256), ("fp64", 128)):
             yield rotate_build(arch, dtype, head_dim)
@@ -129,6 +135,23 @@ def attention_build(
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     kernel = decode_kernel if kind == "decode" else chunk_kernel
     return Build(name, kernel, arch, types, constants, options)
+
+
+def hopper_build(
+    arch: int, dtype: torch.dtype, head_dim: int, page_size: int, config: TileConfig, group: int = 4
+) -> Build:
+    """The kernel of specialized warps, for whole blocks."""
+    short = TYPES[str(dtype).removeprefix("torch.")]
+    layout = gl.NVMMASharedLayout.get_default_for([config.block_n, head_dim], GLUON_DTYPES[dtype])
+    descriptor = f"tensordesc<{short}[{config.block_n}, {head_dim}],{layout!r}>"
+    types = dict.fromkeys(("q", "out"), f"*{short}")
+    types |= dict.fromkeys(("k_descriptor", "v_descriptor"), descriptor)
+    types |= dict.fromkeys(("lse", "partial_out", "partial_lse"), "*fp32")
+    types |= {"items": "*i64", "pages": "*i32"}
+    constants: dict[str, object] = {"SCALE": 0.088, "PAGE_SIZE": page_size, "GROUP": group}
+    constants |= {"HEAD_DIM": head_dim, "BLOCK_N": config.block_n, "STAGES": BUFFERS}
+    name = f"hopper_chunk {short} D{head_dim} N{page_size} 128x{config.block_n} s{BUFFERS}"
+    return Build(name, hopper_chunk_kernel, arch, types, constants, LAUNCH)
 
 
 def merge_build(arch: int, dtype: str, wide: str, head_dim: int) -> Build:
@@ -177,7 +200,8 @@ def compile_build(build: Build) -> Usage:
         for index, name in enumerate(names)
         if signature[name].startswith("*") or name.startswith("stride")
     }
-    source = ASTSource(build.kernel, signature, constexprs=build.constants, attrs=attrs)
+    source_of = GluonASTSource if isinstance(build.kernel, GluonJITFunction) else ASTSource
+    source = source_of(build.kernel, signature, constexprs=build.constants, attrs=attrs)
     target = GPUTarget("cuda", build.arch, 32)
     compiled = triton.compile(source, target=target, options=build.options)
     return read_usage(compiled.asm["cubin"], compiled.metadata.shared)

@@ -16,8 +16,8 @@ def measured_on(device: torch.device) -> dict[str, Any] | None:
     """What was measured on GPUs of this kind, or None.
 
     Returns:
-        By ``decode`` and ``chunk`` the faster backend; by ``configs`` how the Triton kernels are
-        fastest, the fields of a ``TileConfig`` by what ``shape_key`` gives.
+        By ``decode`` and ``chunk`` the faster backend, where they were compared; by ``configs``
+        how the Triton kernels are fastest, the fields of a ``TileConfig`` by ``shape_key``.
     """
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
@@ -39,8 +39,8 @@ def usual_on_gpu(row: dict[str, Any] | None, dtype: torch.dtype) -> tuple[dict[s
         row: from ``measured_on``.
         dtype: of q, k and v.
     """
-    if row is None:
-        return dict.fromkeys(KINDS, "triton"), "nothing was measured on this device"
+    if row is None or not row.keys() & set(KINDS):
+        return dict.fromkeys(KINDS, "triton"), "backends were not compared on this device"
     if dtype not in HALF_PRECISION:
-        return dict.fromkeys(KINDS, "triton"), f"nothing was measured in {dtype}"
-    return {kind: row[kind] for kind in KINDS}, "measured to be the faster here"
+        return dict.fromkeys(KINDS, "triton"), f"backends were not compared in {dtype}"
+    return {kind: row.get(kind, "triton") for kind in KINDS}, "measured to be the faster here"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mnemosyne.attention import FlexBackend, ReferenceBackend
-from mnemosyne.attention.flex_compiled import CompiledFlex
+from mnemosyne.attention.flex_compiled import CompiledFlex, alike
 from mnemosyne.attention.flex_eager import EagerFlex
 from tests.attention.cases import (
     LAYOUTS,
@@ -168,3 +168,17 @@ def test_compiled_kernels_of_other_kinds_are_no_worse_than_eager(
 
         exact, _ = case.to(torch.float64).attend(REFERENCE, window)
         assert_no_worse_than_eager(out, case.dense(window)[0], exact)
+
+
+def test_tables_for_a_gpu_have_the_same_strides() -> None:
+    partial = torch.arange(12, dtype=torch.int32).view(1, 1, 3, 4)
+    shared = torch.arange(7, dtype=torch.int32).expand(1, 1, 3, 7)
+
+    for few, many in ((partial, shared), (partial, shared[..., :2])):
+        tables = alike(few, many)
+
+        assert tables[0].shape == tables[1].shape
+        assert tables[0].stride() == tables[1].stride()
+        assert tables[0].is_contiguous()
+        for table, given in zip(tables, (few, many), strict=True):
+            assert torch.equal(table[..., : given.shape[3]], given)

@@ -100,7 +100,7 @@ def test_auto_takes_the_gpu_and_a_backend_that_runs_there(tmp_path: Path) -> Non
 
     assert worker._pool.k[0].is_cuda
     assert next(iter(worker._model.parameters())).is_cuda
-    assert worker._backend.name == "flex"
+    assert worker._backend.name == "triton"
     assert output.token_ids == cycle("days", 9).answer_ids.tolist()
 
 
