@@ -154,8 +154,7 @@ class Logprobs:
     top: tuple[tuple[int, float], ...] = ()  # the k most likely, best first
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
+class Sampled(NamedTuple):
     """What one sampled row gave. ``error`` is set when its logits were not finite."""
 
     token_id: int

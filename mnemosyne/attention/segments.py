@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Segment:
+class Segment(NamedTuple):
     """Consecutive query rows of one sequence, and the local shard of its cache.
 
     A row at position p sees local key j, which stands at position ``first_key + j``, if
     ``first_key + j <= p`` and, under a sliding window w, ``first_key + j > p - w``.
     Local key j lives in slot ``pages[j // page_size] * page_size + j % page_size`` of the pool.
     Segments may share pages (a common prefix); a page then holds the same positions in all.
+
+    A tuple, because a step may hold a thousand of them.
     """
 
     first_row: int  # index into the packed rows T

@@ -15,7 +15,7 @@ import numpy as np
 from msgspec import Struct
 
 from mnemosyne.cache.layout import Placement, Shard
-from mnemosyne.request import Logprobs, RequestMetrics, RequestOutput, SamplingParams
+from mnemosyne.request import Logprobs, RequestMetrics, RequestOutput, Sampled, SamplingParams
 from mnemosyne.schedule.plan import Admission, Chunk, Plan, StepResult
 
 RUN_DTYPE = np.dtype("<i8")
@@ -96,17 +96,9 @@ class _Outputs(Struct, array_like=True, tag="outputs"):
     outputs: list[_Output]
 
 
-class _Sampled(Struct, array_like=True, omit_defaults=True):
-    """As ``Sampled``, without the names of its fields."""
-
-    token_id: int
-    logprobs: Logprobs | None = None
-    error: str | None = None
-
-
 class _Result(Struct, array_like=True):
     index: int
-    sampled: dict[int, _Sampled]
+    sampled: dict[int, Sampled]
     prompt_logprobs: dict[int, list[Logprobs]]
 
 
@@ -151,12 +143,13 @@ def decode(data: bytes) -> Message:
 
 def encode_result(result: StepResult) -> bytes:
     """What a group sends back for a step."""
-    return _ENCODER.encode(msgspec.convert(result, _Result, from_attributes=True))
+    return _ENCODER.encode(_Result(result.index, result.sampled, result.prompt_logprobs))
 
 
 def decode_result(data: bytes) -> StepResult:
     """The result that ``encode_result`` was given."""
-    return msgspec.convert(_RESULTS.decode(data), StepResult, from_attributes=True)
+    wire = _RESULTS.decode(data)
+    return StepResult(wire.index, wire.sampled, wire.prompt_logprobs)
 
 
 def _plan_to_wire(plan: Plan) -> _Plan:

@@ -89,13 +89,18 @@ def build_inputs(
         padding_slot: where rows write that store nothing here.
         device: where the tensors go.
     """
-    views = [_local_view(chunk, sequences[chunk.request_id], group) for chunk in plan.chunks]
-    num_rows = bucket_size(max(1, sum(v.chunk.num_tokens for v in views if v is not None)))
-    packed, chunks, segments = _pack_all(views, num_rows, page_size, padding_slot)
+    packing = _Packing(group, page_size)
+    for chunk in plan.chunks:
+        packing.add(chunk, sequences[chunk.request_id])
+    packed, chunks, segments = packing.packed(padding_slot), packing.chunks, packing.segments
+    num_rows = packed.shape[1]
     ids, positions, slots = torch.from_numpy(packed).to(device).unbind()
-    first_rows = {placed.chunk.request_id: placed.first_row for placed in chunks}
-    wide = _wide_rows(plan, sequences, first_rows, group, num_groups) if is_wide else None
-    shared, shared_ids = None, _shared_ids(plan, sequences) if num_groups > 1 else set()
+    shared, wide = None, None
+    shared_ids = _shared_ids(plan, sequences) if num_groups > 1 else set()
+    if is_wide or shared_ids:
+        first_rows = {placed.chunk.request_id: placed.first_row for placed in chunks}
+    if is_wide:
+        wide = _wide_rows(plan, sequences, first_rows, group, num_groups)
     if shared_ids:
         common: list[Segment] = []
         own: list[Segment] = []
@@ -115,50 +120,67 @@ def build_inputs(
     )
 
 
-def _pack_all(
-    views: list[_LocalView | None], num_rows: int, page_size: int, padding_slot: int
-) -> tuple[np.ndarray, list[PlacedChunk], list[Segment]]:
-    """Ids, positions and slots of the rows, int64 ``[3, T]``; each chunk and what its rows see."""
-    packed = np.zeros((3, num_rows), dtype=np.int64)
-    packed[2] = padding_slot
-    chunks, segments, row = [], [], 0
-    for view in views:
-        if view is None:
-            continue
-        _pack(packed, row, view, page_size)
-        chunks.append(PlacedChunk(view.chunk, row))
-        segments.append(_segment(view, row))
-        row += view.chunk.num_tokens
-    return packed, chunks, segments
+class _Packing:
+    """Packs the chunks that one group takes part in, one after the other.
+
+    Args:
+        group: index on the kvp axis.
+        page_size: tokens per page.
+    """
+
+    def __init__(self, group: int, page_size: int) -> None:
+        self.chunks: list[PlacedChunk] = []
+        self.segments: list[Segment] = []  # what the rows of each may see
+        self._group = group
+        self._page_size = page_size
+        self._num_rows = 0
+        self._decodes: list[tuple[int, int, int, int]] = []  # row, id, position, slot
+        self._views: list[tuple[int, _LocalView]] = []  # first row and view of the other chunks
+
+    def add(self, chunk: Chunk, sequence: SequenceState) -> None:
+        """Take a chunk in, if the group takes part in it."""
+        row, placement = self._num_rows, sequence.placement
+        if chunk.token_id is not None and len(placement.shards) == 1:
+            # A step may hold a thousand of these.
+            start, shard = chunk.start, placement.shards[0]
+            if shard.group != self._group:
+                return
+            page, offset = divmod(start, self._page_size)
+            slot = int(shard.pages[page]) * self._page_size + offset
+            self._decodes.append((row, chunk.token_id, start, slot))
+            segment = Segment(row, 1, start, start + 1, shard.pages)
+        else:
+            view = _local_view(chunk, sequence, self._group)
+            if view is None:
+                return
+            self._views.append((row, view))
+            held = view.positions
+            segment = Segment(row, chunk.num_tokens, chunk.start, len(held), view.pages, held.start)
+        self.chunks.append(PlacedChunk(chunk, row))
+        self.segments.append(segment)
+        self._num_rows += chunk.num_tokens
+
+    def packed(self, padding_slot: int) -> np.ndarray:
+        """Ids, positions and slots of the rows, padding included, int64 ``[3, T]``."""
+        packed = np.zeros((3, bucket_size(max(1, self._num_rows))), dtype=np.int64)
+        packed[2] = padding_slot
+        if self._decodes:
+            rows, *columns = np.array(self._decodes).T
+            packed[:, rows] = columns
+        for row, view in self._views:
+            _pack(packed, row, view, self._page_size)
+        return packed
 
 
 def _pack(packed: np.ndarray, row: int, view: _LocalView, page_size: int) -> None:
     """Enter the ids, positions and slots of a chunk, from a row on."""
-    chunk, tokens = view.chunk, view.sequence.tokens
-    first = chunk.start - view.positions.start
-    if chunk.num_tokens == 1:
-        # a step may hold a thousand decodes, and arrays of one cost as much as long ones
-        packed[0, row], packed[1, row] = tokens[chunk.start], chunk.start
-        if view.stores:
-            page, offset = divmod(first, page_size)
-            packed[2, row] = view.pages[page] * page_size + offset
-        return
+    chunk = view.chunk
     rows = slice(row, row + chunk.num_tokens)
-    packed[0, rows] = tokens[chunk.start : chunk.stop]
+    packed[0, rows] = view.sequence.tokens[chunk.start : chunk.stop]
     packed[1, rows] = np.arange(chunk.start, chunk.stop)
     if view.stores:
+        first = chunk.start - view.positions.start
         packed[2, rows] = slots_of(view.pages, first, chunk.num_tokens, page_size)
-
-
-def _segment(view: _LocalView, row: int) -> Segment:
-    return Segment(
-        first_row=row,
-        num_rows=view.chunk.num_tokens,
-        first_position=view.chunk.start,
-        num_keys=len(view.positions),
-        pages=view.pages,
-        first_key=view.positions.start,
-    )
 
 
 def _shared_ids(plan: Plan, sequences: Mapping[int, SequenceState]) -> set[int]:
@@ -222,7 +244,7 @@ def _joined(parts: list[np.ndarray]) -> Tensor:
 
 
 class _LocalView(NamedTuple):
-    """What one group has to do with a chunk; a tuple, because a step may hold a thousand."""
+    """What one group has to do with a chunk."""
 
     chunk: Chunk
     sequence: SequenceState

@@ -12,6 +12,7 @@ from torch import Tensor
 from mnemosyne.request import Logprobs, Sampled, SamplingParams
 from mnemosyne.runtime.truncation import largest, truncation_mask
 
+GROUP_SIZE = 128  # columns whose largest value is found first
 BLOCK_ELEMENTS = 2**20  # rows are sampled in blocks of about so many logits, to bound memory
 NOT_FINITE = "logits must be finite, got nan or inf; check the weights or use a wider dtype"
 NOTHING_LEFT = (
@@ -53,6 +54,9 @@ class SamplerState:
         self._banned = sorted({*ends, *params.stop_token_ids})
         self._min_tokens = params.min_tokens
         self._counts_output = bool(self._presence or self._frequency)
+        penalised = self._repetition != 1 or self._counts_output
+        self._always_adjusts = penalised or bool(self._bias)
+        self._may_adjust = self._always_adjusts or bool(self._min_tokens and self._banned)
         self._unseen: list[np.ndarray] = [prompt_ids] if self._repetition != 1 else []
         self._uncounted: list[int] = []
         self._seen_V: Tensor | None = None
@@ -61,13 +65,12 @@ class SamplerState:
     @property
     def adjusts(self) -> bool:
         """Whether the next token is chosen from other logits than the model's."""
-        penalised = self._repetition != 1 or self._counts_output
-        return penalised or bool(self._bias) or self._bans_end
+        return self._always_adjusts or self._bans_end
 
     @property
     def is_plain(self) -> bool:
         """Whether the next token is simply the argmax of the model's logits."""
-        return not self.temperature and not self.adjusts
+        return not self.temperature and not (self._may_adjust and self.adjusts)
 
     def append(self, token_id: int) -> None:
         """Enter an output token."""
@@ -152,7 +155,7 @@ def sample(logits_BV: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
     """
     # A sum is finite only if every term is; looking at each costs several times more.
     is_finite_B = logits_BV.sum(-1).isfinite()
-    ids_B = logits_BV.argmax(-1)
+    ids_B = first_largest(logits_BV)
     has_choice_B = torch.ones_like(is_finite_B)
     for rows in _blocks([i for i, s in enumerate(states) if not s.is_plain], logits_BV.shape[-1]):
         ids_B[rows], has_choice_B[rows] = _draw(logits_BV[rows], [states[i] for i in rows])
@@ -170,6 +173,22 @@ def sample(logits_BV: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
         else Sampled(0, error=NOTHING_LEFT if is_finite else NOT_FINITE)
         for token_id, is_finite, has_choice, logprobs in zip(*table, found, strict=True)
     ]
+
+
+def first_largest(x_BV: Tensor) -> Tensor:
+    """``x_BV.argmax(-1)``: of equal values the first one, and nan before all.
+
+    On a CPU argmax takes several times as long as the largest value alone. So the largest of each
+    few columns are compared, then those of the first few that hold it.
+    """
+    num_rows, size = x_BV.shape
+    num_groups, rest = divmod(size, GROUP_SIZE)
+    if x_BV.device.type != "cpu" or rest or num_groups < 2:
+        return x_BV.argmax(-1)
+    x_BGS = x_BV.unflatten(1, (num_groups, GROUP_SIZE))
+    group_B = x_BGS.amax(-1).argmax(-1)
+    x_BS = x_BGS[torch.arange(num_rows), group_B]
+    return group_B * GROUP_SIZE + x_BS.argmax(-1)
 
 
 @torch.inference_mode()

@@ -190,30 +190,36 @@ class Worker:
 
     def _reports(self, placed: PlacedChunk) -> bool:
         """Whether this group speaks for a chunk: several may compute it, the first of them does."""
+        if self._mesh.kvp.degree == 1:
+            return True
         placement = self._sequences[placed.chunk.request_id].placement
         return placement.shards[0].group == self._mesh.kvp.index
 
     @torch.inference_mode()
     def _sample(self, inputs: StepInputs, hidden_TE: Tensor) -> dict[int, Sampled]:
-        sampling = [
-            placed for placed in inputs.chunks if placed.chunk.samples and self._reports(placed)
-        ]
-        if not sampling:
+        rows, request_ids = [], []
+        for placed in inputs.chunks:
+            if placed.chunk.samples and self._reports(placed):
+                rows.append(placed.last_row)
+                request_ids.append(placed.chunk.request_id)
+        if not rows:
             return {}
-        rows = [placed.last_row for placed in sampling]
-        request_ids = [placed.chunk.request_id for placed in sampling]
         sequences = [self._sequences[request_id] for request_id in request_ids]
-        index_B = torch.tensor(rows, dtype=torch.int64, device=hidden_TE.device)
-        logits_BV = self._model.logits(hidden_TE[index_B])
+        if len(rows) < len(hidden_TE):
+            index_B = torch.tensor(rows, dtype=torch.int64, device=hidden_TE.device)
+            hidden_TE = hidden_TE[index_B]
+        logits_BV = self._model.logits(hidden_TE)
         results = sample(logits_BV, [sequence.sampler for sequence in sequences])
         return dict(zip(request_ids, results, strict=True))
 
     def _prompt_logprobs(self, inputs: StepInputs, hidden_TE: Tensor) -> dict[int, list[Logprobs]]:
         found = {}
         for placed in inputs.chunks:
+            if placed.chunk.is_decode:
+                continue
             request_id = placed.chunk.request_id
             asked = self._sequences[request_id].prompt_logprobs is not None
-            if asked and not placed.chunk.is_decode and self._reports(placed):
+            if asked and self._reports(placed):
                 found[request_id] = self._chunk_logprobs(placed, hidden_TE)
         return found
 

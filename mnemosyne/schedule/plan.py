@@ -60,6 +60,13 @@ class Plan:
     def num_tokens(self) -> int:
         return sum(chunk.num_tokens for chunk in self.chunks)
 
+    @property
+    def num_decodes(self) -> int:
+        """How many of the chunks, the first ones, are decodes."""
+        # counted from the end: decodes may be a thousand, prefills are few
+        is_decode = (index for index, c in enumerate(reversed(self.chunks)) if c.is_decode)
+        return len(self.chunks) - next(is_decode, len(self.chunks))
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:

@@ -254,15 +254,16 @@ class Engine:
         text: str = "",
         logprobs: tuple[Logprobs, ...] = (),
     ) -> Piece:
+        output, request = active.output, active.request
         return Piece(
-            request_id=active.request.request_id,
-            token_ids=token_ids,
-            text=text,
-            logprobs=logprobs,
-            finish_reason=active.output.finish_reason,
-            error=active.output.error,
-            prefilled=active.prefilled,
-            num_prompt_tokens=active.request.num_prompt_tokens,
+            request.request_id,
+            token_ids,
+            text,
+            logprobs,
+            output.finish_reason,
+            output.error,
+            active.prefilled,
+            len(request.prompt_ids),
         )
 
     def _record(self, plan: Plan, planned_s: float) -> None:
@@ -274,22 +275,22 @@ class Engine:
             self._errors.append(abs(plan.predicted_s / actual_s - 1))
         if self.on_step is None:
             return
+        num_decodes = plan.num_decodes
+        decodes, prefills = plan.chunks[:num_decodes], plan.chunks[num_decodes:]
         self.on_step(
             StepRecord(
                 index=plan.index,
                 time_s=planned_s - self._started_s,
-                num_decodes=sum(chunk.is_decode for chunk in plan.chunks),
-                chunks=tuple(
-                    (c.request_id, c.start, c.num_tokens) for c in plan.chunks if not c.is_decode
-                ),
+                num_decodes=num_decodes,
+                chunks=tuple((c.request_id, c.start, c.num_tokens) for c in prefills),
                 predicted_s=plan.predicted_s,
                 actual_s=actual_s,
                 pages_used=self.scheduler.router.num_used,
                 num_pages=self.scheduler.router.num_pages,
                 num_running=self.scheduler.num_running,
                 num_waiting=self.scheduler.num_waiting,
-                num_sampled=sum(chunk.samples for chunk in plan.chunks),
-                decode_keys=sum(chunk.stop for chunk in plan.chunks if chunk.is_decode),
+                num_sampled=num_decodes + sum(chunk.samples for chunk in prefills),
+                decode_keys=num_decodes + sum(chunk.start for chunk in decodes),
                 slack_s=plan.slack_s,
                 num_missed=num_missed,
             )

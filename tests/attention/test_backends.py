@@ -169,7 +169,7 @@ def shard_of(case: Case, start: int, stop: int) -> Case:
         old = slots_of(segment.pages, start, num_keys, size)
         for pool, whole in zip(pools, (case.k_KSD, case.v_KSD), strict=True):
             pool[:, slots_of(pages, 0, num_keys, size)] = whole[:, old]
-        segments.append(replace(segment, first_key=start, num_keys=num_keys, pages=pages))
+        segments.append(segment._replace(first_key=start, num_keys=num_keys, pages=pages))
     batch = replace(case.batch, segments=tuple(segments))
     return replace(case, batch=batch, k_KSD=pools[0], v_KSD=pools[1])
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -98,7 +96,7 @@ def test_blocks_of_a_chunk_list_what_their_rows_see(
 @given(st.lists(segments, min_size=1, max_size=5), windows)
 def test_blocks_of_decodes_list_what_each_sees(several: list[Segment], window: int | None) -> None:
     decodes = [
-        replace(segment, num_rows=1, pages=segment.pages + index * NUM_PAGES)
+        segment._replace(num_rows=1, pages=segment.pages + index * NUM_PAGES)
         for index, segment in enumerate(several)
     ]
     num_pages = NUM_PAGES * len(decodes)

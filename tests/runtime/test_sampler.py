@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from math import inf, nan
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,13 @@ from transformers import (
 )
 
 from mnemosyne.request import SamplingParams
-from mnemosyne.runtime.sampler import SamplerState, probabilities, sample, token_logprobs
+from mnemosyne.runtime.sampler import (
+    SamplerState,
+    first_largest,
+    probabilities,
+    sample,
+    token_logprobs,
+)
 from mnemosyne.runtime.truncation import NUCLEUS_DEPTH
 
 VOCAB_SIZE = 97
@@ -365,6 +372,19 @@ def test_logits_are_not_changed() -> None:
     sample(logits_BV, [make_state(output=(1, 2), **params) for params in MIXED_PARAMS])
 
     assert torch.equal(logits_BV, before_BV)
+
+
+@pytest.mark.parametrize("size", [1, 128, 256, 1000, 1024])
+def test_the_first_of_the_largest_is_that_of_argmax(size: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randint(-3, 3, (40, size)).float()  # many equal ones
+    x[5:10] = -inf
+    x[10:20, torch.randint(size, (10,))] = inf
+    x[20:30, torch.randint(size, (10,))] = nan
+
+    assert torch.equal(first_largest(x), x.argmax(-1))
+    strided = torch.stack([x, x], dim=-1)[..., 0]
+    assert torch.equal(first_largest(strided), x.argmax(-1))
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from mnemosyne.cache.allocator import PageAllocator
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request, SamplingParams
+from mnemosyne.schedule.plan import Chunk, Plan
 from mnemosyne.schedule.routing import Router
 from mnemosyne.schedule.scheduler import Scheduler
 from mnemosyne.schedule.work import StepWork, WorkModel
@@ -214,3 +215,11 @@ def test_every_token_is_computed_once_and_every_page_comes_back(lengths, chunk, 
         if request_id not in cancelled:
             assert sampled[request_id] == max_tokens
             assert computed[request_id] == num_prompt_tokens + max_tokens - 1
+
+
+def test_a_plan_counts_its_decodes() -> None:
+    decodes = tuple(Chunk(i, 10 + i, 1, True, 5) for i in range(3))
+    prefills = (Chunk(7, 0, 4, False), Chunk(8, 0, 2, True))
+
+    for first, last in (((), prefills), (decodes, ()), (decodes, prefills), ((), ())):
+        assert Plan(0, first + last).num_decodes == len(first)
