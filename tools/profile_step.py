@@ -1,11 +1,12 @@
-"""Where the time of a step goes: operators of a decode and of a chunk of prefill, and the Python.
+"""Where the time of a step goes: parts and operators of a decode and of a prefill, and the Python.
 
-The cache is filled with random keys and values, so that any length costs no prefill. Operators come
-from torch's profiler (self time); the time outside them is what is left of the step as the engine
-measures it, without the profiler.
+The cache is filled with random keys and values, so that any length costs no prefill. Parts are
+clocked around the functions that they are made of, without the profiler, and none counts what
+another within it takes. Operators come from torch's profiler (self time), which does not see the
+kernels of this project.
 
-Usage: python tools/profile_step.py [--length 16K] [--batch 1] [--chunk 2K] [--attention auto]
-       [--steps 16] [--rows 12] [--python]
+Usage: python tools/profile_step.py [--length 16K] [--batch 1] [--chunk 2K] [--whole]
+       [--attention auto] [--steps 16] [--rows 12] [--python]
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import os
 import pstats
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -27,11 +29,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from mnemosyne.bench.peers.ours import Ours
 from mnemosyne.cache.layout import Placement, Shard
+from mnemosyne.cache.pages import PagePool
 from mnemosyne.config import CacheConfig, EngineConfig, ScheduleConfig, parse_size
-from mnemosyne.model_zoo.decoder import Decoder
+from mnemosyne.kernels.cpu import linear
+from mnemosyne.model_zoo import decoder, layers
 from mnemosyne.request import SamplingParams
 from mnemosyne.runtime import worker
-from mnemosyne.schedule.plan import Admission, Chunk, Plan
+from mnemosyne.runtime.step import PagedAttention
+from mnemosyne.schedule.plan import Admission, Chunk, Plan, StepResult
 
 PAGE_SIZE = 128
 REQUEST = -1  # apart from those of the engine
@@ -55,78 +60,106 @@ def add(engine: Ours, index: int, length: int, max_tokens: int, *, is_filled: bo
     engine.add(index, {"ids": ids, "max_tokens": max_tokens, "is_filled": is_filled})
 
 
-def chunk_step(engine: Ours, start: int, num_tokens: int) -> Callable[[], object]:
-    """A step of prefill over a cache that is filled up to ``start``; it can be run again."""
+def prefill_steps(
+    engine: Ours, starts: Sequence[int], num_tokens: int
+) -> list[Callable[[], object]]:
+    """Steps of prefill over caches filled up to where each starts; they can be run again."""
     executor = engine.executor
-    num_pages = (start + num_tokens) // PAGE_SIZE + 1
+    length = max(starts) + num_tokens
+    num_pages = length // PAGE_SIZE + 1
     admission = Admission(
         request_id=REQUEST,
-        prompt_ids=np.arange(start + num_tokens, dtype=np.int64) % 32_000,
+        prompt_ids=np.arange(length, dtype=np.int64) % 32_000,
         params=SamplingParams(max_tokens=1, temperature=0.0),
         seed=0,
         end_token_ids=(),
         placement=Placement((Shard(0, np.arange(num_pages, dtype=np.int64)),), 1 << 40),
     )
-    chunk = Chunk(REQUEST, start, num_tokens, samples=False)
     executor.submit(Plan(0, (), admitted=(admission,)))
     executor.collect()
 
-    def step() -> object:
-        executor.submit(Plan(1, (chunk,)))
+    def run(start: int) -> StepResult:
+        executor.submit(Plan(1, (Chunk(REQUEST, start, num_tokens, samples=False),)))
         return executor.collect()
 
-    return step
+    return [partial(run, start) for start in starts]
 
 
-def timed(step: Callable[[], object], count: int) -> float:
-    """Median seconds of a step."""
-    seconds = []
-    for _ in range(count):
-        started_s = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - started_s)
-    return median(seconds)
+class Clock:
+    """Seconds of the parts of a step, each without the parts that run within it."""
 
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._within: list[float] = []  # seconds of the parts inside each one that runs
 
-def clocked(owner: Any, name: str) -> list[float]:
-    """Have every call of a function add its seconds to the list that comes back."""
-    function, seconds = getattr(owner, name), []
+    def watch(self, part: str, owner: Any, name: str) -> None:
+        """Have every call of a function count as this part."""
+        function = getattr(owner, name)
+        self.seconds[part] = 0.0
 
-    def call(*arguments: Any, **keywords: Any) -> Any:
-        started_s = time.perf_counter()
-        found = function(*arguments, **keywords)
-        seconds.append(time.perf_counter() - started_s)
-        return found
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            self._within.append(0.0)
+            started_s = time.perf_counter()
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                took_s = time.perf_counter() - started_s
+                self.seconds[part] += took_s - self._within.pop()
+                if self._within:
+                    self._within[-1] += took_s
 
-    setattr(owner, name, call)
-    return seconds
+        setattr(owner, name, call)
 
-
-def show_outside(step: Callable[[], object], count: int, clocks: dict[str, list[float]]) -> None:
-    """What a step takes besides the layers, the logits and the choice of tokens."""
-    rows = []
-    for _ in range(count):
-        for clock in clocks.values():
-            clock.clear()
+    def read(self, step: Callable[[], object]) -> dict[str, float]:
+        """Seconds of one call: the whole, each part, and the rest."""
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
         started_s = time.perf_counter()
         step()
         total_s = time.perf_counter() - started_s
-        parts_s = [sum(clock) for clock in clocks.values()]
-        rows.append([total_s, *parts_s, total_s - sum(parts_s)])
-    medians = [1e3 * median(column) for column in zip(*rows, strict=True)]
-    names = ["step", *clocks, "the rest"]
-    print(", ".join(f"{name} {ms:.2f} ms" for name, ms in zip(names, medians, strict=True)))
+        rest_s = total_s - sum(self.seconds.values())
+        return {"step": total_s, **self.seconds, "the rest": rest_s}
+
+
+def watch_parts(clock: Clock) -> None:
+    """What the parts of a step are made of; the rest is the scheduler's and the engine's."""
+    for part, owner, name in (
+        ("attention", PagedAttention, "_attend"),
+        ("linear layers", layers.Linear, "forward"),
+        ("linear layers", layers, "multiply_each"),
+        ("linear layers", linear, "gated"),
+        ("gate's function", layers, "gate"),
+        ("norms", layers.RMSNorm, "forward"),
+        ("rotation", layers, "rotate"),
+        ("rotation", decoder, "rotary_cos_sin"),
+        ("writes", PagePool, "write"),
+        ("embedding and sums", decoder.Decoder, "forward"),
+        ("logits", decoder.Decoder, "logits"),
+        ("sampling", worker, "sample"),
+        ("inputs", worker, "build_inputs"),
+        ("inputs", PagedAttention, "__init__"),
+    ):
+        clock.watch(part, owner, name)
+
+
+def show_parts(clock: Clock, steps: Sequence[Callable[[], object]], *, add_up: bool) -> None:
+    """Print what the parts of steps take: their sums, or else medians over the steps."""
+    rows = [clock.read(step) for step in steps]
+    combine = sum if add_up else median
+    combined_ms = {part: 1e3 * combine(row[part] for row in rows) for part in rows[0]}
+    for part, ms in combined_ms.items():
+        print(f"  {part:<20}{ms:12.2f} ms{100 * ms / combined_ms['step']:7.1f}%")
 
 
 def show_operators(step: Callable[[], object], count: int, num_rows: int) -> None:
-    """Time steps, then print the operators that take most of them."""
-    step_s = timed(step, count)
+    """Print the operators that take most of a step."""
+    if num_rows == 0:
+        return
     with profile(activities=[ProfilerActivity.CPU]) as found:
         for _ in range(count):
             step()
     rows = sorted(found.key_averages(), key=lambda row: -row.self_cpu_time_total)
     total_ms = sum(row.self_cpu_time_total for row in rows) / count / 1e3
-    print(f"step {1e3 * step_s:.2f} ms; operators, with the profiler, {total_ms:.2f} ms:")
+    print(f"  operators, with the profiler, {total_ms:.2f} ms:")
     for row in rows[:num_rows]:
         each_ms = row.self_cpu_time_total / count / 1e3
         print(f"  {row.key[:52]:<52}{each_ms:9.3f} ms {row.count / count:7.0f} calls")
@@ -148,6 +181,7 @@ def main() -> None:
     parser.add_argument("--length", default="16K", help="tokens in the cache of each request")
     parser.add_argument("--batch", type=int, default=1, help="decodes of a step")
     parser.add_argument("--chunk", default="2K", help="tokens of a step of prefill; 0 for none")
+    parser.add_argument("--whole", action="store_true", help="prefill: all chunks of the length")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--rows", type=int, default=12)
@@ -155,12 +189,11 @@ def main() -> None:
     parser.add_argument("--python", action="store_true", help="functions instead of operators")
     arguments = parser.parse_args()
     length, chunk = parse_size(arguments.length), parse_size(arguments.chunk)
+    if arguments.whole and chunk and length % chunk:
+        parser.error(f"--length must be whole chunks with --whole, got {length} of {chunk}")
     show = show_python if arguments.python else show_operators
-    clocks = {
-        "layers": clocked(Decoder, "forward"),
-        "logits": clocked(Decoder, "logits"),
-        "sampling": clocked(worker, "sample"),
-    }
+    clock = Clock()
+    watch_parts(clock)
     engine = open_engine(arguments, length, chunk or 2048)
     with torch.inference_mode():
         for index in range(arguments.batch):
@@ -168,14 +201,24 @@ def main() -> None:
         for _ in range(3):
             engine.step()
         print(f"decode of {arguments.batch} at {length:,} tokens")
-        show_outside(engine.step, arguments.steps, clocks)
+        show_parts(clock, [engine.step] * arguments.steps, add_up=False)
         show(engine.step, arguments.steps, arguments.rows)
         engine.stop()
         if chunk:
-            step = chunk_step(engine, length, chunk)
-            step()
-            print(f"{chunk:,} tokens of a prefill after {length:,}")
-            show_operators(step, 1, arguments.rows)
+            starts = range(0, length, chunk) if arguments.whole else [length]
+            show_prefill(clock, engine, starts, chunk, arguments.rows)
+
+
+def show_prefill(
+    clock: Clock, engine: Ours, starts: Sequence[int], chunk: int, num_rows: int
+) -> None:
+    """Print what the chunks of a prefill take together, and the operators of the last one."""
+    steps = prefill_steps(engine, starts, chunk)
+    steps[0]()
+    chunks = f"{len(starts)} chunks of {chunk:,}" if len(starts) > 1 else f"{chunk:,}"
+    print(f"prefill of {chunks} tokens after {starts[0]:,}")
+    show_parts(clock, steps, add_up=True)
+    show_operators(steps[-1], 1, num_rows)
 
 
 if __name__ == "__main__":
