@@ -45,8 +45,8 @@ SECTIONS = {
     "far": ("correctness", 200),
 }
 STAGES = (
-    *(("machine",), ("triton", "flex", "needle")),
-    *(("configs",), ("decode",), ("chunk",), ("step",), ("fused",), ("far",)),
+    *(("machine",), ("triton", "flex", "needle", "far")),
+    *(("configs",), ("decode",), ("chunk",), ("step",), ("fused",)),
 )
 FOR_THE_TABLE = ("machine", "triton", "configs", "decode", "chunk")  # must not have failed
 PEAKS = {"GB_s": ("copy", "percent_of_copy"), "TFLOP_s": ("matmul", "percent_of_matmul")}
