@@ -65,6 +65,13 @@ def gate(x_TE: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
     return linear.gated(x_TE, *((layer.weight, layer.bias) for layer in layers))
 
 
+def add(a_TE: Tensor, b_TE: Tensor) -> Tensor:
+    """``a + b``."""
+    if torch.compiler.is_compiling() or not (rows.is_fast_for(a_TE) and b_TE.is_contiguous()):
+        return a_TE + b_TE
+    return rows.add(a_TE, b_TE)
+
+
 class Attention(nn.Module):
     """Project, rotate, attend, project back."""
 
@@ -128,9 +135,9 @@ class DecoderLayer(nn.Module):
 
     def finish(self, hidden_TE: Tensor, out_THD: Tensor, feed_forward: FeedForward) -> Tensor:
         """The residual stream after this layer, [T, E], once attention has given ``out_THD``."""
-        hidden_TE = hidden_TE + self.attn(out_THD)
+        hidden_TE = add(hidden_TE, self.attn(out_THD))
         del out_THD  # its memory serves the MLP
-        return hidden_TE + feed_forward(self.mlp, self.mlp_norm(hidden_TE))
+        return add(hidden_TE, feed_forward(self.mlp, self.mlp_norm(hidden_TE)))
 
     def forward(
         self, hidden_TE: Tensor, rotary: tuple[Tensor, Tensor], layer: int, attend: Attend

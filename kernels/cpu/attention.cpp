@@ -35,6 +35,23 @@ struct Segment {  // one row of the segment table
   int64_t first_row, num_rows, first_position, num_keys, first_key, first_page;
 };
 
+struct Call {  // as Python lays it out
+  const bf16* q;  // [T, H, D]
+  int64_t q_stride;
+  const bf16 *k, *v;    // [K, S, D]
+  int64_t pool_stride;  // elements between two heads of the pool
+  bf16* out;            // [T, H, D]
+  float* lse;           // [T, H]
+  int64_t num_heads, num_kv_heads;
+  const Segment* segments;
+  int64_t num_segments;
+  const int64_t* pages;
+  int64_t page_size;
+  int64_t window;  // 0: none
+  double scale;    // of scores
+  int64_t num_threads;
+};
+
 struct Step {
   const bf16* q;  // [T, H, D]
   int64_t q_stride;
@@ -420,19 +437,16 @@ void run_pending(const Step& step, const Pending& pending, const float* partials
 
 }  // namespace
 
-extern "C" void paged_attention(const bf16* q, int64_t q_stride, const bf16* k, const bf16* v,
-                                int64_t pool_stride, bf16* out, float* lse, int64_t num_heads,
-                                int64_t num_kv_heads, const int64_t* segments,
-                                int64_t num_segments, const int64_t* pages, int64_t page_size,
-                                int64_t window, double scale, int64_t num_threads) {
-  const Step step{q,   q_stride, k, v, pool_stride, out, lse, (int)num_heads, (int)num_kv_heads,
-                  reinterpret_cast<const Segment*>(segments), pages, page_size, window,
-                  (float)scale * LOG2E};
+extern "C" void paged_attention(const Call* call) {
+  const int64_t num_heads = call->num_heads, num_kv_heads = call->num_kv_heads;
+  const Step step{call->q, call->q_stride, call->k, call->v, call->pool_stride, call->out, call->lse,
+                  (int)num_heads, (int)num_kv_heads, call->segments, call->pages, call->page_size,
+                  call->window, (float)call->scale * LOG2E};
   const int64_t group = num_heads / num_kv_heads;
   std::vector<Item> items;
   std::vector<Pending> pending;
   int64_t num_partials = 0;
-  for (int i = 0; i < num_segments; i++) {
+  for (int i = 0; i < call->num_segments; i++) {
     const Segment& segment = step.segments[i];
     const int64_t num_folded = segment.num_rows * group;
     for (int head = 0; head < num_kv_heads; head++) {
@@ -458,7 +472,7 @@ extern "C" void paged_attention(const bf16* q, int64_t q_stride, const bf16* k, 
   std::stable_sort(items.begin(), items.end(),
                    [](const Item& a, const Item& b) { return a.cost > b.cost; });
   std::unique_ptr<float[]> partials(new float[num_partials * (D + 2)]);
-#pragma omp parallel num_threads((int)num_threads)
+#pragma omp parallel num_threads((int)call->num_threads)
   {
     Scratch* scratch = static_cast<Scratch*>(std::aligned_alloc(64, sizeof(Scratch)));
 #pragma omp for schedule(dynamic, 1)

@@ -10,6 +10,23 @@ import torch
 from torch import Tensor
 
 from mnemosyne.kernels.cpu.library import load_library
+from mnemosyne.kernels.cpu.tape import launch
+
+_NUMBERS = (
+    *("q", "q_stride", "k", "v", "pool_stride", "out", "lse", "num_heads", "num_kv_heads"),
+    *("segments", "num_segments", "pages", "page_size", "window"),
+)
+
+
+class _Call(ctypes.Structure):
+    """What the kernel takes."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in _NUMBERS),
+        ("scale", ctypes.c_double),
+        ("num_threads", ctypes.c_int64),
+    )
+
 
 SEGMENT_FIELDS = 6  # first_row, num_rows, first_position, num_keys, first_key, first_page
 
@@ -24,6 +41,7 @@ def paged_attention(
     page_size: int,
     window: int | None,
     scale: float,
+    is_covered: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention of packed rows over the pages of their sequences, all in one call.
 
@@ -40,6 +58,7 @@ def paged_attention(
         page_size: slots per page.
         window: keys a row sees, itself included; None: all before it.
         scale: factor on the scores, above 0.
+        is_covered: whether every row is in a segment.
 
     Returns:
         ``out_THD`` bfloat16 and ``lse_TH`` float32, natural log; (0, -inf) for a row that saw no
@@ -53,9 +72,13 @@ def paged_attention(
     assert k_KSD.stride() == v_KSD.stride()
     assert k_KSD.stride()[1:] == (head_dim, 1)
     assert scale > 0
-    out_THD = q_THD.new_zeros(num_rows, num_heads, head_dim)
-    lse_TH = torch.full((num_rows, num_heads), -torch.inf)
-    compile_attention(head_dim)(
+    if is_covered:
+        out_THD = q_THD.new_empty(q_THD.shape)
+        lse_TH = torch.empty((num_rows, num_heads))
+    else:
+        out_THD = q_THD.new_zeros(q_THD.shape)
+        lse_TH = torch.full((num_rows, num_heads), -torch.inf)
+    arguments = _Call(
         q_THD.data_ptr(),
         q_THD.stride(0),
         k_KSD.data_ptr(),
@@ -73,6 +96,7 @@ def paged_attention(
         scale,
         torch.get_num_threads(),
     )
+    launch(compile_attention(head_dim), arguments)
     return out_THD, lse_TH
 
 
@@ -81,10 +105,5 @@ def compile_attention(head_dim: int) -> Any:
     """The C function for one head dim, a multiple of 32; compiled if it never was."""
     assert head_dim % 32 == 0
     operator = load_library("attention", HEAD_DIM=head_dim).paged_attention
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    operator.argtypes = [
-        *(pointer, number, pointer, pointer, number, pointer, pointer, number, number),
-        *(pointer, number, pointer, number, number, ctypes.c_double, number),
-    ]
-    operator.restype = None
+    operator.argtypes, operator.restype = [ctypes.c_void_p], None
     return operator

@@ -20,6 +20,15 @@ struct Part {  // one layer, as the caller's table has it
   int64_t num_outputs;
 };
 
+struct Call {  // as Python lays it out
+  const bf16* x;
+  int64_t x_stride;
+  const Part* parts;
+  int64_t num_parts;
+  bf16* y;
+  int64_t num_rows, num_columns, num_threads;
+};
+
 struct Input {
   const bf16* x;
   int64_t stride, num_rows, num_columns;
@@ -112,19 +121,20 @@ void for_groups(const Input& in, Body body) {
 }  // namespace
 
 // Layers of one input; their outputs lie one after the other in y, each [num_rows, num_outputs].
-extern "C" void linear(const bf16* x, int64_t x_stride, const Part* parts, int64_t num_parts,
-                       bf16* y, int64_t num_rows, int64_t num_columns, int64_t num_threads) {
-  const Input in{x, x_stride, num_rows, num_columns};
+extern "C" void linear(const Call* call) {
+  const Input in{call->x, call->x_stride, call->num_rows, call->num_columns};
+  const Part* parts = call->parts;
   int64_t num_chunks = 0;
-  for (int64_t i = 0; i < num_parts; i++) num_chunks += (parts[i].num_outputs + CHUNK - 1) / CHUNK;
-#pragma omp parallel for schedule(dynamic, 1) num_threads((int)num_threads)
+  for (int64_t i = 0; i < call->num_parts; i++)
+    num_chunks += (parts[i].num_outputs + CHUNK - 1) / CHUNK;
+#pragma omp parallel for schedule(dynamic, 1) num_threads((int)call->num_threads)
   for (int64_t chunk = 0; chunk < num_chunks; chunk++) {
     const Part* part = parts;
-    bf16* to = y;
+    bf16* to = call->y;
     int64_t first = chunk * CHUNK;
     for (; first >= part->num_outputs; part++) {
       first -= (part->num_outputs + CHUNK - 1) / CHUNK * CHUNK;
-      to += num_rows * part->num_outputs;
+      to += in.num_rows * part->num_outputs;
     }
     const int64_t stop = std::min(first + CHUNK, part->num_outputs);
     for (int64_t output = first; output < stop; output += WIDTH)
@@ -137,18 +147,18 @@ extern "C" void linear(const bf16* x, int64_t x_stride, const Part* parts, int64
 }
 
 // silu(x G^T) * (x U^T): parts are G and U.
-extern "C" void gated(const bf16* x, int64_t x_stride, const Part* parts, bf16* y,
-                      int64_t num_rows, int64_t num_columns, int64_t num_threads) {
-  const Input in{x, x_stride, num_rows, num_columns};
-  const int64_t num_outputs = parts[0].num_outputs;
-#pragma omp parallel for schedule(dynamic, 1) num_threads((int)num_threads)
+extern "C" void gated(const Call* call) {
+  const Input in{call->x, call->x_stride, call->num_rows, call->num_columns};
+  const Part &gates = call->parts[0], &ups = call->parts[1];
+  const int64_t num_outputs = gates.num_outputs;
+#pragma omp parallel for schedule(dynamic, 1) num_threads((int)call->num_threads)
   for (int64_t first = 0; first < num_outputs; first += CHUNK)
     for (int64_t output = first; output < std::min(first + CHUNK, num_outputs); output += WIDTH)
       for_groups(in, [&](auto R, int64_t row) {
         __m128 gate[R], up[R];
-        multiply_rows<R>(in, parts[0], row, output, gate);
-        multiply_rows<R>(in, parts[1], row, output, up);
+        multiply_rows<R>(in, gates, row, output, gate);
+        multiply_rows<R>(in, ups, row, output, up);
         for (int r = 0; r < R; r++)
-          store(in, parts[0], y, row + r, output, _mm_mul_ps(silu(gate[r]), up[r]));
+          store(in, gates, call->y, row + r, output, _mm_mul_ps(silu(gate[r]), up[r]));
       });
 }

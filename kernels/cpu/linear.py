@@ -15,10 +15,23 @@ import torch
 from torch import Tensor
 
 from mnemosyne.kernels.cpu.library import load_library, what_is_missing
+from mnemosyne.kernels.cpu.tape import launch
 
 FEW_ROWS = 64  # up to which reading the weight bounds the speed, and this is the faster product
 
 Layer = tuple[Tensor, Tensor | None]  # weight and bias
+
+
+class _Call(ctypes.Structure):
+    """What the kernels take."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in (
+            *("x", "x_stride", "parts", "num_parts", "y"),
+            *("num_rows", "num_columns", "num_threads"),
+        )
+    )
 
 
 def is_fast_for(x_TE: Tensor, weight_NE: Tensor) -> bool:
@@ -59,18 +72,9 @@ def linear(x_TE: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
 
 def _linear(x_TE: Tensor, layers: Sequence[Layer]) -> Tensor:
     """What ``linear`` gives, one layer after another in one dimension."""
-    num_rows, num_columns = _check(x_TE, layers)
+    num_rows = _check(x_TE, layers)
     y = x_TE.new_empty(num_rows * sum(len(weight) for weight, _ in layers))
-    compile_linear().linear(
-        x_TE.data_ptr(),
-        x_TE.stride(0),
-        _table(layers),
-        len(layers),
-        y.data_ptr(),
-        num_rows,
-        num_columns,
-        torch.get_num_threads(),
-    )
+    _launch(compile_linear().linear, x_TE, layers, y)
     return y
 
 
@@ -85,22 +89,14 @@ def gated(x_TE: Tensor, gate: Layer, up: Layer) -> Tensor:
     Returns:
         ``y_TF`` bfloat16.
     """
-    num_rows, num_columns = _check(x_TE, (gate, up))
+    num_rows = _check(x_TE, (gate, up))
     assert gate[0].shape == up[0].shape
     y_TF = x_TE.new_empty(num_rows, len(gate[0]))
-    compile_linear().gated(
-        x_TE.data_ptr(),
-        x_TE.stride(0),
-        _table((gate, up)),
-        y_TF.data_ptr(),
-        num_rows,
-        num_columns,
-        torch.get_num_threads(),
-    )
+    _launch(compile_linear().gated, x_TE, (gate, up), y_TF)
     return y_TF
 
 
-def _check(x_TE: Tensor, layers: Sequence[Layer]) -> tuple[int, int]:
+def _check(x_TE: Tensor, layers: Sequence[Layer]) -> int:
     num_rows, num_columns = x_TE.shape
     assert x_TE.stride(1) == 1
     assert num_columns % 32 == 0
@@ -108,7 +104,21 @@ def _check(x_TE: Tensor, layers: Sequence[Layer]) -> tuple[int, int]:
         assert x_TE.dtype == weight.dtype == torch.bfloat16
         assert weight.is_contiguous()
         assert weight.shape[1] == num_columns
-    return num_rows, num_columns
+    return num_rows
+
+
+def _launch(kernel: Any, x_TE: Tensor, layers: Sequence[Layer], y: Tensor) -> None:
+    table = _table(layers)
+    arguments = _Call(
+        x_TE.data_ptr(),
+        x_TE.stride(0),
+        ctypes.addressof(table),
+        len(layers),
+        y.data_ptr(),
+        *x_TE.shape,
+        torch.get_num_threads(),
+    )
+    launch(kernel, arguments, table)
 
 
 def _table(layers: Sequence[Layer]) -> Any:
@@ -160,8 +170,6 @@ def _linear_shape(x_TE: Tensor, weights: list[Tensor], biases: list[Tensor | Non
 def compile_linear() -> Any:
     """The C functions; compiled if they never were on this machine."""
     library = load_library("linear")
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.linear.argtypes = [pointer, number, pointer, number, pointer, *(number,) * 3]
-    library.gated.argtypes = [pointer, number, pointer, pointer, *(number,) * 3]
+    library.linear.argtypes = library.gated.argtypes = [ctypes.c_void_p]
     library.linear.restype = library.gated.restype = None
     return library

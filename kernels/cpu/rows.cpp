@@ -1,5 +1,6 @@
-// What a decode does to a few rows between its products: RMSNorm and rotation, in bfloat16 with
-// float32 inside. One thread: starting others takes longer.
+// What a decode does to a few rows between its products, in bfloat16 with float32 inside: RMSNorm,
+// rotation, sums, and the way of keys and values to the cache. One thread: starting others takes
+// longer.
 
 #include <cmath>
 
@@ -18,12 +19,46 @@ inline void narrow(bf16* to, __m512 x) {
   _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(x));
 }
 
+struct Norm {  // as Python lays it out, like the others
+  const bf16* x;
+  int64_t x_stride;
+  const bf16* w;
+  bf16* y;
+  int64_t num_rows, width;
+  double eps;
+};
+
+struct Rotation {
+  const bf16* x;
+  int64_t x_stride;
+  const float *cos, *sin;
+  bf16* y;
+  int64_t num_rows, num_heads, width;
+};
+
+struct Sum {
+  const bf16 *a, *b;
+  bf16* y;
+  int64_t count;
+};
+
+struct Write {
+  const bf16 *k, *v;  // [T, K, D]
+  int64_t k_stride, v_stride;
+  bf16 *k_pool, *v_pool;  // [K, S, D]
+  int64_t pool_stride;
+  const int64_t* slots;
+  int64_t num_rows, num_heads, width;
+};
+
 }  // namespace
 
 // y = x / sqrt(mean(x^2) + eps) * w
-extern "C" void rms_norm(const bf16* x, int64_t x_stride, const bf16* w, double eps, bf16* y,
-                         int64_t num_rows, int64_t width) {
-  for (int64_t row = 0; row < num_rows; row++, x += x_stride, y += width) {
+extern "C" void rms_norm(const Norm* call) {
+  const bf16 *x = call->x, *w = call->w;
+  bf16* y = call->y;
+  const int64_t width = call->width;
+  for (int64_t row = 0; row < call->num_rows; row++, x += call->x_stride, y += width) {
     __m512 squares[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int64_t i = 0; i < width; i += 32)
       for (int h = 0; h < 2; h++) {
@@ -31,24 +66,43 @@ extern "C" void rms_norm(const bf16* x, int64_t x_stride, const bf16* w, double 
         squares[h] = _mm512_fmadd_ps(v, v, squares[h]);
       }
     const float mean = _mm512_reduce_add_ps(_mm512_add_ps(squares[0], squares[1])) / width;
-    const __m512 scale = _mm512_set1_ps((float)(1.0 / std::sqrt(mean + eps)));
+    const __m512 scale = _mm512_set1_ps((float)(1.0 / std::sqrt(mean + call->eps)));
     for (int64_t i = 0; i < width; i += 16)
       narrow(y + i, _mm512_mul_ps(_mm512_mul_ps(widen(x + i), scale), widen(w + i)));
   }
 }
 
 // Each pair (i, i + width / 2) of every head turned by its row's angle.
-extern "C" void rotate(const bf16* x, int64_t x_stride, const float* cos, const float* sin,
-                       bf16* y, int64_t num_rows, int64_t num_heads, int64_t width) {
-  const int64_t half = width / 2;
-  for (int64_t row = 0; row < num_rows; row++, cos += half, sin += half)
-    for (int64_t head = 0; head < num_heads; head++, y += width) {
-      const bf16* from = x + row * x_stride + head * width;
+extern "C" void rotate(const Rotation* call) {
+  const float *cos = call->cos, *sin = call->sin;
+  bf16* y = call->y;
+  const int64_t width = call->width, half = width / 2;
+  for (int64_t row = 0; row < call->num_rows; row++, cos += half, sin += half)
+    for (int64_t head = 0; head < call->num_heads; head++, y += width) {
+      const bf16* from = call->x + row * call->x_stride + head * width;
       for (int64_t i = 0; i < half; i += 16) {
         const __m512 a = widen(from + i), b = widen(from + half + i);
         const __m512 c = _mm512_loadu_ps(cos + i), s = _mm512_loadu_ps(sin + i);
         narrow(y + i, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
         narrow(y + half + i, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
       }
+    }
+}
+
+// y = a + b, a multiple of 16 elements
+extern "C" void add(const Sum* call) {
+  for (int64_t i = 0; i < call->count; i += 16)
+    narrow(call->y + i, _mm512_add_ps(widen(call->a + i), widen(call->b + i)));
+}
+
+// Keys and values of some rows to their slots.
+extern "C" void write(const Write* call) {
+  const int64_t width = call->width;
+  for (int64_t row = 0; row < call->num_rows; row++)
+    for (int64_t head = 0; head < call->num_heads; head++) {
+      const int64_t to = head * call->pool_stride + call->slots[row] * width;
+      const int64_t from = head * width;
+      std::memcpy(call->k_pool + to, call->k + row * call->k_stride + from, width * sizeof(bf16));
+      std::memcpy(call->v_pool + to, call->v + row * call->v_stride + from, width * sizeof(bf16));
     }
 }

@@ -1,4 +1,7 @@
-"""RMSNorm and rotation of few rows; the torch originals are ``F.rms_norm`` and ``rope.rotate``."""
+"""What happens to a few rows between products, each in one call of C++.
+
+The torch originals are ``F.rms_norm``, ``rope.rotate``, ``torch.add`` and ``Tensor.index_copy_``.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,35 @@ import torch
 from torch import Tensor
 
 from mnemosyne.kernels.cpu.library import load_library, what_is_missing
+from mnemosyne.kernels.cpu.tape import launch
 
 FEW_ROWS = 64  # up to which one thread is the faster way
+
+
+def _numbers(*names: str) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, ctypes.c_int64) for name in names)
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (
+        *_numbers("x", "x_stride", "weight", "y", "num_rows", "width"),
+        ("eps", ctypes.c_double),
+    )
+
+
+class _Rotation(ctypes.Structure):
+    _fields_ = _numbers("x", "x_stride", "cos", "sin", "y", "num_rows", "num_heads", "width")
+
+
+class _Sum(ctypes.Structure):
+    _fields_ = _numbers("a", "b", "y", "count")
+
+
+class _Write(ctypes.Structure):
+    _fields_ = _numbers(
+        *("k", "v", "k_stride", "v_stride", "k_pool", "v_pool", "pool_stride"),
+        *("slots", "num_rows", "num_heads", "width"),
+    )
 
 
 def is_fast_for(x: Tensor) -> bool:
@@ -46,15 +76,16 @@ def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
     assert rows.stride(1) == weight_E.stride(0) == 1
     assert width % 32 == 0
     y = rows.new_empty(rows.shape)
-    compile_rows().rms_norm(
+    arguments = _Norm(
         rows.data_ptr(),
         rows.stride(0),
         weight_E.data_ptr(),
-        eps,
         y.data_ptr(),
         len(rows),
         width,
+        eps,
     )
+    launch(compile_rows().rms_norm, arguments)
     return y.view(x_TE.shape)
 
 
@@ -77,7 +108,7 @@ def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     assert cos_TD.is_contiguous()
     assert sin_TD.is_contiguous()
     y_THD = x_THD.new_empty(x_THD.shape)
-    compile_rows().rotate(
+    arguments = _Rotation(
         x_THD.data_ptr(),
         x_THD.stride(0),
         cos_TD.data_ptr(),
@@ -87,15 +118,71 @@ def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
         num_heads,
         head_dim,
     )
+    launch(compile_rows().rotate, arguments)
     return y_THD
+
+
+def add(a_TE: Tensor, b_TE: Tensor) -> Tensor:
+    """``a + b``, rounded once.
+
+    Args:
+        a_TE: bfloat16, contiguous, E a multiple of 32.
+        b_TE: likewise, of the same shape.
+
+    Returns:
+        ``y_TE`` bfloat16, contiguous.
+    """
+    assert a_TE.dtype == b_TE.dtype == torch.bfloat16
+    assert a_TE.shape == b_TE.shape
+    assert a_TE.is_contiguous()
+    assert b_TE.is_contiguous()
+    assert a_TE.shape[-1] % 32 == 0
+    y_TE = a_TE.new_empty(a_TE.shape)
+    arguments = _Sum(a_TE.data_ptr(), b_TE.data_ptr(), y_TE.data_ptr(), a_TE.numel())
+    launch(compile_rows().add, arguments)
+    return y_TE
+
+
+def write(k_TKD: Tensor, v_TKD: Tensor, slots_T: Tensor, k_KSD: Tensor, v_KSD: Tensor) -> None:
+    """Copy the keys and values of some rows to their slots.
+
+    Args:
+        k_TKD: bfloat16, the heads of a row contiguous.
+        v_TKD: likewise, of the same shape.
+        slots_T: int64, contiguous.
+        k_KSD: keys of the whole pool, bfloat16; each head contiguous.
+        v_KSD: values, likewise, of the same strides.
+    """
+    num_rows, num_heads, head_dim = k_TKD.shape
+    assert k_TKD.dtype == v_TKD.dtype == k_KSD.dtype == v_KSD.dtype == torch.bfloat16
+    assert k_TKD.shape == v_TKD.shape
+    assert k_TKD.stride()[1:] == v_TKD.stride()[1:] == (head_dim, 1)
+    assert k_KSD.stride() == v_KSD.stride()
+    assert k_KSD.stride()[1:] == (head_dim, 1)
+    assert len(k_KSD) == len(v_KSD) == num_heads
+    assert slots_T.dtype == torch.int64
+    assert slots_T.shape == (num_rows,)
+    assert slots_T.is_contiguous()
+    arguments = _Write(
+        k_TKD.data_ptr(),
+        v_TKD.data_ptr(),
+        k_TKD.stride(0),
+        v_TKD.stride(0),
+        k_KSD.data_ptr(),
+        v_KSD.data_ptr(),
+        k_KSD.stride(0),
+        slots_T.data_ptr(),
+        num_rows,
+        num_heads,
+        head_dim,
+    )
+    launch(compile_rows().write, arguments)
 
 
 @cache
 def compile_rows() -> Any:
     """The C functions; compiled if they never were on this machine."""
     library = load_library("rows")
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.rms_norm.argtypes = [pointer, number, pointer, ctypes.c_double, pointer, number, number]
-    library.rotate.argtypes = [pointer, number, pointer, pointer, pointer, number, number, number]
-    library.rms_norm.restype = library.rotate.restype = None
+    for kernel in (library.rms_norm, library.rotate, library.add, library.write):
+        kernel.argtypes, kernel.restype = [ctypes.c_void_p], None
     return library

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mnemosyne.kernels.cpu import rows
 from mnemosyne.kernels.cpu.memory import huge_zeros
 
 
@@ -55,6 +56,9 @@ class PagePool:
             k_TKD: rotated keys.
             v_TKD: values.
         """
+        if rows.is_fast_for(k_TKD) and rows.is_fast_for(v_TKD):
+            rows.write(k_TKD, v_TKD, slots_T, self.k[layer], self.v[layer])
+            return
         self.k[layer].index_copy_(1, slots_T, k_TKD.transpose(0, 1))
         self.v[layer].index_copy_(1, slots_T, v_TKD.transpose(0, 1))
 

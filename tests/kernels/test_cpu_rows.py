@@ -1,4 +1,4 @@
-"""The C++ norm and rotation of few rows: no worse than torch, whatever the strides."""
+"""The C++ operators on few rows: no worse than torch, whatever the strides."""
 
 from __future__ import annotations
 
@@ -59,6 +59,28 @@ def test_rows_may_lie_apart() -> None:
         rows.rotate(heads, angle.cos(), angle.sin()),
         rows.rotate(heads.contiguous(), angle.cos(), angle.sin()),
     )
+
+
+def test_a_sum_has_the_bits_of_torch() -> None:
+    a, b = randn(7, 96), 3 * randn(96, 7).T.contiguous()
+
+    assert torch.equal(rows.add(a, b), a + b)
+
+
+def test_keys_and_values_go_to_their_slots_and_nowhere_else() -> None:
+    kv = randn(3, 2, 2, 64)  # as one product gives them: rows lie apart
+    k_TKD, v_TKD = kv[:, 0], kv[:, 1]
+    k_KSD, v_KSD = randn(2, 16, 64), randn(2, 16, 64) + 1
+    slots_T = torch.tensor([15, 0, 7])
+    expected = [
+        pool.index_copy(1, slots_T, x.transpose(0, 1))
+        for pool, x in ((k_KSD, k_TKD), (v_KSD, v_TKD))
+    ]
+
+    rows.write(k_TKD, v_TKD, slots_T, k_KSD, v_KSD)
+
+    assert torch.equal(k_KSD, expected[0])
+    assert torch.equal(v_KSD, expected[1])
 
 
 def test_what_they_cannot_or_need_not_do_is_left_to_torch() -> None:
