@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from mnemosyne.attention import AttentionBackend, choose_backend
+from mnemosyne.attention import AttentionBackend, Avx512Backend, choose_backend
 from mnemosyne.cache.capacity import count_pages, describe_cache, tokens_per_group
 from mnemosyne.cache.pages import PagePool, bytes_per_token
 from mnemosyne.checkpoint import Checkpoint, Progress, find_checkpoint, weight_bytes
@@ -33,7 +33,12 @@ from mnemosyne.parallel.pipeline import Pipeline
 from mnemosyne.parallel.trace import Trace
 from mnemosyne.runtime.compile import CompiledModel
 from mnemosyne.runtime.executor import Crew, LocalExecutor, MeshExecutor
-from mnemosyne.runtime.graphs import capture_decodes, replayable
+from mnemosyne.runtime.graphs import (
+    DecodeGraphs,
+    capture_decodes,
+    record_decodes,
+    replayable,
+)
 from mnemosyne.runtime.step import LayerShape, Model
 from mnemosyne.runtime.worker import Worker
 from mnemosyne.schedule.calibrate import Limits, calibrate
@@ -107,7 +112,7 @@ def build_rank(
         mesh=mesh,
         pipeline=_pipeline(mesh, spec, dtype, device, trace),
         trace=trace,
-        graphs=capture_decodes(model, layers, pool, backend) if _replays(config, device) else None,
+        graphs=_graphs(config, decoder, model, layers, pool, backend),
     )
     rank = Rank(
         *(mesh, checkpoint, worker, intake, num_pages, max_tokens, trace, config.metrics),
@@ -235,6 +240,24 @@ def _backend(
     if _replays(config, device):
         replayable(backend)
     return backend
+
+
+def _graphs(
+    config: EngineConfig,
+    decoder: Decoder,
+    model: Model,
+    layers: LayerShape,
+    pool: PagePool,
+    backend: AttentionBackend,
+) -> DecodeGraphs | None:
+    """The decode steps that are replayed, if any are."""
+    if config.compile != "step":
+        return None
+    if pool.k[0].device.type == "cuda":
+        return capture_decodes(model, layers, pool, backend)
+    if isinstance(backend, Avx512Backend):
+        return record_decodes(decoder, layers, pool, backend)
+    return None
 
 
 def _replays(config: EngineConfig, device: torch.device) -> bool:

@@ -24,6 +24,7 @@ class _Table:
     pages: Tensor  # int64, of all segments
     page_size: int
     window: int | None
+    is_covered: bool  # whether each row of the step is in a segment
 
 
 class Avx512Backend:
@@ -47,16 +48,10 @@ class Avx512Backend:
         """Lay the segments out as a table (see ``AttentionBackend``)."""
         if device.type != "cpu":
             raise ValueError(f"device must be cpu, got {device}; use attention=flex there")
-        rows, pages, first_page = [], [np.empty(0, np.int64)], 0
-        for s in batch.segments:
-            rows.append(
-                (s.first_row, s.num_rows, s.first_position, s.num_keys, s.first_key, first_page)
-            )
-            pages.append(s.pages[: pages_for(s.num_keys, batch.page_size)])
-            first_page += len(pages[-1])
-        segments = np.array(rows, dtype=np.int64).reshape(len(rows), SEGMENT_FIELDS)
-        table = torch.from_numpy(segments), torch.from_numpy(np.concatenate(pages))
-        return _Table(*table, batch.page_size, window)
+        segments, pages = _lay_out(batch)
+        is_covered = sum(s.num_rows for s in batch.segments) == batch.num_rows
+        tables = torch.from_numpy(segments), torch.from_numpy(pages)
+        return _Table(*tables, batch.page_size, window, is_covered)
 
     def attend(
         self,
@@ -78,8 +73,85 @@ class Avx512Backend:
             page_size=prepared.page_size,
             window=prepared.window,
             scale=scale,
+            is_covered=prepared.is_covered,
         )
         return out_THD, lse_TH if return_lse else None
+
+
+class FixedAvx512:
+    """``Avx512Backend`` for steps of a fixed number of rows, each a sequence of its own.
+
+    The kernel finds every step in the same tables: ``prepare`` copies the step there, and has
+    whoever repeats the calls of ``attend`` compute it. Rows of no sequence see no key.
+
+    Args:
+        backend: calls the kernel.
+        num_rows: T of every step, padding included.
+        page_size: tokens per page.
+        max_pages: page ids of a step at most, over all its sequences.
+    """
+
+    name = "avx512"
+
+    def __init__(
+        self, backend: Avx512Backend, *, num_rows: int, page_size: int, max_pages: int
+    ) -> None:
+        self._backend = backend
+        self._num_rows = num_rows
+        self._page_size = page_size
+        self._max_pages = max_pages
+        self._tables: dict[int | None, _Table] = {}  # by window
+
+    def prepare(self, batch: AttentionBatch, window: int | None, device: torch.device) -> _Table:
+        """Enter a step in the tables of a window; made at the first call, the same ever after."""
+        assert batch.num_rows == self._num_rows
+        assert batch.page_size == self._page_size
+        assert all(segment.num_rows == 1 for segment in batch.segments)
+        if window not in self._tables:
+            self._tables[window] = _Table(
+                segments=torch.zeros((self._num_rows, SEGMENT_FIELDS), dtype=torch.int64),
+                pages=torch.zeros(self._max_pages, dtype=torch.int64),
+                page_size=self._page_size,
+                window=window,
+                is_covered=True,
+            )
+        table, (used, pages) = self._tables[window], _lay_out(batch)
+        segments = np.zeros((self._num_rows, SEGMENT_FIELDS), dtype=np.int64)
+        segments[:, 0] = np.arange(self._num_rows)  # of no key, unless the step has some
+        segments[:, 1] = 1
+        segments[used[:, 0]] = used
+        table.segments.copy_(torch.from_numpy(segments))
+        table.pages[: len(pages)].copy_(torch.from_numpy(pages))
+        return table
+
+    def attend(
+        self,
+        q_THD: Tensor,
+        k_KSD: Tensor,
+        v_KSD: Tensor,
+        prepared: _Table,
+        *,
+        scale: float,
+        return_lse: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of the packed rows (see ``AttentionBackend``)."""
+        assert len(q_THD) == self._num_rows
+        return self._backend.attend(
+            q_THD, k_KSD, v_KSD, prepared, scale=scale, return_lse=return_lse
+        )
+
+
+def _lay_out(batch: AttentionBatch) -> tuple[np.ndarray, np.ndarray]:
+    """The segments of a step ``[B, 6]``, and the page ids of all of them."""
+    rows, pages, first_page = [], [np.empty(0, np.int64)], 0
+    for s in batch.segments:
+        rows.append(
+            (s.first_row, s.num_rows, s.first_position, s.num_keys, s.first_key, first_page)
+        )
+        pages.append(s.pages[: pages_for(s.num_keys, batch.page_size)])
+        first_page += len(pages[-1])
+    segments = np.array(rows, dtype=np.int64).reshape(len(rows), SEGMENT_FIELDS)
+    return segments, np.concatenate(pages)
 
 
 def why_not_avx512(dtype: torch.dtype, head_dim: int) -> str | None:

@@ -27,9 +27,10 @@ from mnemosyne.runtime.step import Layer, LayeredModel
 
 # Steps of so many rows have graphs of their own. Where a linear layer is spelled out as a sum per
 # row, two rows have one as well: with more the sums gained little in one measurement and lost much
-# in another.
+# in another. Where C++ kernels do everything, a compiler adds nothing to one row.
 USUAL_ROWS = (1,)
 ROWS_OF_SUMS = (1, 2)
+ROWS_OF_KERNELS = ()
 MANY_ROWS = 16  # of the steps that the graph for any number of rows is traced with
 
 Rotary = tuple[Tensor, Tensor]
@@ -64,6 +65,7 @@ class CompiledModel:
             attention is compiled, across layers, from the ids to the logits.
         device: of the weights.
         rows: numbers of rows that get graphs of their own; unset: the usual ones of the device.
+            One row without a graph is left to the decoder.
     """
 
     def __init__(
@@ -83,18 +85,23 @@ class CompiledModel:
         is_cpu = device.type == "cpu"
         has_kernel = is_cpu and _dtypes(self._layers[0]) == {torch.bfloat16} and linear.can_run()
         has_sums = is_cpu and not has_kernel
-        self._rows = tuple(rows or (ROWS_OF_SUMS if has_sums else USUAL_ROWS))
+        usual = ROWS_OF_SUMS if has_sums else ROWS_OF_KERNELS if has_kernel else USUAL_ROWS
+        self._rows: tuple[int, ...] = tuple(usual if rows is None else rows)
+        self._compiles_logits = mode == "step" and not has_kernel  # one product is all they are
         backend = compile_few_rows if has_sums else "inductor"
         self._few = {n: _Pieces.make(lambda f: _compiled(f, backend)) for n in self._rows}
         self._many = _Pieces.make(_compiled)
 
     def __call__(self, x: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         """Hidden states ``[T, E]`` of the packed rows."""
-        return self._run(self._few.get(len(positions_T), self._many), x, positions_T, attend)
+        num_rows = len(positions_T)
+        if num_rows == 1 and num_rows not in self._rows:
+            return self._model(x, positions_T, attend)
+        return self._run(self._few.get(num_rows, self._many), x, positions_T, attend)
 
     def logits(self, hidden_BE: Tensor) -> Tensor:
         """Logits ``[B, V]``, float32 or wider."""
-        if self._run == self._run_layers:
+        if not self._compiles_logits:
             return self._model.logits(hidden_BE)
         num_rows = len(hidden_BE)
         bucket = next((n for n in self._rows if n >= num_rows), None)

@@ -1,4 +1,4 @@
-"""Steps of decodes alone as CUDA graphs: one launch replays the whole forward pass.
+"""Steps of decodes alone as graphs: one launch replays the whole forward pass.
 
 A graph repeats the kernels of one step at the addresses that it saw. So the inputs of a step are
 copied to tensors that stay in place, and attention must launch alike whatever the lengths are.
@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from mnemosyne.attention.avx512 import Avx512Backend, FixedAvx512
 from mnemosyne.attention.by_kind import ByKind
 from mnemosyne.attention.segments import AttentionBackend, AttentionBatch
 from mnemosyne.cache.pages import PagePool
+from mnemosyne.kernels.cpu.tape import Memory, Tape
 from mnemosyne.parallel.mesh import Axis
 from mnemosyne.runtime.inputs import StepInputs, bucket_size
 from mnemosyne.runtime.step import LayerShape, Model, PagedAttention
@@ -30,6 +32,8 @@ log = logging.getLogger(__name__)
 
 MOST_ROWS = 64  # of a step that is replayed; larger ones hide their launches behind their work
 GRAPH_ROWS = tuple(sorted({bucket_size(n) for n in range(1, MOST_ROWS + 1)}))
+
+TAPE_BYTES = 1 << 28  # of memory for what steps compute on the way; what is not used takes none
 
 
 class Graph(Protocol):
@@ -148,6 +152,39 @@ class DecodeGraphs:
             lambda: self._model(inputs.token_ids_T, inputs.positions_T, attend)
         )
         return _Captured(graph, backend, inputs, hidden_TE)
+
+
+def record_decodes(
+    model: Model,
+    layers: LayerShape,
+    pool: PagePool,
+    backend: Avx512Backend,
+    *,
+    rows: Sequence[int] = GRAPH_ROWS,
+) -> DecodeGraphs:
+    """Record decode steps on the CPU, whose kernels are then called without Python in between.
+
+    Args:
+        model: the decoder itself: what a compiler made of it could not be recorded.
+        layers: windows and scale.
+        pool: the KV cache.
+        backend: the one that runs other steps.
+        rows: numbers of rows.
+    """
+    started_s = time.perf_counter()
+    memory = Memory(TAPE_BYTES)  # of all of them: one runs at a time
+    graphs = DecodeGraphs(
+        model,
+        layers,
+        pool,
+        backend_for=lambda num_rows: FixedAvx512(
+            backend, num_rows=num_rows, page_size=pool.page_size, max_pages=pool.num_pages
+        ),
+        new_graph=lambda: Tape(memory),
+        rows=rows,
+    )
+    log.info("decode steps recorded in %.1f s", time.perf_counter() - started_s)
+    return graphs
 
 
 def replayable(backend: AttentionBackend) -> TritonBackend:

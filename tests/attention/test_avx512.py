@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from mnemosyne.attention import Avx512Backend, ReferenceBackend
+from mnemosyne.attention.avx512 import FixedAvx512
 from mnemosyne.kernels.cpu.library import load_library, what_is_missing
 from tests.attention.cases import (
     LAYOUTS,
@@ -137,3 +141,41 @@ def test_a_library_is_compiled_once_and_kept(
 
     assert first._name == second._name
     assert first._name.startswith(str(tmp_path))
+
+
+@pytest.fixture
+def _poisoned() -> Iterator[None]:
+    """Memory that nobody wrote holds nan."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.parametrize("window", [None, 50])
+def test_tables_that_stay_in_place_serve_steps_of_any_lengths(window: int | None) -> None:
+    ragged = (Rows(1, 1200), Rows(1, 0), Rows(1, 30, key_stop=0), Rows(1, 90, first_key=64))
+    layouts = (ragged, ragged[::-1], ragged[1:2], [Rows(1, 9000)] * 5)
+    steps = [
+        make_case(rows, heads=(2, 3, 32), seed=seed, num_pages=3000)
+        for seed, rows in enumerate(layouts)
+    ]
+    num_rows, page_size = 12, steps[0].batch.page_size
+    fixed = FixedAvx512(Avx512Backend(32), num_rows=num_rows, page_size=page_size, max_pages=3000)
+    tables = set()
+
+    for step in steps:
+        padding = step.q_THD[:1].expand(num_rows - len(step.q_THD), -1, -1)
+        batch = replace(step.batch, num_rows=num_rows)
+        case = replace(step, batch=batch, q_THD=torch.cat((step.q_THD, padding)))
+        case = case.to(torch.bfloat16)
+        out, lse = case.attend(fixed, window, return_lse=True)
+        expected_out, expected_lse = case.attend(Avx512Backend(32), window, return_lse=True)
+        assert lse is not None
+        assert expected_lse is not None
+        assert torch.equal(out, expected_out)
+        assert torch.equal(lse, expected_lse)
+        prepared = fixed.prepare(batch, window, torch.device("cpu"))
+        tables.add((prepared.segments.data_ptr(), prepared.pages.data_ptr()))
+
+    assert len(tables) == 1

@@ -1,0 +1,116 @@
+"""Decode steps that are recorded on the CPU: the bits of computed ones, and nothing compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from mnemosyne.attention import Avx512Backend
+from mnemosyne.kernels.cpu.library import what_is_missing
+from mnemosyne.kernels.cpu.tape import Tape
+from mnemosyne.llm import LLM
+from mnemosyne.runtime.graphs import DecodeGraphs, record_decodes
+from mnemosyne.runtime.inputs import StepInputs
+from mnemosyne.runtime.worker import Worker
+from tests.engines import greedy, random_prompts, worker_of
+from tests.model_zoo.tiny import tiny_checkpoint
+
+pytestmark = [
+    pytest.mark.skipif(what_is_missing() is not None, reason=str(what_is_missing())),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),
+]
+
+NUM_TOKENS = 10
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def open_bfloat16(path: Path, **options: Any) -> LLM:
+    return LLM(
+        str(path),
+        device="cpu",
+        dtype="bfloat16",
+        attention="avx512",
+        schedule={"chunk": 64},
+        cache={"max_tokens": 2048, "page_size": 16},
+        **options,
+    )
+
+
+def write_checkpoint(path: Path, family: str = "llama", **options: Any) -> Path:
+    return tiny_checkpoint(path, family=family, head_dim=32, mlp_width=64, **options)
+
+
+def graphs_of(worker: Worker) -> DecodeGraphs:
+    assert isinstance(worker._backend, Avx512Backend)
+    return record_decodes(
+        *(worker._model, worker._layers, worker._pool, worker._backend), rows=(1, 2, 4)
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replayed_steps_have_the_bits_of_computed_ones(family: str, tmp_path: Path) -> None:
+    window = 24 if family == "mistral" else None
+    with open_bfloat16(write_checkpoint(tmp_path / "tiny", family, window=window)) as llm:
+        worker, held = worker_of(llm), []
+        graphs, computed = graphs_of(worker), worker._forward_pass
+
+        def forward_pass(inputs: StepInputs) -> Callable[[Tensor], Tensor]:
+            compute = computed(inputs)
+            if not graphs.holds(inputs):
+                return compute
+
+            def both(x: Tensor) -> Tensor:
+                hidden_TE = compute(x)
+                written = [pool.clone() for pool in (*worker._pool.k, *worker._pool.v)]
+                held.append(len(inputs.batch.segments))
+                assert torch.equal(graphs.run(inputs), hidden_TE)
+                assert all(map(torch.equal, (*worker._pool.k, *worker._pool.v), written))
+                return hidden_TE
+
+            return both
+
+        worker._forward_pass = forward_pass  # type: ignore[method-assign]
+        for lengths in ((1, 33, 41), (40,)):
+            llm.generate(random_prompts(lengths), greedy(NUM_TOKENS))
+
+    assert set(held) == {1, 3}  # three rows and one of padding
+    assert len(held) >= 2 * (NUM_TOKENS - 1)
+
+
+def test_all_layers_are_one_call(tmp_path: Path) -> None:
+    calls = []
+    for num_layers in (1, 3):
+        path = write_checkpoint(tmp_path / str(num_layers), num_layers=num_layers)
+        with open_bfloat16(path) as llm:
+            graphs = graphs_of(worker_of(llm))
+            calls.append([len(captured.graph) for captured in graphs._captured.values()])  # type: ignore[arg-type]
+
+    assert calls[0] == calls[1]
+    assert max(calls[0]) <= 10  # the embedding, and cos and sin of the positions
+
+
+def test_compiled_steps_replay_every_decode_and_compile_nothing_after_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path, replays, replay = write_checkpoint(tmp_path / "tiny"), [], Tape.replay
+    prompts = random_prompts((1, 1, 1))  # a prompt of one token is a decode by its shape
+    with open_bfloat16(path) as llm:
+        expected = [llm.generate(p, greedy(NUM_TOKENS))[0].token_ids for p in prompts]
+    monkeypatch.setattr(Tape, "replay", lambda tape: (replays.append(tape), replay(tape)))
+
+    with open_bfloat16(path, compile="step") as llm:
+        before = counters["stats"]["unique_graphs"]
+        outputs = [llm.generate(p, greedy(NUM_TOKENS))[0].token_ids for p in prompts]
+        assert len(replays) == len(prompts) * NUM_TOKENS
+        llm.generate(random_prompts((3, 65, 1, 90, 17, 2)), greedy(NUM_TOKENS, prompt_logprobs=1))
+
+        assert counters["stats"]["unique_graphs"] == before
+    assert outputs == expected
+    assert len(replays) > len(prompts) * NUM_TOKENS
