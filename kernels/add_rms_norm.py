@@ -18,7 +18,7 @@ def add_rms_norm_kernel(
     total,  # [T, E]
     normed,  # [T, E]
     width,
-    eps,
+    EPS: tl.constexpr,  # as an argument it would be rounded to float32
     WIDE: tl.constexpr,  # dtype of the statistics
     BLOCK_E: tl.constexpr,
 ):
@@ -33,7 +33,7 @@ def add_rms_norm_kernel(
     stream = x.to(total.dtype.element_ty)
     tl.store(total + at, stream, mask=inside)
     x = stream.to(WIDE)
-    scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / width + eps)
+    scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / width + EPS)
     gain = tl.load(weight + e, mask=inside, other=0.0).to(WIDE)
     tl.store(normed + at, (x * scale * gain).to(normed.dtype.element_ty), mask=inside)
 
@@ -71,7 +71,7 @@ def add_rms_norm(
         add_rms_norm_kernel[(num_rows,)](
             *(hidden_TE, delta_TE, weight_E, total_TE, normed_TE),
             width,
-            eps,
+            EPS=eps,
             WIDE=tl.float64 if hidden_TE.dtype == torch.float64 else tl.float32,
             BLOCK_E=triton.next_power_of_2(width),
             num_warps=norm_warps(width),

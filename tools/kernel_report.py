@@ -178,9 +178,9 @@ def rotate_build(arch: int, dtype: str, head_dim: int) -> Build:
 def norm_build(arch: int, dtype: str, width: int) -> Build:
     """The residual add with its RMSNorm."""
     types = dict.fromkeys(("hidden", "delta", "weight", "total", "normed"), f"*{dtype}")
-    types["eps"] = "fp32"
     wide = tl.float64 if dtype == "fp64" else tl.float32
-    constants: dict[str, object] = {"WIDE": wide, "BLOCK_E": triton.next_power_of_2(width)}
+    constants: dict[str, object] = {"EPS": 1e-5, "WIDE": wide}
+    constants["BLOCK_E"] = triton.next_power_of_2(width)
     name = f"used add_rms_norm {dtype} E{width}"
     options = {"num_warps": norm_warps(width)}
     return Build(name, add_rms_norm_kernel, arch, types, constants, options)

@@ -105,17 +105,19 @@ class Worker:
         announced = self._expected.popleft()
         assert announced is plan, f"step {announced.index} was announced before step {plan.index}"
         self._apply(plan)
-        hidden_TE, inputs = self._forward(plan) if plan.chunks else (None, None)
-        if self._mesh.pp.index < self._mesh.pp.degree - 1:
-            return None
         result = StepResult(plan.index)
-        if hidden_TE is not None and inputs is not None:
-            prompt_logprobs = self._prompt_logprobs(inputs, hidden_TE)
-            result = StepResult(plan.index, self._sample(inputs, hidden_TE), prompt_logprobs)
-        return result if self._mesh.tp.index == 0 else None
+        if plan.chunks:
+            hidden_TE, inputs, is_finite_T = self._forward(plan)
+            if hidden_TE is not None:
+                prompt_logprobs = self._prompt_logprobs(inputs, hidden_TE)
+                result = StepResult(plan.index, self._sample(inputs, hidden_TE), prompt_logprobs)
+            self._mark_broken(inputs, is_finite_T)
+        is_last_stage = self._mesh.pp.index == self._mesh.pp.degree - 1
+        return result if is_last_stage and self._mesh.tp.index == 0 else None
 
     @torch.inference_mode()
-    def _forward(self, plan: Plan) -> tuple[Tensor | None, StepInputs]:
+    def _forward(self, plan: Plan) -> tuple[Tensor | None, StepInputs, Tensor]:
+        """Hidden states of the last stage, and which rows are finite; a GPU may still be at it."""
         inputs = build_inputs(
             plan,
             self._sequences,
@@ -126,18 +128,21 @@ class Worker:
             padding_slot=self._pool.padding_slot,
             device=self._device,
         )
-        forward = self._forward_pass(inputs)
+        forward, is_finite = self._forward_pass(inputs), list[Tensor]()
 
         def stage(x: Tensor) -> Tensor:
             hidden_TE = forward(x)
-            self._mark_broken(inputs, hidden_TE)
+            is_finite.append(hidden_TE.sum(-1, dtype=torch.float32).isfinite())
             return hidden_TE
 
+        last_TE: Tensor | None
         if self._pipeline is None:
             with self._trace.span("compute") if self._trace else nullcontext():
-                return stage(inputs.token_ids_T), inputs
-        num_rows = len(inputs.token_ids_T)
-        return self._pipeline.run(stage, num_rows, inputs.token_ids_T, step=plan.index), inputs
+                last_TE = stage(inputs.token_ids_T)
+        else:
+            num_rows = len(inputs.token_ids_T)
+            last_TE = self._pipeline.run(stage, num_rows, inputs.token_ids_T, step=plan.index)
+        return last_TE, inputs, is_finite[0]
 
     def _forward_pass(self, inputs: StepInputs) -> Callable[[Tensor], Tensor]:
         """What computes the step, its tables ready before its input arrives."""
@@ -175,13 +180,13 @@ class Worker:
         if shard is not None:
             self._pool.clear(sequence.placement.shards[shard].pages)
 
-    def _mark_broken(self, inputs: StepInputs, hidden_TE: Tensor) -> None:
+    def _mark_broken(self, inputs: StepInputs, is_finite_T: Tensor) -> None:
         """Remember which requests hold keys or values that are not finite.
 
         Every row sees its own key and value in every layer, so its hidden state tells. Logits
         would not: a request that is cancelled in its prefill never has any.
         """
-        is_finite_T = hidden_TE.sum(-1, dtype=torch.float32).isfinite().cpu()
+        is_finite_T = is_finite_T.cpu()
         if is_finite_T.all():
             return
         for placed in inputs.chunks:
