@@ -63,6 +63,68 @@ def fetch_blocks(
 
 
 @gluon.jit
+def store_queries(
+    q_block,  # [HALF_M, HEAD_DIM]
+    q,
+    item,
+    head,
+    strides,
+    HALF: gl.constexpr,
+    GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+):
+    """The queries of a half to shared memory, 0 beyond the rows of the tile; four warps."""
+    layout: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0]
+    )
+    stride_qt, stride_qh = strides
+    first_row = gl.load(item)
+    num_rows = gl.load(item + 1).to(gl.int32)
+    m = HALF * HALF_M + gl.arange(0, HALF_M, gl.SliceLayout(1, layout))
+    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
+    at = (first_row + m // GROUP) * stride_qt + (head * GROUP + m % GROUP) * stride_qh
+    is_query = m < num_rows * GROUP
+    queries = gl.load(q + at[:, None] + d[None, :], mask=is_query[:, None], other=0.0)
+    q_block.store(queries)
+    fence_async_shared()
+
+
+@gluon.jit
+def store_half(
+    acc,  # [HALF_M, HEAD_DIM]
+    total,  # [HALF_M]
+    top,  # [HALF_M], base 2
+    results,
+    item,
+    head,
+    num_kv_heads,
+    HALF: gl.constexpr,
+    GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    DTYPE: gl.constexpr,
+):
+    """Normalise a half and write it, as the result or as a partial; every row saw a key."""
+    out, lse, partial_out, partial_lse = results
+    first_row = gl.load(item)
+    num_rows = gl.load(item + 1).to(gl.int32)
+    m = HALF * HALF_M + gl.arange(0, HALF_M, total.type.layout)
+    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, acc.type.layout))
+    is_query = m < num_rows * GROUP
+    result = acc / total[:, None]
+    result_lse = (top + gl.log2(total)) / LOG2_E
+    is_whole = gl.load(item + 7) == 1
+    row = gl.where(is_whole, first_row, gl.load(item + 6)) + m // GROUP
+    at = row * (num_kv_heads * GROUP) + head * GROUP + m % GROUP
+    where = at[:, None] * HEAD_DIM + d[None, :]
+    if is_whole:
+        gl.store(out + where, result.to(DTYPE), mask=is_query[:, None])
+        gl.store(lse + at, result_lse, mask=is_query)
+    else:
+        gl.store(partial_out + where, result, mask=is_query[:, None])
+        gl.store(partial_lse + at, result_lse, mask=is_query)
+
+
+@gluon.jit
 def attend_half(
     buffers,
     barriers,
@@ -87,29 +149,14 @@ def attend_half(
     """
     q_blocks, k_blocks, v_blocks = buffers
     k_ready, k_free, v_ready, v_free = barriers
-    out, lse, partial_out, partial_lse = results
-    stride_qt, stride_qh = strides
     DTYPE: gl.constexpr = q_blocks.dtype
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
     out_row_layout: gl.constexpr = gl.SliceLayout(1, acc_layout)
-    load_layout: gl.constexpr = gl.BlockedLayout(
-        [1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0]
-    )
     FACTOR: gl.constexpr = SCALE * LOG2_E
-    first_row = gl.load(item)
-    num_rows = gl.load(item + 1).to(gl.int32)
-    heads = head * GROUP
-
-    m = HALF * HALF_M + gl.arange(0, HALF_M, gl.SliceLayout(1, load_layout))
-    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, load_layout))
-    at = (first_row + m // GROUP) * stride_qt + (heads + m % GROUP) * stride_qh
-    is_query = m < num_rows * GROUP
-    queries = gl.load(q + at[:, None] + d[None, :], mask=is_query[:, None], other=0.0)
     q_block = q_blocks.index(HALF)
-    q_block.store(queries)
-    fence_async_shared()
+    store_queries(q_block, q, item, head, strides, HALF, GROUP, HEAD_DIM)
 
     no_scores = gl.zeros([HALF_M, BLOCK_N], gl.float32, score_layout)
     acc = gl.zeros([HALF_M, HEAD_DIM], gl.float32, acc_layout)
@@ -154,21 +201,7 @@ def attend_half(
 
     total = gl.convert_layout(total, out_row_layout)
     top = gl.convert_layout(top, out_row_layout)
-    own = HALF * HALF_M + gl.arange(0, HALF_M, out_row_layout)
-    column = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, acc_layout))
-    is_own = own < num_rows * GROUP
-    result = acc / total[:, None]
-    result_lse = (top + gl.log2(total)) / LOG2_E
-    is_whole = gl.load(item + 7) == 1
-    target_row = gl.where(is_whole, first_row, gl.load(item + 6)) + own // GROUP
-    target = target_row * (num_kv_heads * GROUP) + heads + own % GROUP
-    where = target[:, None] * HEAD_DIM + column[None, :]
-    if is_whole:
-        gl.store(out + where, result.to(DTYPE), mask=is_own[:, None])
-        gl.store(lse + target, result_lse, mask=is_own)
-    else:
-        gl.store(partial_out + where, result, mask=is_own[:, None])
-        gl.store(partial_lse + target, result_lse, mask=is_own)
+    store_half(acc, total, top, results, item, head, num_kv_heads, HALF, GROUP, HEAD_DIM, DTYPE)
 
 
 @gluon.jit
@@ -301,6 +334,8 @@ def attend_whole_blocks(
 ) -> None:
     """Attention of the items of whole blocks, in place; arguments as for ``paged_chunk``."""
     num_kv_heads, num_slots, head_dim = k_KSD.shape
+    assert num_kv_heads * num_slots < 2**31, "rows of a descriptor are counted in int32"
+    assert q_THD.shape[1] // num_kv_heads <= config.block_m
     block = [config.block_n, head_dim]
     layout = gl.NVMMASharedLayout.get_default_for(block, GLUON_DTYPES[k_KSD.dtype])
     descriptors = [
