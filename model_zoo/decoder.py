@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mnemosyne.attention.segments import Attend
-from mnemosyne.model_zoo.layers import DecoderLayer, Linear, Unembed, norm
+from mnemosyne.model_zoo.layers import DecoderLayer, Embedding, Linear, Unembed, norm
 from mnemosyne.model_zoo.rope import rotary_cos_sin
 from mnemosyne.model_zoo.spec import ModelSpec
 
@@ -65,7 +65,7 @@ class Decoder(nn.Module):
         spec = self.spec
         self.embed: nn.Module | None = None
         if self.is_first:
-            self.embed = nn.Embedding(spec.vocab_size, spec.width)
+            self.embed = Embedding(spec.vocab_size, spec.width)
         # Keyed by the index in the whole model: parameter names are the same on every stage.
         self.layers = nn.ModuleDict({str(index): DecoderLayer(spec) for index in held})
         self.norm = norm(spec.width, spec) if self.is_last else None

@@ -16,6 +16,16 @@ from mnemosyne.model_zoo.spec import ModelSpec
 FeedForward = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # an MLP and its input
 
 
+class Embedding(nn.Embedding):
+    """``nn.Embedding``; a few rows in bfloat16 on CPU take the kernel that is one call."""
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        """Rows of the weight, [T, E]."""
+        if torch.compiler.is_compiling() or not rows.are_few(ids_T, self.weight.dtype):
+            return super().forward(ids_T)
+        return rows.look_up(self.weight, ids_T)
+
+
 class RMSNorm(nn.RMSNorm):
     """``nn.RMSNorm``; a few rows in bfloat16 on CPU take the kernel that is one call."""
 

@@ -159,7 +159,10 @@ def rotary_cos_sin(
         ``cos_TD`` and ``sin_TD``, both [T, D/2], float32 or, for a float64 model, float64.
     """
     assert positions_T.dtype == torch.int64
-    angle_TD = positions_T.double()[:, None] * inverse_frequencies(rope, positions_T.device)
+    radians_D = inverse_frequencies(rope, positions_T.device)
+    if not torch.compiler.is_compiling() and rows.are_few(positions_T, dtype):
+        return rows.cos_sin(positions_T, radians_D, rope.attention_factor)
+    angle_TD = positions_T.double()[:, None] * radians_D
     wide = torch.promote_types(dtype, torch.float32)
     cos_TD = (angle_TD.cos() * rope.attention_factor).to(wide)  # [T, D/2]
     sin_TD = (angle_TD.sin() * rope.attention_factor).to(wide)  # [T, D/2]

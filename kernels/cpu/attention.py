@@ -74,7 +74,7 @@ def paged_attention(
     assert scale > 0
     if is_covered:
         out_THD = q_THD.new_empty(q_THD.shape)
-        lse_TH = torch.empty((num_rows, num_heads))
+        lse_TH = q_THD.new_empty((num_rows, num_heads), dtype=torch.float32)
     else:
         out_THD = q_THD.new_zeros(q_THD.shape)
         lse_TH = torch.full((num_rows, num_heads), -torch.inf)

@@ -1,6 +1,6 @@
-// What a decode does to a few rows between its products, in bfloat16 with float32 inside: RMSNorm,
-// rotation, sums, and the way of keys and values to the cache. One thread: starting others takes
-// longer.
+// What a decode does to a few rows between its products, in bfloat16 with float32 inside: embedding
+// and angles, RMSNorm, rotation, sums, and the way of keys and values to the cache. One thread:
+// starting others takes longer.
 
 #include <cmath>
 
@@ -19,7 +19,22 @@ inline void narrow(bf16* to, __m512 x) {
   _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(x));
 }
 
-struct Norm {  // as Python lays it out, like the others
+struct Lookup {  // as Python lays it out, like the others
+  const bf16* table;  // [V, E]
+  const int64_t* ids;
+  bf16* y;
+  int64_t num_rows, width;
+};
+
+struct Angles {
+  const int64_t* positions;
+  const double* radians;  // per position
+  float *cos, *sin;       // [T, half]
+  int64_t num_rows, half;
+  double gain;
+};
+
+struct Norm {
   const bf16* x;
   int64_t x_stride;
   const bf16* w;
@@ -52,6 +67,23 @@ struct Write {
 };
 
 }  // namespace
+
+// Rows of a table.
+extern "C" void look_up(const Lookup* call) {
+  const int64_t width = call->width;
+  for (int64_t row = 0; row < call->num_rows; row++)
+    std::memcpy(call->y + row * width, call->table + call->ids[row] * width, width * sizeof(bf16));
+}
+
+// Cosine and sine of every row's angles, in double until they are rounded.
+extern "C" void angles(const Angles* call) {
+  for (int64_t row = 0, at = 0; row < call->num_rows; row++)
+    for (int64_t i = 0; i < call->half; i++, at++) {
+      const double angle = (double)call->positions[row] * call->radians[i];
+      call->cos[at] = (float)(std::cos(angle) * call->gain);
+      call->sin[at] = (float)(std::sin(angle) * call->gain);
+    }
+}
 
 // y = x / sqrt(mean(x^2) + eps) * w
 extern "C" void rms_norm(const Norm* call) {

@@ -1,6 +1,7 @@
 """What happens to a few rows between products, each in one call of C++.
 
-The torch originals are ``F.rms_norm``, ``rope.rotate``, ``torch.add`` and ``Tensor.index_copy_``.
+The torch originals are ``F.embedding``, ``F.rms_norm``, ``rope.rotary_cos_sin`` and ``rotate``,
+``torch.add`` and ``Tensor.index_copy_``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,17 @@ FEW_ROWS = 64  # up to which one thread is the faster way
 
 def _numbers(*names: str) -> tuple[tuple[str, Any], ...]:
     return tuple((name, ctypes.c_int64) for name in names)
+
+
+class _Lookup(ctypes.Structure):
+    _fields_ = _numbers("table", "ids", "y", "num_rows", "width")
+
+
+class _Angles(ctypes.Structure):
+    _fields_ = (
+        *_numbers("positions", "radians", "cos", "sin", "num_rows", "half"),
+        ("gain", ctypes.c_double),
+    )
 
 
 class _Norm(ctypes.Structure):
@@ -47,13 +59,69 @@ class _Write(ctypes.Structure):
 def is_fast_for(x: Tensor) -> bool:
     """Whether the kernels can take rows ``[T, E]`` or heads ``[T, H, D]``, and are faster."""
     return (
-        x.dtype == torch.bfloat16
+        x.shape[-1] % 32 == 0
+        and x.stride()[1:] == (*x.shape[2:], 1)  # a row is contiguous
+        and are_few(x, x.dtype)
+    )
+
+
+def are_few(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernels are the faster way for rows ``[T, ...]`` of a model in a dtype."""
+    return (
+        dtype == torch.bfloat16
         and x.device.type == "cpu"
         and x.shape[0] <= FEW_ROWS
-        and x.shape[-1] % 32 == 0
-        and x.stride()[1:] == (*x.shape[2:], 1)  # a row is contiguous
         and what_is_missing() is None
     )
+
+
+def look_up(table_VE: Tensor, ids_T: Tensor) -> Tensor:
+    """Some rows of a table.
+
+    Args:
+        table_VE: bfloat16, contiguous.
+        ids_T: int64 row numbers, contiguous; each below V.
+
+    Returns:
+        ``y_TE`` bfloat16, contiguous.
+    """
+    assert table_VE.dtype == torch.bfloat16
+    assert table_VE.is_contiguous()
+    assert ids_T.dtype == torch.int64
+    assert ids_T.is_contiguous()
+    y_TE = table_VE.new_empty((len(ids_T), table_VE.shape[1]))
+    arguments = _Lookup(table_VE.data_ptr(), ids_T.data_ptr(), y_TE.data_ptr(), *y_TE.shape)
+    launch(compile_rows().look_up, arguments)
+    return y_TE
+
+
+def cos_sin(positions_T: Tensor, radians_D: Tensor, gain: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of ``positions * radians``, in float64, times ``gain``, rounded once.
+
+    Args:
+        positions_T: int64, contiguous.
+        radians_D: float64 [D/2], contiguous.
+        gain: factor on both.
+
+    Returns:
+        ``cos_TD`` and ``sin_TD``, both float32 [T, D/2], contiguous.
+    """
+    assert positions_T.dtype == torch.int64
+    assert radians_D.dtype == torch.float64
+    assert positions_T.is_contiguous()
+    assert radians_D.is_contiguous()
+    shape = len(positions_T), len(radians_D)
+    cos_TD, sin_TD = (radians_D.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    arguments = _Angles(
+        positions_T.data_ptr(),
+        radians_D.data_ptr(),
+        cos_TD.data_ptr(),
+        sin_TD.data_ptr(),
+        *shape,
+        gain,
+    )
+    launch(compile_rows().angles, arguments)
+    return cos_TD, sin_TD
 
 
 def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
@@ -183,6 +251,7 @@ def write(k_TKD: Tensor, v_TKD: Tensor, slots_T: Tensor, k_KSD: Tensor, v_KSD: T
 def compile_rows() -> Any:
     """The C functions; compiled if they never were on this machine."""
     library = load_library("rows")
-    for kernel in (library.rms_norm, library.rotate, library.add, library.write):
+    for name in ("look_up", "angles", "rms_norm", "rotate", "add", "write"):
+        kernel = getattr(library, name)
         kernel.argtypes, kernel.restype = [ctypes.c_void_p], None
     return library

@@ -152,9 +152,9 @@ class Tape(TorchDispatchMode):
         return result
 
     def _new_empty(self, like: Tensor, shape: Sequence[int], **keywords: Any) -> Tensor | None:
-        if set(keywords) - {"pin_memory"} or like.device.type != "cpu":
+        if set(keywords) - {"dtype", "pin_memory"} or like.device.type != "cpu":
             return None
-        return self._memory.empty(shape, like.dtype)
+        return self._memory.empty(shape, keywords.get("dtype") or like.dtype)
 
     def _record(self, step: Callable[[], object]) -> None:
         self._end_calls()

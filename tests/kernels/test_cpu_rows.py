@@ -61,6 +61,27 @@ def test_rows_may_lie_apart() -> None:
     )
 
 
+def test_rows_of_a_table_are_looked_up() -> None:
+    table, ids = randn(10, 96), torch.tensor([9, 0, 9, 4])
+
+    assert torch.equal(rows.look_up(table, ids), table[ids])
+
+
+@pytest.mark.parametrize("gain", [1.0, 1.2])
+def test_angles_are_exact_at_far_positions(gain: float) -> None:
+    positions_T = torch.tensor([0, 1, 16_384, 10_485_759, (1 << 31) + 1])
+    radians_D = 500_000.0 ** (torch.arange(32, dtype=torch.float64) / -32)
+
+    cos_TD, sin_TD = rows.cos_sin(positions_T, radians_D, gain)
+
+    angle_TD = positions_T.double()[:, None] * radians_D
+    for actual, exact in ((cos_TD, angle_TD.cos() * gain), (sin_TD, angle_TD.sin() * gain)):
+        assert actual.dtype == torch.float32
+        assert (
+            (actual.double() - exact).abs() <= torch.finfo(torch.float32).eps * exact.abs()
+        ).all()
+
+
 def test_a_sum_has_the_bits_of_torch() -> None:
     a, b = randn(7, 96), 3 * randn(96, 7).T.contiguous()
 
