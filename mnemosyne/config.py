@@ -14,7 +14,7 @@ SIZE_SUFFIXES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 DURATION_SUFFIXES = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "": 1.0}  # seconds
 Duration = float | int | str  # OmegaConf takes no whole number for a float of several types
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
-ATTENTION_BACKENDS = ("auto", "reference", "flex", "triton", "cpu", "avx512")
+ATTENTION_BACKENDS = ("auto", "reference", "flex", "triton", "cpu", "avx512", "amx")
 COMPILE_MODES = ("none", "layer", "step")
 FFN_LAYOUTS = ("tp", "wide")
 POLICIES = ("fcfs", "edf", "lrs", "lars")
@@ -232,7 +232,7 @@ class EngineConfig:
     model: str  # a Hugging Face directory, "needle" or "bench"
     dtype: str = "auto"  # auto: as the checkpoint says
     device: str = "auto"  # auto: cuda where there is one, else cpu
-    attention: str = "auto"  # reference, flex, triton, cpu, avx512; auto: the device's usual one
+    attention: str = "auto"  # reference, flex, triton, cpu, avx512, amx; auto: the usual one
     compile: str = "none"  # layer: what surrounds attention; step: all but attention, ids to logits
     mesh: MeshConfig = field(default_factory=MeshConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

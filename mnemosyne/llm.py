@@ -41,7 +41,8 @@ class LLM:
         model: a Hugging Face directory, ``"needle"`` or ``"bench"``.
         dtype: ``"auto"`` (as the checkpoint says), float64, float32, bfloat16 or float16.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
-        attention: ``"auto"``, ``"reference"``, ``"flex"``, ``"cpu"`` or ``"avx512"``.
+        attention: ``"auto"``, ``"reference"``, ``"flex"``, ``"cpu"``, ``"avx512"`` or
+            ``"amx"``.
         compile: ``"none"``, ``"layer"`` or ``"step"``: what is compiled before the first request.
         schedule: a ``ScheduleConfig`` or its fields, e.g. ``{"chunk": 512}``.
         slo: a ``SloConfig`` or its fields, e.g. ``{"ttft_min": 0.5}``.

@@ -1,4 +1,4 @@
-"""Paged attention on AVX-512 BF16; its torch original is ``mnemosyne.attention.cpu``."""
+"""Paged attention on AVX-512 BF16 and on AMX; its torch original is ``mnemosyne.attention.cpu``."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ def paged_attention(
     page_size: int,
     window: int | None,
     scale: float,
+    instructions: str,
     is_covered: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention of packed rows over the pages of their sequences, all in one call.
@@ -58,6 +59,7 @@ def paged_attention(
         page_size: slots per page.
         window: keys a row sees, itself included; None: all before it.
         scale: factor on the scores, above 0.
+        instructions: ``avx512`` or ``amx``, which round differently.
         is_covered: whether every row is in a segment.
 
     Returns:
@@ -96,14 +98,19 @@ def paged_attention(
         scale,
         torch.get_num_threads(),
     )
-    launch(compile_attention(head_dim), arguments)
+    launch(compile_attention(head_dim, instructions), arguments)
     return out_THD, lse_TH
 
 
 @cache
-def compile_attention(head_dim: int) -> Any:
-    """The C function for one head dim, a multiple of 32; compiled if it never was."""
+def compile_attention(head_dim: int, instructions: str) -> Any:
+    """The C function for one head dim, a multiple of 32; compiled if it never was.
+
+    Args:
+        head_dim: D.
+        instructions: ``avx512`` or ``amx``; the processor has them, and tiles are allowed.
+    """
     assert head_dim % 32 == 0
-    operator = load_library("attention", HEAD_DIM=head_dim).paged_attention
+    operator = load_library(f"attention_{instructions}", HEAD_DIM=head_dim).paged_attention
     operator.argtypes, operator.restype = [ctypes.c_void_p], None
     return operator

@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 
 NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512_bf16")
+TILES = ("amx_tile", "amx_bf16")
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA = 158, 0x1023, 18  # of Linux on x86_64
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-w")
 SOURCES = Path(__file__).parent
 
@@ -35,6 +37,25 @@ def what_is_missing() -> str | None:
     except OSError as error:
         return f"a library cannot be kept in {_folder()} ({error}); make it writable"
     return None
+
+
+@cache
+def what_is_missing_for_tiles() -> str | None:
+    """Why kernels with AMX cannot run here, None if they can; asks the system to let them."""
+    missing = what_is_missing()
+    if missing is not None:
+        return missing
+    lacking = [flag for flag in TILES if flag not in _processor()]
+    if lacking:
+        return f"this processor lacks {', '.join(lacking)}"
+    if not _allow_tiles():
+        return "the system does not let this process use AMX; it takes Linux 5.16 or newer"
+    return None
+
+
+def _allow_tiles() -> bool:
+    """Ask for the registers of AMX, for all threads of this process."""
+    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA) == 0
 
 
 @cache

@@ -26,6 +26,7 @@ from importlib.util import find_spec
 
 import torch
 
+from mnemosyne.attention.amx import AmxBackend, why_not_amx
 from mnemosyne.attention.avx512 import Avx512Backend, why_not_avx512
 from mnemosyne.attention.by_kind import ByKind
 from mnemosyne.attention.cpu import CPU_DTYPES, CpuBackend
@@ -37,6 +38,7 @@ from mnemosyne.attention.segments import Attend, AttentionBackend, AttentionBatc
 
 __all__ = [
     "BACKENDS",
+    "AmxBackend",
     "Attend",
     "AttentionBackend",
     "AttentionBatch",
@@ -50,7 +52,7 @@ __all__ = [
     "merge_partials",
 ]
 
-BACKENDS = ("auto", "avx512", "cpu", "flex", "reference", "triton")
+BACKENDS = ("auto", "amx", "avx512", "cpu", "flex", "reference", "triton")
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +63,9 @@ def choose_backend(
     """A backend by name; one that cannot run there is refused, never replaced.
 
     Args:
-        name: ``avx512``, ``cpu``, ``flex``, ``reference``, ``triton``, or ``auto``: on CPU
-            ``avx512`` where it can run and else ``cpu``; on a GPU ``triton`` for decodes or chunks
-            where the GPU suite measured it to be the faster, else ``flex``.
+        name: ``amx``, ``avx512``, ``cpu``, ``flex``, ``reference``, ``triton``, or ``auto``: on
+            CPU the first of ``amx``, ``avx512`` and ``cpu`` that can run; on a GPU ``triton`` for
+            decodes or chunks where the GPU suite measured it to be the faster, else ``flex``.
         device: where q, k and v are.
         dtype: of q, k and v.
         head_dim: of q, k and v.
@@ -81,11 +83,8 @@ def choose_backend(
     if name == "reference":
         _require(name, "dtype", dtype.is_floating_point, "a floating one", dtype)
         return ReferenceBackend()
-    if name == "avx512":
-        _require(name, "device", device.type == "cpu", "cpu", device)
-        if (why_not := why_not_avx512(dtype, head_dim)) is not None:
-            raise ValueError(f"attention=avx512 must be able to run, but {why_not}; use cpu")
-        return Avx512Backend(head_dim)
+    if name in ("amx", "avx512"):
+        return _kernel_on_cpu(name, device, dtype, head_dim)
     if name == "cpu":
         _require(name, "device", device.type == "cpu", "cpu", device)
         _require(name, "dtype", dtype in CPU_DTYPES, f"one of {CPU_DTYPES}", dtype)
@@ -100,10 +99,13 @@ def choose_backend(
 def _usual(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
     """The backend that ``auto`` takes."""
     if device.type == "cpu":
-        why_not = why_not_avx512(dtype, head_dim)
-        if why_not is not None and dtype == torch.bfloat16:
+        name = "cpu"
+        if (why_not := why_not_avx512(dtype, head_dim)) is None:
+            why_not_tiles = why_not_amx(dtype, head_dim)
+            name = "avx512" if why_not_tiles else "amx"
+            log.info("attention is %s: %s", name, why_not_tiles or "this processor has AMX")
+        elif dtype == torch.bfloat16:
             log.warning("attention is cpu, not the faster avx512: %s", why_not)
-        name = "cpu" if why_not else "avx512"
         return choose_backend(name, device=device, dtype=dtype, head_dim=head_dim)
     _require("auto", "device", device.type == "cuda", "cpu or cuda", device)
     kinds, why = usual_on_gpu(measured_on(device), dtype)
@@ -115,6 +117,19 @@ def _usual(device: torch.device, dtype: torch.dtype, head_dim: int) -> Attention
         for name in kinds.values()
     )
     return decode if decode.name == chunk.name else ByKind(decode, chunk)
+
+
+def _kernel_on_cpu(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> Avx512Backend:
+    _require(name, "device", device.type == "cpu", "cpu", device)
+    if (why_not := why_not_avx512(dtype, head_dim)) is not None:
+        raise ValueError(f"attention={name} must be able to run, but {why_not}; use cpu")
+    if name == "avx512":
+        return Avx512Backend(head_dim)
+    if (why_not := why_not_amx(dtype, head_dim)) is not None:
+        raise ValueError(f"attention=amx must be able to run, but {why_not}; use avx512")
+    return AmxBackend(head_dim)
 
 
 def _triton_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:

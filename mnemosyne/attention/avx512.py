@@ -42,7 +42,7 @@ class Avx512Backend:
     name = "avx512"
 
     def __init__(self, head_dim: int) -> None:
-        compile_attention(head_dim)  # now, rather than in somebody's first step
+        compile_attention(head_dim, self.name)  # now, rather than in somebody's first step
 
     def prepare(self, batch: AttentionBatch, window: int | None, device: torch.device) -> _Table:
         """Lay the segments out as a table (see ``AttentionBackend``)."""
@@ -73,13 +73,14 @@ class Avx512Backend:
             page_size=prepared.page_size,
             window=prepared.window,
             scale=scale,
+            instructions=self.name,
             is_covered=prepared.is_covered,
         )
         return out_THD, lse_TH if return_lse else None
 
 
 class FixedAvx512:
-    """``Avx512Backend`` for steps of a fixed number of rows, each a sequence of its own.
+    """``Avx512Backend`` or ``AmxBackend`` for steps of a fixed number of one-row sequences.
 
     The kernel finds every step in the same tables: ``prepare`` copies the step there, and has
     whoever repeats the calls of ``attend`` compute it. Rows of no sequence see no key.
@@ -91,11 +92,10 @@ class FixedAvx512:
         max_pages: page ids of a step at most, over all its sequences.
     """
 
-    name = "avx512"
-
     def __init__(
         self, backend: Avx512Backend, *, num_rows: int, page_size: int, max_pages: int
     ) -> None:
+        self.name = backend.name
         self._backend = backend
         self._num_rows = num_rows
         self._page_size = page_size

@@ -1,4 +1,4 @@
-"""The C++ kernel: no worse than eager bfloat16, and the same bits however a row is computed."""
+"""The C++ kernels: no worse than eager bfloat16, and the same bits however a row is computed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from mnemosyne.attention import Avx512Backend, ReferenceBackend
+from mnemosyne.attention import AmxBackend, Avx512Backend, ReferenceBackend
 from mnemosyne.attention.avx512 import FixedAvx512
-from mnemosyne.kernels.cpu.library import load_library, what_is_missing
+from mnemosyne.kernels.cpu.library import (
+    load_library,
+    what_is_missing,
+    what_is_missing_for_tiles,
+)
 from tests.attention.cases import (
     LAYOUTS,
     WINDOWS,
@@ -22,20 +26,32 @@ from tests.attention.cases import (
 )
 from tests.attention.test_backends import seen_only
 
-HEADS = ((2, 1, 32), (2, 2, 64), (1, 4, 128), (1, 8, 64), (1, 20, 64))  # K, G, D
+HEADS = (  # K, G, D
+    *((2, 1, 32), (2, 2, 64), (1, 3, 96), (1, 4, 128), (1, 1, 160), (1, 2, 256), (1, 8, 64)),
+    (1, 20, 64),
+)
 LONG = [Rows(1, 16500), Rows(70, 8150), Rows(3, 20000)]  # beyond two partial results
 REFERENCE = ReferenceBackend()
 
 pytestmark = pytest.mark.skipif(what_is_missing() is not None, reason=str(what_is_missing()))
 
 
+@pytest.fixture(params=["avx512", "amx"])
+def backend(request: pytest.FixtureRequest) -> type[Avx512Backend]:
+    if request.param == "amx" and (missing := what_is_missing_for_tiles()) is not None:
+        pytest.skip(missing)
+    return {"avx512": Avx512Backend, "amx": AmxBackend}[request.param]
+
+
 def make_long() -> Case:
     return make_case(LONG, heads=(1, 4, 64), layout="shuffled", page_size=64, num_pages=800)
 
 
-def assert_within_budget(case: Case, window: int | None = None) -> None:
+def assert_within_budget(
+    backend: type[Avx512Backend], case: Case, window: int | None = None
+) -> None:
     """The error of a case in bfloat16 is within that of eager torch."""
-    out, lse = case.attend(Avx512Backend(case.q_THD.shape[-1]), window, return_lse=True)
+    out, lse = case.attend(backend(case.q_THD.shape[-1]), window, return_lse=True)
 
     exact_out, exact_lse = case.to(torch.float64).attend(REFERENCE, window, return_lse=True)
     eager_out, eager_lse = case.dense(window)
@@ -51,42 +67,46 @@ def assert_within_budget(case: Case, window: int | None = None) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("heads", HEADS)
 def test_a_mixed_batch_is_no_worse_than_eager(
-    heads: tuple[int, int, int], layout: str, window: int | None
+    backend: type[Avx512Backend], heads: tuple[int, int, int], layout: str, window: int | None
 ) -> None:
-    assert_within_budget(make_case(heads=heads, layout=layout).to(torch.bfloat16), window)
+    assert_within_budget(backend, make_case(heads=heads, layout=layout).to(torch.bfloat16), window)
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 256])
-def test_any_page_size_is_no_worse_than_eager(page_size: int) -> None:
+def test_any_page_size_is_no_worse_than_eager(backend: type[Avx512Backend], page_size: int) -> None:
     case = make_case(heads=(2, 2, 64), page_size=page_size, num_pages=30 + 4096 // page_size)
 
-    assert_within_budget(case.to(torch.bfloat16), window=40)
+    assert_within_budget(backend, case.to(torch.bfloat16), window=40)
 
 
 @pytest.mark.parametrize("window", [None, 9000])
-def test_long_contexts_are_no_worse_than_eager(window: int | None) -> None:
-    assert_within_budget(make_long().to(torch.bfloat16), window)
+def test_long_contexts_are_no_worse_than_eager(
+    backend: type[Avx512Backend], window: int | None
+) -> None:
+    assert_within_budget(backend, make_long().to(torch.bfloat16), window)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_slots_that_no_row_may_see_do_not_matter(window: int | None) -> None:
+def test_slots_that_no_row_may_see_do_not_matter(
+    backend: type[Avx512Backend], window: int | None
+) -> None:
     case = make_case(heads=(2, 2, 64)).to(torch.bfloat16)
     k_KSD, v_KSD = (seen_only(case, pool, window) for pool in (case.k_KSD, case.v_KSD))
     unseen = Case(case.batch, case.q_THD, k_KSD, v_KSD, case.scale)
 
-    out, lse = unseen.attend(Avx512Backend(64), window, return_lse=True)
+    out, lse = unseen.attend(backend(64), window, return_lse=True)
 
-    expected_out, expected_lse = case.attend(Avx512Backend(64), window, return_lse=True)
+    expected_out, expected_lse = case.attend(backend(64), window, return_lse=True)
     assert torch.equal(out, expected_out)
     assert torch.equal(lse, expected_lse)
 
 
 @pytest.mark.parametrize("window", [None, 9000])
 def test_a_row_has_the_same_bits_in_any_chunk_company_and_number_of_threads(
-    window: int | None, monkeypatch: pytest.MonkeyPatch
+    backend: type[Avx512Backend], window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = make_long().to(torch.bfloat16)
-    out, lse = together.attend(Avx512Backend(64), window, return_lse=True)
+    out, lse = together.attend(backend(64), window, return_lse=True)
     assert lse is not None
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
@@ -103,13 +123,15 @@ def test_a_row_has_the_same_bits_in_any_chunk_company_and_number_of_threads(
             batch = type(together.batch)((alone,), 1, together.batch.page_size)
             q_THD = together.q_THD[at : at + 1]
             case = Case(batch, q_THD, together.k_KSD, together.v_KSD, together.scale)
-            lone_out, lone_lse = case.attend(Avx512Backend(64), window, return_lse=True)
+            lone_out, lone_lse = case.attend(backend(64), window, return_lse=True)
             assert lone_lse is not None
             assert torch.equal(lone_out[0], out[at])
             assert torch.equal(lone_lse[0], lse[at])
 
 
-def test_pages_far_apart_in_a_large_pool_are_found() -> None:
+def test_pages_far_apart_in_a_large_pool_are_found(
+    backend: type[Avx512Backend],
+) -> None:
     """Element offsets pass 2^31: the pool is declared, and only a few pages of it are written."""
     num_slots, head_dim = (1 << 31) // 64 + 4096, 64
     k_KSD = torch.empty(1, num_slots, head_dim, dtype=torch.bfloat16)
@@ -125,7 +147,7 @@ def test_pages_far_apart_in_a_large_pool_are_found() -> None:
         type(near.batch)((moved,), near.batch.num_rows, 16), near.q_THD, k_KSD, v_KSD, near.scale
     )
 
-    assert torch.equal(far.attend(Avx512Backend(64))[0], near.attend(Avx512Backend(64))[0])
+    assert torch.equal(far.attend(backend(64))[0], near.attend(backend(64))[0])
 
 
 def test_a_library_is_compiled_once_and_kept(
@@ -134,10 +156,10 @@ def test_a_library_is_compiled_once_and_kept(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     load_library.cache_clear()
 
-    first = load_library("attention", HEAD_DIM=32)
+    first = load_library("attention_avx512", HEAD_DIM=32)
     load_library.cache_clear()
     monkeypatch.setattr("mnemosyne.kernels.cpu.library._compile", pytest.fail)
-    second = load_library("attention", HEAD_DIM=32)
+    second = load_library("attention_avx512", HEAD_DIM=32)
 
     assert first._name == second._name
     assert first._name.startswith(str(tmp_path))
@@ -153,7 +175,9 @@ def _poisoned() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_poisoned")
 @pytest.mark.parametrize("window", [None, 50])
-def test_tables_that_stay_in_place_serve_steps_of_any_lengths(window: int | None) -> None:
+def test_tables_that_stay_in_place_serve_steps_of_any_lengths(
+    backend: type[Avx512Backend], window: int | None
+) -> None:
     ragged = (Rows(1, 1200), Rows(1, 0), Rows(1, 30, key_stop=0), Rows(1, 90, first_key=64))
     layouts = (ragged, ragged[::-1], ragged[1:2], [Rows(1, 9000)] * 5)
     steps = [
@@ -161,7 +185,7 @@ def test_tables_that_stay_in_place_serve_steps_of_any_lengths(window: int | None
         for seed, rows in enumerate(layouts)
     ]
     num_rows, page_size = 12, steps[0].batch.page_size
-    fixed = FixedAvx512(Avx512Backend(32), num_rows=num_rows, page_size=page_size, max_pages=3000)
+    fixed = FixedAvx512(backend(32), num_rows=num_rows, page_size=page_size, max_pages=3000)
     tables = set()
 
     for step in steps:
@@ -170,7 +194,7 @@ def test_tables_that_stay_in_place_serve_steps_of_any_lengths(window: int | None
         case = replace(step, batch=batch, q_THD=torch.cat((step.q_THD, padding)))
         case = case.to(torch.bfloat16)
         out, lse = case.attend(fixed, window, return_lse=True)
-        expected_out, expected_lse = case.attend(Avx512Backend(32), window, return_lse=True)
+        expected_out, expected_lse = case.attend(backend(32), window, return_lse=True)
         assert lse is not None
         assert expected_lse is not None
         assert torch.equal(out, expected_out)

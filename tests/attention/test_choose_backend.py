@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mnemosyne import attention
-from mnemosyne.attention import avx512, choose_backend
-from mnemosyne.kernels.cpu.library import what_is_missing
+from mnemosyne.attention import amx, avx512, choose_backend
+from mnemosyne.kernels.cpu.library import what_is_missing, what_is_missing_for_tiles
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -21,7 +21,9 @@ def test_a_named_backend_is_the_one_given(name: str) -> None:
 
 def test_auto_goes_by_the_device() -> None:
     assert choose_backend("auto", device=CPU, dtype=torch.float32, head_dim=64).name == "cpu"
-    usual = "cpu" if what_is_missing() else "avx512"
+    usual = "amx"
+    if what_is_missing_for_tiles():
+        usual = "cpu" if what_is_missing() else "avx512"
     assert choose_backend("auto", device=CPU, dtype=torch.bfloat16, head_dim=64).name == usual
     assert choose_backend("auto", device=CPU, dtype=torch.bfloat16, head_dim=48).name == "cpu"
     assert choose_backend("auto", device=CUDA, dtype=torch.float32, head_dim=64).name == "triton"
@@ -30,7 +32,8 @@ def test_auto_goes_by_the_device() -> None:
 
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:
     with pytest.raises(
-        ValueError, match="attention must be one of auto, avx512, cpu, flex, reference, triton, got"
+        ValueError,
+        match="attention must be one of auto, amx, avx512, cpu, flex, reference, triton, got",
     ):
         choose_backend("dense", device=CPU, dtype=torch.float32, head_dim=64)
     with pytest.raises(ValueError, match="did you mean 'flex'"):
@@ -42,6 +45,10 @@ def test_a_backend_that_cannot_run_there_is_refused() -> None:
         choose_backend("cpu", device=CUDA, dtype=torch.float32, head_dim=64)
     with pytest.raises(ValueError, match="avx512 must be able to run, but it computes in bfloat16"):
         choose_backend("avx512", device=CPU, dtype=torch.float32, head_dim=64)
+    with pytest.raises(ValueError, match="amx must be able to run, but it computes in bfloat16"):
+        choose_backend("amx", device=CPU, dtype=torch.float32, head_dim=64)
+    with pytest.raises(ValueError, match="device must be cpu for attention=amx, got cuda"):
+        choose_backend("amx", device=CUDA, dtype=torch.bfloat16, head_dim=64)
     with pytest.raises(ValueError, match="multiples of 32 up to 256, not 48; use cpu"):
         choose_backend("avx512", device=CPU, dtype=torch.bfloat16, head_dim=48)
     with pytest.raises(ValueError, match="device must be cpu or cuda for attention=auto, got mps"):
@@ -77,6 +84,21 @@ def test_auto_says_what_it_could_not_choose(
 
     assert backend.name == "cpu"
     assert "not the faster avx512: there is no C++ compiler" in caplog.text
+
+
+@pytest.mark.skipif(what_is_missing() is not None, reason=str(what_is_missing()))
+def test_auto_does_without_amx_and_a_name_does_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(amx, "what_is_missing_for_tiles", lambda: "the system does not let it")
+
+    backend = choose_backend("auto", device=CPU, dtype=torch.bfloat16, head_dim=64)
+
+    assert backend.name == "avx512"
+    assert "attention is avx512: the system does not let it" in caplog.text
+    with pytest.raises(ValueError, match=r"amx must be able to run, but the system .*; use avx512"):
+        choose_backend("amx", device=CPU, dtype=torch.bfloat16, head_dim=64)
 
 
 def test_the_documented_example_runs() -> None:

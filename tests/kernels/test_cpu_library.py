@@ -16,14 +16,22 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+CACHED = (
+    library.what_is_missing,
+    library.what_is_missing_for_tiles,
+    library.load_library,
+    library._compiler,
+)
+
+
 @pytest.fixture(autouse=True)
 def _forget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing built yet, and nothing remembered of what the test made up."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for cached in (library.what_is_missing, library.load_library, library._compiler):
+    for cached in CACHED:
         cached.cache_clear()
     yield
-    for cached in (library.what_is_missing, library.load_library, library._compiler):
+    for cached in CACHED:
         cached.cache_clear()
 
 
@@ -59,4 +67,27 @@ def test_auto_does_without_a_folder_that_cannot_be_made(
 
 
 def test_auto_takes_the_kernels_where_they_can_be_built() -> None:
+    usual = "avx512" if library.what_is_missing_for_tiles() else "amx"
+
+    assert usual_backend() == usual
+
+
+@pytest.mark.skipif(
+    library.what_is_missing_for_tiles() is not None, reason=str(library.what_is_missing_for_tiles())
+)
+def test_auto_does_without_tiles_that_the_system_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_allow_tiles", lambda: False)
+
     assert usual_backend() == "avx512"
+
+    with pytest.raises(ValueError, match="the system does not let this process use AMX"):
+        choose_backend("amx", device=torch.device("cpu"), dtype=torch.bfloat16, head_dim=64)
+
+
+def test_auto_does_without_tiles_on_a_processor_that_has_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(library, "TILES", ("amx_of_tomorrow",))
+
+    assert usual_backend() == "avx512"
+    assert library.what_is_missing_for_tiles() == "this processor lacks amx_of_tomorrow"

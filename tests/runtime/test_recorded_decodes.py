@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from mnemosyne.attention import Avx512Backend
-from mnemosyne.kernels.cpu.library import what_is_missing
+from mnemosyne.kernels.cpu.library import what_is_missing, what_is_missing_for_tiles
 from mnemosyne.kernels.cpu.tape import Tape
 from mnemosyne.llm import LLM
 from mnemosyne.runtime.graphs import DecodeGraphs, record_decodes
@@ -30,12 +30,12 @@ NUM_TOKENS = 10
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
-def open_bfloat16(path: Path, **options: Any) -> LLM:
+def open_bfloat16(path: Path, attention: str = "avx512", **options: Any) -> LLM:
     return LLM(
         str(path),
         device="cpu",
         dtype="bfloat16",
-        attention="avx512",
+        attention=attention,
         schedule={"chunk": 64},
         cache={"max_tokens": 2048, "page_size": 16},
         **options,
@@ -53,10 +53,18 @@ def graphs_of(worker: Worker) -> DecodeGraphs:
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_replayed_steps_have_the_bits_of_computed_ones(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "attention"), [*((family, "avx512") for family in FAMILIES), ("mistral", "amx")]
+)
+def test_replayed_steps_have_the_bits_of_computed_ones(
+    family: str, attention: str, tmp_path: Path
+) -> None:
+    if attention == "amx" and (missing := what_is_missing_for_tiles()) is not None:
+        pytest.skip(missing)
     window = 24 if family == "mistral" else None
-    with open_bfloat16(write_checkpoint(tmp_path / "tiny", family, window=window)) as llm:
+    with open_bfloat16(
+        write_checkpoint(tmp_path / "tiny", family, window=window), attention
+    ) as llm:
         worker, held = worker_of(llm), []
         graphs, computed = graphs_of(worker), worker._forward_pass
 
