@@ -31,7 +31,7 @@ def open_needle(checkpoint: Path, num_tokens: int, dtype: str, **schedule: objec
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def llm(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
-    with open_needle(checkpoint, SHORT, request.param, target_tbt=0.05) as llm:
+    with open_needle(checkpoint, SHORT, request.param, target_tbt=0.02) as llm:
         yield llm
 
 
