@@ -64,8 +64,8 @@ def choose_backend(
 
     Args:
         name: ``amx``, ``avx512``, ``cpu``, ``flex``, ``reference``, ``triton``, or ``auto``: on
-            CPU the first of ``amx``, ``avx512`` and ``cpu`` that can run; on a GPU ``triton`` for
-            decodes or chunks where the GPU suite measured it to be the faster, else ``flex``.
+            CPU the first of ``amx``, ``avx512`` and ``cpu`` that can run; on a GPU ``triton``, and
+            ``flex`` for decodes or chunks where the GPU suite measured that to be the faster.
         device: where q, k and v are.
         dtype: of q, k and v.
         head_dim: of q, k and v.
