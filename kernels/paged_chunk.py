@@ -154,6 +154,7 @@ def paged_chunk(
     """
     assert q_THD.stride(-1) == k_KSD.stride(-1) == 1
     assert k_KSD.stride() == v_KSD.stride()
+    assert scale > 0, "the largest score is looked for before it is scaled"
     if not len(tiles.items) + len(tiles.whole_items):
         return
     num_kv_heads, _, head_dim = k_KSD.shape

@@ -146,6 +146,7 @@ def paged_decode(
     """
     assert q_THD.stride(-1) == k_KSD.stride(-1) == 1
     assert k_KSD.stride() == v_KSD.stride()
+    assert scale > 0, "the largest score is looked for before it is scaled"
     if not len(tiles.items):
         return
     num_kv_heads, _, head_dim = k_KSD.shape

@@ -7,6 +7,7 @@ it is row ``m // GROUP`` and head ``m % GROUP``. Keys are counted within the loc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -283,6 +284,7 @@ def store_result(
         tl.store(partial_lse + at, result_lse, mask=is_query)
 
 
+@cache  # asked at every launch
 def launches_early(device: torch.device) -> bool:
     """Whether a kernel may be launched while the one before still runs; Hopper and newer."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9

@@ -75,18 +75,26 @@ class TritonBackend:
         wide = torch.float64 if q_THD.dtype == torch.float64 else torch.float32
         q_THD = q_THD if q_THD.stride(-1) == 1 else q_THD.contiguous()
         size, window = prepared.page_size, prepared.window
-        decode, chunk = (self.config(kind, q_THD, size) for kind in ("decode", "chunk"))
-        rows = tile_rows(chunk, head_dim, group)
-        decodes = _tiles(prepared, "decode", num_kv_heads, 1, decode)
-        chunks = _tiles(prepared, "chunk", num_kv_heads, rows, chunk)
+        num_written = 0
+        if prepared.decodes:
+            decode = self.config("decode", q_THD, size)
+            decodes = _tiles(prepared, "decode", num_kv_heads, 1, decode)
+            num_written += decodes.num_rows
+        if prepared.chunks:
+            chunk = self.config("chunk", q_THD, size)
+            rows = tile_rows(chunk, head_dim, group)
+            chunks = _tiles(prepared, "chunk", num_kv_heads, rows, chunk)
+            num_written += chunks.num_rows
         out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
         lse_TH = torch.empty(q_THD.shape[:2], dtype=wide, device=q_THD.device)
-        if decodes.num_rows + chunks.num_rows < len(q_THD):  # some rows see no key
+        if num_written < len(q_THD):  # some rows see no key
             out_THD.zero_()
             lse_TH.fill_(-torch.inf)
         tensors = q_THD, k_KSD, v_KSD, out_THD, lse_TH
-        paged_decode(*tensors, decodes, page_size=size, scale=scale, config=decode)
-        paged_chunk(*tensors, chunks, page_size=size, window=window, scale=scale, config=chunk)
+        if prepared.decodes:
+            paged_decode(*tensors, decodes, page_size=size, scale=scale, config=decode)
+        if prepared.chunks:
+            paged_chunk(*tensors, chunks, page_size=size, window=window, scale=scale, config=chunk)
         return out_THD, lse_TH if return_lse else None
 
     def config(self, kind: str, like: Tensor, page_size: int) -> TileConfig:
