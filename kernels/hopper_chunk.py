@@ -34,18 +34,13 @@ HALF_M: gl.constexpr = gl.constexpr(64)  # queries of one group of four warps
 
 @gluon.jit
 def fetch_blocks(
-    descriptors,
-    buffers,
-    barriers,
-    pages,
-    first_slot,
-    start,
-    num_blocks,
+    fetching,
     PAGE_SIZE: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Keep the buffers of keys and values full; one warp."""
+    descriptors, buffers, barriers, pages, first_slot, start, num_blocks = fetching
     k_descriptor, v_descriptor = descriptors
     _, k_blocks, v_blocks = buffers
     k_ready, k_free, v_ready, v_free = barriers
@@ -126,15 +121,7 @@ def store_half(
 
 @gluon.jit
 def attend_half(
-    buffers,
-    barriers,
-    q,
-    results,
-    item,
-    head,
-    num_kv_heads,
-    strides,
-    num_blocks,
+    work,
     HALF: gl.constexpr,
     SCALE: gl.constexpr,
     GROUP: gl.constexpr,
@@ -147,6 +134,7 @@ def attend_half(
     Tensor cores compute the scores of a block and add up the values of the one before while the
     exponents are taken, by these warps and by those of the other half.
     """
+    buffers, barriers, q, results, item, head, num_kv_heads, strides, num_blocks = work
     q_blocks, k_blocks, v_blocks = buffers
     k_ready, k_free, v_ready, v_free = barriers
     DTYPE: gl.constexpr = q_blocks.dtype
@@ -255,63 +243,13 @@ def hopper_chunk_kernel(
     results = (out, lse, partial_out, partial_lse)
     strides = (stride_qt, stride_qh)
     descriptors = (k_descriptor, v_descriptor)
+    work = (buffers, barriers, q, results, item, head, num_kv_heads, strides, num_blocks)
+    fetching = (descriptors, buffers, barriers, table, first_slot, start, num_blocks)
     gl.warp_specialize(
         [
-            (
-                attend_half,
-                (
-                    buffers,
-                    barriers,
-                    q,
-                    results,
-                    item,
-                    head,
-                    num_kv_heads,
-                    strides,
-                    num_blocks,
-                    0,
-                    SCALE,
-                    GROUP,
-                    HEAD_DIM,
-                    BLOCK_N,
-                    STAGES,
-                ),
-            ),
-            (
-                attend_half,
-                (
-                    buffers,
-                    barriers,
-                    q,
-                    results,
-                    item,
-                    head,
-                    num_kv_heads,
-                    strides,
-                    num_blocks,
-                    1,
-                    SCALE,
-                    GROUP,
-                    HEAD_DIM,
-                    BLOCK_N,
-                    STAGES,
-                ),
-            ),
-            (
-                fetch_blocks,
-                (
-                    descriptors,
-                    buffers,
-                    barriers,
-                    table,
-                    first_slot,
-                    start,
-                    num_blocks,
-                    PAGE_SIZE,
-                    BLOCK_N,
-                    STAGES,
-                ),
-            ),
+            (attend_half, (work, 0, SCALE, GROUP, HEAD_DIM, BLOCK_N, STAGES)),
+            (attend_half, (work, 1, SCALE, GROUP, HEAD_DIM, BLOCK_N, STAGES)),
+            (fetch_blocks, (fetching, PAGE_SIZE, BLOCK_N, STAGES)),
         ],
         [4, 1],
         [232, 40],
