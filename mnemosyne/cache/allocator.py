@@ -35,7 +35,7 @@ class PageAllocator:
         """Take pages, all or none.
 
         Returns:
-            int64 ``[count]`` page ids in ascending runs, or None if fewer are free.
+            int64 ``[count]`` page ids, ascending, or None if fewer are free.
         """
         if count > self.num_free:
             return None
@@ -52,7 +52,8 @@ class PageAllocator:
         self.num_free -= count
         if len(taken) == 1:
             return taken[0]
-        return np.concatenate(taken) if taken else np.empty(0, dtype=np.int64)
+        # ascending, so that first and last page tell whether they are neighbours
+        return np.sort(np.concatenate(taken)) if taken else np.empty(0, dtype=np.int64)
 
     def share(self, pages: np.ndarray) -> None:
         """Add a reference to pages that are in use."""
@@ -60,7 +61,11 @@ class PageAllocator:
         self._references[pages] += 1
 
     def release(self, pages: np.ndarray) -> None:
-        """Drop a reference; pages with none left are free again."""
+        """Drop a reference; pages with none left are free again.
+
+        Args:
+            pages: int64 page ids, ascending.
+        """
         if len(pages) == 0:
             return
         first, stop = int(pages[0]), int(pages[-1]) + 1

@@ -51,6 +51,18 @@ def test_releasing_a_free_page_is_caught():
         allocator.release(pages)
 
 
+def test_pages_of_several_runs_are_not_taken_for_neighbours():
+    allocator = PageAllocator(8)
+    held = [allocator.allocate(1) for _ in range(8)]
+    for page in (4, 5, 2, 7):
+        allocator.release(held[page])
+    scattered = allocator.allocate(4)
+
+    allocator.release(scattered)
+
+    assert sorted(allocator.allocate(4).tolist()) == [2, 4, 5, 7]  # 6 is still in use
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 5)), max_size=60))
 def test_pages_are_never_lost_nor_given_twice(moves):
