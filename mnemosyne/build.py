@@ -17,6 +17,7 @@ from mnemosyne.cache.capacity import count_pages, describe_cache, tokens_per_gro
 from mnemosyne.cache.pages import PagePool, bytes_per_token
 from mnemosyne.checkpoint import Checkpoint, Progress, find_checkpoint, weight_bytes
 from mnemosyne.config import CacheConfig, EngineConfig, MetricsConfig
+from mnemosyne.kernels.cpu.memory import keep_freed
 from mnemosyne.metrics import StepRecord
 from mnemosyne.model_zoo.decoder import Decoder
 from mnemosyne.model_zoo.spec import ModelSpec
@@ -88,6 +89,8 @@ def build_rank(
             config alone shows, before any weight is read.
     """
     device, checkpoint = _find(config)
+    if device.type == "cpu":
+        keep_freed()
     spec = checkpoint.spec
     dtype = getattr(torch, spec.dtype if config.dtype == "auto" else config.dtype)
     backend = _backend(config, device, dtype, spec.head_dim)
