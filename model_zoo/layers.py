@@ -17,21 +17,21 @@ FeedForward = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # an MLP a
 
 
 class Embedding(nn.Embedding):
-    """``nn.Embedding``; a few rows in bfloat16 on CPU take the kernel that is one call."""
+    """``nn.Embedding``; in bfloat16 on CPU rows take the kernel that is one call."""
 
     def forward(self, ids_T: Tensor) -> Tensor:
         """Rows of the weight, [T, E]."""
-        if torch.compiler.is_compiling() or not rows.are_few(ids_T, self.weight.dtype):
+        if torch.compiler.is_compiling() or not rows.can_run(ids_T, self.weight.dtype):
             return super().forward(ids_T)
         return rows.look_up(self.weight, ids_T)
 
 
 class RMSNorm(nn.RMSNorm):
-    """``nn.RMSNorm``; a few rows in bfloat16 on CPU take the kernel that is one call."""
+    """``nn.RMSNorm``; in bfloat16 on CPU rows take the kernel that is one call."""
 
     def forward(self, x: Tensor) -> Tensor:
         """RMSNorm over the last dim, computed in float32 or wider."""
-        if torch.compiler.is_compiling() or not rows.is_fast_for(x):
+        if torch.compiler.is_compiling() or not rows.can_take(x):
             return super().forward(x)
         assert self.eps is not None
         return rows.rms_norm(x, self.weight, self.eps)
@@ -77,7 +77,9 @@ def gate(x_TE: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
 
 def add(a_TE: Tensor, b_TE: Tensor) -> Tensor:
     """``a + b``."""
-    if torch.compiler.is_compiling() or not (rows.is_fast_for(a_TE) and b_TE.is_contiguous()):
+    if torch.compiler.is_compiling() or not (
+        rows.can_take(a_TE) and a_TE.is_contiguous() and b_TE.is_contiguous()
+    ):
         return a_TE + b_TE
     return rows.add(a_TE, b_TE)
 

@@ -160,7 +160,7 @@ def rotary_cos_sin(
     """
     assert positions_T.dtype == torch.int64
     radians_D = inverse_frequencies(rope, positions_T.device)
-    if not torch.compiler.is_compiling() and rows.are_few(positions_T, dtype):
+    if not torch.compiler.is_compiling() and rows.can_run(positions_T, dtype):
         return rows.cos_sin(positions_T, radians_D, rope.attention_factor)
     angle_TD = positions_T.double()[:, None] * radians_D
     wide = torch.promote_types(dtype, torch.float32)
@@ -177,7 +177,7 @@ def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
         cos_TD: [T, D/2] from ``rotary_cos_sin``.
         sin_TD: likewise.
     """
-    if not torch.compiler.is_compiling() and rows.is_fast_for(x_THD):
+    if not torch.compiler.is_compiling() and rows.can_take(x_THD):
         return rows.rotate(x_THD, cos_TD, sin_TD)
     first, second = x_THD.chunk(2, dim=-1)  # [T, H, D/2] each; products take the wider dtype
     cos, sin = cos_TD[:, None], sin_TD[:, None]

@@ -1,7 +1,7 @@
-"""What happens to a few rows between products, each in one call of C++.
+"""What happens to rows between products, each in one call of C++.
 
 The torch originals are ``F.embedding``, ``F.rms_norm``, ``rope.rotary_cos_sin`` and ``rotate``,
-``torch.add`` and ``Tensor.index_copy_``.
+``torch.add`` and ``Tensor.index_copy_``. The bits of a row depend on that row alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor
 from mnemosyne.kernels.cpu.library import load_library, what_is_missing
 from mnemosyne.kernels.cpu.tape import launch
 
-FEW_ROWS = 64  # up to which one thread is the faster way
+FEW_ELEMENTS = 1 << 16  # up to which starting other threads takes longer than one alone
+ANGLE_ELEMENTS = 32  # elements that take as long as a cosine and a sine
 
 
 def _numbers(*names: str) -> tuple[tuple[str, Any], ...]:
@@ -24,55 +25,57 @@ def _numbers(*names: str) -> tuple[tuple[str, Any], ...]:
 
 
 class _Lookup(ctypes.Structure):
-    _fields_ = _numbers("table", "ids", "y", "num_rows", "width")
+    _fields_ = _numbers("table", "ids", "y", "num_rows", "width", "num_threads")
 
 
 class _Angles(ctypes.Structure):
     _fields_ = (
-        *_numbers("positions", "radians", "cos", "sin", "num_rows", "half"),
+        *_numbers("positions", "radians", "cos", "sin", "num_rows", "half", "num_threads"),
         ("gain", ctypes.c_double),
     )
 
 
 class _Norm(ctypes.Structure):
     _fields_ = (
-        *_numbers("x", "x_stride", "weight", "y", "num_rows", "width"),
+        *_numbers("x", "x_stride", "weight", "y", "num_rows", "width", "num_threads"),
         ("eps", ctypes.c_double),
     )
 
 
 class _Rotation(ctypes.Structure):
-    _fields_ = _numbers("x", "x_stride", "cos", "sin", "y", "num_rows", "num_heads", "width")
+    _fields_ = _numbers(
+        *("x", "x_stride", "cos", "sin", "y"),
+        *("num_rows", "num_heads", "width", "num_threads"),
+    )
 
 
 class _Sum(ctypes.Structure):
-    _fields_ = _numbers("a", "b", "y", "count")
+    _fields_ = _numbers("a", "b", "y", "count", "num_threads")
 
 
 class _Write(ctypes.Structure):
     _fields_ = _numbers(
         *("k", "v", "k_stride", "v_stride", "k_pool", "v_pool", "pool_stride"),
-        *("slots", "num_rows", "num_heads", "width"),
+        *("slots", "num_rows", "num_heads", "width", "num_threads"),
     )
 
 
-def is_fast_for(x: Tensor) -> bool:
-    """Whether the kernels can take rows ``[T, E]`` or heads ``[T, H, D]``, and are faster."""
+def can_take(x: Tensor) -> bool:
+    """Whether the kernels can take rows ``[T, E]`` or heads ``[T, H, D]``."""
     return (
         x.shape[-1] % 32 == 0
         and x.stride()[1:] == (*x.shape[2:], 1)  # a row is contiguous
-        and are_few(x, x.dtype)
+        and can_run(x, x.dtype)
     )
 
 
-def are_few(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the kernels are the faster way for rows ``[T, ...]`` of a model in a dtype."""
-    return (
-        dtype == torch.bfloat16
-        and x.device.type == "cpu"
-        and x.shape[0] <= FEW_ROWS
-        and what_is_missing() is None
-    )
+def can_run(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernels can run where a tensor is, for a model in a dtype."""
+    return dtype == torch.bfloat16 and x.device.type == "cpu" and what_is_missing() is None
+
+
+def _num_threads(num_elements: int) -> int:
+    return 1 if num_elements <= FEW_ELEMENTS else torch.get_num_threads()
 
 
 def look_up(table_VE: Tensor, ids_T: Tensor) -> Tensor:
@@ -90,7 +93,13 @@ def look_up(table_VE: Tensor, ids_T: Tensor) -> Tensor:
     assert ids_T.dtype == torch.int64
     assert ids_T.is_contiguous()
     y_TE = table_VE.new_empty((len(ids_T), table_VE.shape[1]))
-    arguments = _Lookup(table_VE.data_ptr(), ids_T.data_ptr(), y_TE.data_ptr(), *y_TE.shape)
+    arguments = _Lookup(
+        table_VE.data_ptr(),
+        ids_T.data_ptr(),
+        y_TE.data_ptr(),
+        *y_TE.shape,
+        _num_threads(y_TE.numel()),
+    )
     launch(compile_rows().look_up, arguments)
     return y_TE
 
@@ -118,6 +127,7 @@ def cos_sin(positions_T: Tensor, radians_D: Tensor, gain: float) -> tuple[Tensor
         cos_TD.data_ptr(),
         sin_TD.data_ptr(),
         *shape,
+        _num_threads(ANGLE_ELEMENTS * cos_TD.numel()),
         gain,
     )
     launch(compile_rows().angles, arguments)
@@ -151,6 +161,7 @@ def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
         y.data_ptr(),
         len(rows),
         width,
+        _num_threads(y.numel()),
         eps,
     )
     launch(compile_rows().rms_norm, arguments)
@@ -185,6 +196,7 @@ def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
         num_rows,
         num_heads,
         head_dim,
+        _num_threads(y_THD.numel()),
     )
     launch(compile_rows().rotate, arguments)
     return y_THD
@@ -206,7 +218,8 @@ def add(a_TE: Tensor, b_TE: Tensor) -> Tensor:
     assert b_TE.is_contiguous()
     assert a_TE.shape[-1] % 32 == 0
     y_TE = a_TE.new_empty(a_TE.shape)
-    arguments = _Sum(a_TE.data_ptr(), b_TE.data_ptr(), y_TE.data_ptr(), a_TE.numel())
+    count = a_TE.numel()
+    arguments = _Sum(a_TE.data_ptr(), b_TE.data_ptr(), y_TE.data_ptr(), count, _num_threads(count))
     launch(compile_rows().add, arguments)
     return y_TE
 
@@ -243,6 +256,7 @@ def write(k_TKD: Tensor, v_TKD: Tensor, slots_T: Tensor, k_KSD: Tensor, v_KSD: T
         num_rows,
         num_heads,
         head_dim,
+        _num_threads(2 * k_TKD.numel()),
     )
     launch(compile_rows().write, arguments)
 

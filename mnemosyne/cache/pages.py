@@ -56,7 +56,7 @@ class PagePool:
             k_TKD: rotated keys.
             v_TKD: values.
         """
-        if rows.is_fast_for(k_TKD) and rows.is_fast_for(v_TKD):
+        if rows.can_take(k_TKD) and rows.can_take(v_TKD):
             rows.write(k_TKD, v_TKD, slots_T, self.k[layer], self.v[layer])
             return
         self.k[layer].index_copy_(1, slots_T, k_TKD.transpose(0, 1))

@@ -1,6 +1,8 @@
-"""The C++ operators on few rows: no worse than torch, whatever the strides."""
+"""The C++ operators on rows: no worse than torch, whatever the strides, the same in any company."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -9,7 +11,6 @@ from torch.nn import functional as F
 
 from mnemosyne.kernels.cpu import rows
 from mnemosyne.kernels.cpu.library import what_is_missing
-from mnemosyne.model_zoo.rope import rotate
 from tests.attention.cases import assert_no_worse_than_eager
 
 pytestmark = pytest.mark.skipif(what_is_missing() is not None, reason=str(what_is_missing()))
@@ -19,7 +20,7 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
 
 
-@pytest.mark.parametrize("shape", [(1, 1024), (7, 96), (3, 4, 64), (5, 2, 32)])
+@pytest.mark.parametrize("shape", [(1, 1024), (7, 96), (70, 1024), (3, 4, 64), (5, 2, 32)])
 def test_the_norm_is_no_worse_than_torch(shape: tuple[int, ...]) -> None:
     width = shape[-1]
     x, weight = 3 * randn(*shape), randn(width)
@@ -30,21 +31,20 @@ def test_the_norm_is_no_worse_than_torch(shape: tuple[int, ...]) -> None:
     assert_no_worse_than_eager(y, F.rms_norm(x, (width,), weight, 1e-5), exact)
 
 
-@pytest.mark.parametrize("shape", [(1, 16, 64), (7, 3, 128), (2, 1, 32)])
+@pytest.mark.parametrize("shape", [(1, 16, 64), (7, 3, 128), (2, 1, 32), (70, 16, 64)])
 def test_a_rotation_is_no_worse_than_torch(shape: tuple[int, int, int]) -> None:
     x_THD, angle_TD = randn(*shape), randn(shape[0], shape[2] // 2).double()
     cos_TD, sin_TD = angle_TD.cos(), angle_TD.sin()
 
     y_THD = rows.rotate(x_THD, cos_TD.float(), sin_TD.float())
 
-    first, second = x_THD.double().chunk(2, -1)
-    cos, sin = cos_TD[:, None], sin_TD[:, None]
-    exact_THD = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-    repeats = rows.FEW_ROWS + 1  # as many rows as torch computes
-    many_THD = x_THD.repeat(repeats, 1, 1)
-    many_cos, many_sin = (t.float().repeat(repeats, 1) for t in (cos_TD, sin_TD))
-    eager_THD = rotate(many_THD, many_cos, many_sin)
-    assert_no_worse_than_eager(y_THD, eager_THD[: shape[0]], exact_THD)
+    def plain(x_THD: Tensor, dtype: torch.dtype) -> Tensor:
+        first, second = x_THD.chunk(2, -1)
+        cos, sin = cos_TD[:, None].to(dtype), sin_TD[:, None].to(dtype)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+    eager_THD = plain(x_THD, torch.float32).bfloat16()
+    assert_no_worse_than_eager(y_THD, eager_THD, plain(x_THD.double(), torch.float64))
 
 
 def test_rows_may_lie_apart() -> None:
@@ -104,12 +104,66 @@ def test_keys_and_values_go_to_their_slots_and_nowhere_else() -> None:
     assert torch.equal(v_KSD, expected[1])
 
 
-def test_what_they_cannot_or_need_not_do_is_left_to_torch() -> None:
+MOST_ROWS = 200
+WIDTH, NUM_HEADS, HEAD_DIM = 1024, 16, 64  # of these, 64 rows are the most that one thread takes
+
+
+def everything(all_x: Tensor, weight: Tensor, row: int, num_rows: int) -> Sequence[Tensor]:
+    """What every kernel gives for some rows of the same input."""
+    chosen = slice(row, row + num_rows)
+    x, y = all_x[chosen], all_x.flip(0)[chosen]
+    heads = x.unflatten(1, (NUM_HEADS, HEAD_DIM))
+    positions_T = 10_000_000 + torch.arange(MOST_ROWS)[chosen]
+    radians_D = 500_000.0 ** (torch.arange(HEAD_DIM // 2, dtype=torch.float64) / -32)
+    cos_TD, sin_TD = rows.cos_sin(positions_T, radians_D, 1.0)
+    k_KSD, v_KSD = (torch.zeros(NUM_HEADS, MOST_ROWS, HEAD_DIM).bfloat16() for _ in range(2))
+    rows.write(heads, y.view(heads.shape), torch.arange(MOST_ROWS)[chosen], k_KSD, v_KSD)
+    return (
+        rows.look_up(all_x, positions_T % 50),
+        cos_TD,
+        sin_TD,
+        rows.rms_norm(x, weight, 1e-5),
+        rows.rms_norm(heads, weight[:HEAD_DIM], 1e-5),
+        rows.rotate(heads, cos_TD, sin_TD),
+        rows.add(x, y),
+        k_KSD[:, chosen].transpose(0, 1),
+        v_KSD[:, chosen].transpose(0, 1),
+    )
+
+
+def test_a_row_has_the_same_bits_in_a_chunk_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = randn(MOST_ROWS, WIDTH), randn(WIDTH)
+    together = everything(*data, 0, MOST_ROWS)
+
+    for num_rows in range(1, MOST_ROWS):
+        row = (37 * num_rows) % (MOST_ROWS - num_rows + 1)
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=num_rows: 1 + n % 2)
+        for part, whole in zip(everything(*data, row, num_rows), together, strict=True):
+            assert torch.equal(part, whole[row : row + num_rows])
+
+
+def test_more_rows_than_64_take_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+    launch: Callable[..., None] = rows.launch
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+
+    def noted(kernel: object, arguments: rows._Sum) -> None:
+        found.append(arguments.num_threads)
+        launch(kernel, arguments)
+
+    monkeypatch.setattr(rows, "launch", noted)
+    for num_rows in (1, 64, 65):
+        rows.add(randn(num_rows, WIDTH), randn(num_rows, WIDTH))
+
+    assert found == [1, 1, 3]
+
+
+def test_what_they_cannot_take_is_left_to_torch() -> None:
     x = randn(4, 8, 64)
 
-    assert rows.is_fast_for(x)
-    assert rows.is_fast_for(x[:, :3])
-    assert not rows.is_fast_for(x.float())
-    assert not rows.is_fast_for(x[..., :48])
-    assert not rows.is_fast_for(x.transpose(1, 2))
-    assert not rows.is_fast_for(x.repeat(17, 1, 1))
+    assert rows.can_take(x)
+    assert rows.can_take(x[:, :3])
+    assert rows.can_take(x.repeat(17, 1, 1))
+    assert not rows.can_take(x.float())
+    assert not rows.can_take(x[..., :48])
+    assert not rows.can_take(x.transpose(1, 2))
