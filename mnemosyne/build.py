@@ -103,7 +103,9 @@ def build_rank(
     max_tokens = tokens_per_group(config.cache, num_pages)
     num_bytes = gather_counts(checkpoint.load(decoder, device, progress), mesh)
     trace = _trace(config.metrics, mesh, device)
-    model = _compile(decoder, config.compile, device, compiling)
+    model: Model = decoder
+    if config.compile != "none" and not _records(config, backend):
+        model = _compile(decoder, config.compile, device, compiling)
     layers = _layer_shape(decoder, spec)
     pool = _pool(decoder, config.cache, num_pages, dtype, device)
     worker = Worker(
@@ -115,7 +117,7 @@ def build_rank(
         mesh=mesh,
         pipeline=_pipeline(mesh, spec, dtype, device, trace),
         trace=trace,
-        graphs=_graphs(config, decoder, model, layers, pool, backend),
+        graphs=_graphs(config, model, layers, pool, backend),
     )
     rank = Rank(
         *(mesh, checkpoint, worker, intake, num_pages, max_tokens, trace, config.metrics),
@@ -247,24 +249,27 @@ def _backend(
 
 def _graphs(
     config: EngineConfig,
-    decoder: Decoder,
     model: Model,
     layers: LayerShape,
     pool: PagePool,
     backend: AttentionBackend,
 ) -> DecodeGraphs | None:
     """The decode steps that are replayed, if any are."""
-    if config.compile != "step":
-        return None
-    if pool.k[0].device.type == "cuda":
+    if _replays(config, pool.k[0].device):
         return capture_decodes(model, layers, pool, backend)
-    if isinstance(backend, Avx512Backend):
-        return record_decodes(decoder, layers, pool, backend)
+    if _records(config, backend):
+        assert isinstance(backend, Avx512Backend)
+        return record_decodes(model, layers, pool, backend)
     return None
 
 
 def _replays(config: EngineConfig, device: torch.device) -> bool:
     return device.type == "cuda" and config.compile == "step"
+
+
+def _records(config: EngineConfig, backend: AttentionBackend) -> bool:
+    """Whether decodes are recorded; C++ kernels do all of a step then, and no compiler does."""
+    return config.compile == "step" and isinstance(backend, Avx512Backend)
 
 
 def _count_pages(
@@ -295,8 +300,6 @@ def _layer_shape(decoder: Decoder, spec: ModelSpec) -> LayerShape:
 
 
 def _compile(decoder: Decoder, mode: str, device: torch.device, progress: Progress | None) -> Model:
-    if mode == "none":
-        return decoder
     started_s = time.perf_counter()
     model = CompiledModel(decoder, mode, device)
     model.warm_up(progress)

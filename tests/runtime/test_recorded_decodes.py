@@ -1,4 +1,4 @@
-"""Decode steps that are recorded on the CPU: the bits of computed ones, and nothing compiles."""
+"""Decode steps that are recorded on the CPU: the bits of computed ones, and nothing is compiled."""
 
 from __future__ import annotations
 
@@ -98,22 +98,26 @@ def test_a_step_is_one_call(tmp_path: Path) -> None:
     assert [len(captured.graph) for captured in graphs._captured.values()] == [1, 1, 1]  # type: ignore[arg-type]
 
 
-def test_compiled_steps_replay_every_decode_and_compile_nothing_after_the_start(
+def test_every_decode_is_replayed_and_other_steps_are_those_of_an_eager_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path, replays, replay = write_checkpoint(tmp_path / "tiny"), [], Tape.replay
     prompts = random_prompts((1, 1, 1))  # a prompt of one token is a decode by its shape
+    longer = random_prompts((3, 65, 1, 90, 17, 2))
     with open_bfloat16(path) as llm:
         expected = [llm.generate(p, greedy(NUM_TOKENS))[0].token_ids for p in prompts]
+        expected_longer = llm.generate(longer, greedy(NUM_TOKENS, prompt_logprobs=1))
     monkeypatch.setattr(Tape, "replay", lambda tape: (replays.append(tape), replay(tape)))
 
+    before = counters["stats"]["unique_graphs"]
     with open_bfloat16(path, compile="step") as llm:
-        before = counters["stats"]["unique_graphs"]
         outputs = [llm.generate(p, greedy(NUM_TOKENS))[0].token_ids for p in prompts]
         assert len(replays) == len(prompts) * NUM_TOKENS
-        llm.generate(random_prompts((3, 65, 1, 90, 17, 2)), greedy(NUM_TOKENS, prompt_logprobs=1))
+        outputs_longer = llm.generate(longer, greedy(NUM_TOKENS, prompt_logprobs=1))
 
-        assert counters["stats"]["unique_graphs"] == before
+    assert counters["stats"]["unique_graphs"] == before
     assert outputs == expected
+    for output, expected_one in zip(outputs_longer, expected_longer, strict=True):
+        assert output.token_ids == expected_one.token_ids
+        assert output.prompt_logprobs == expected_one.prompt_logprobs
     assert len(replays) > len(prompts) * NUM_TOKENS
