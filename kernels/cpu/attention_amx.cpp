@@ -243,9 +243,7 @@ struct alignas(64) Folds {
   void fold_block(const Step& step, const Tile& tile, int b) {
     constexpr bool ARE_FEW = N == 1;
     constexpr int M = ARE_FEW && D % 64 == 0 ? 4 : 2;  // tiles of results side by side
-    // Few rows wait for memory: there the values go on at once, and buffers stay in the L1 cache.
-    constexpr bool AT_ONCE = ARE_FEW && D / 16 == M;
-    constexpr int KEPT = AT_ONCE ? 2 : TILE / 32;
+    constexpr int KEPT = ARE_FEW && D / 16 == M ? 2 : TILE / 32;  // two stay in the L1 cache
     Block& block = blocks[b];
     const Sight* seen = sight + b * COLUMNS;
     const Mask masks[2] = {{seen, tile.first}, {seen + (N - 1) * LANES, tile.first}};
@@ -274,9 +272,10 @@ struct alignas(64) Folds {
       }
     };
     const auto add = [&](int d, int i) { add_values<N, M>(d, v[i % KEPT], weight[i % KEPT]); };
-    if (AT_ONCE) load_sums<N, M>(block, 0);
+    load_sums<N, M>(block, 0);
     for (int j = 0; j < tile.num_keys; j += 32) {
       if (IS_FIRST && !ARE_FEW) turn_values(tile, j);
+      if (j) add(0, j / 32 - 1);  // what was just stored is not read at once
 #pragma GCC unroll 4
       for (int i = 0; i < 32; i += 2) {
         if (IS_FIRST) {
@@ -289,12 +288,13 @@ struct alignas(64) Folds {
       }
       auto& weights = weight[j / 32 % KEPT][0];
       if (ARE_FEW) pack_words([&](int i) { return weights[i]; }, weights[0], PAIRS);
-      if (AT_ONCE && j) add(0, j / 32 - 1);  // what was just stored is not read at once
     }
     const int last = tile.num_keys / 32 - 1;
-    for (int d = 0; d < D / 16; d += M) {
-      if (!AT_ONCE) load_sums<N, M>(block, d);
-      for (int i = AT_ONCE ? last : 0; i <= last; i++) add(d, i);
+    add(0, last);
+    store_sums<N, M>(block, 0);
+    for (int d = M; d < D / 16; d += M) {
+      load_sums<N, M>(block, d);
+      for (int i = 0; i <= last; i++) add(d, i);
       store_sums<N, M>(block, d);
     }
 #pragma GCC unroll 2
