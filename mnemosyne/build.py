@@ -104,7 +104,7 @@ def build_rank(
     num_bytes = gather_counts(checkpoint.load(decoder, device, progress), mesh)
     trace = _trace(config.metrics, mesh, device)
     model: Model = decoder
-    if config.compile != "none" and not _records(config, backend):
+    if config.compile in ("layer", "step") and not _records(config, backend):
         model = _compile(decoder, config.compile, device, compiling)
     layers = _layer_shape(decoder, spec)
     pool = _pool(decoder, config.cache, num_pages, dtype, device)
@@ -269,7 +269,10 @@ def _replays(config: EngineConfig, device: torch.device) -> bool:
 
 def _records(config: EngineConfig, backend: AttentionBackend) -> bool:
     """Whether decodes are recorded; C++ kernels do all of a step then, and no compiler does."""
-    return config.compile == "step" and isinstance(backend, Avx512Backend)
+    is_wanted = config.compile == "step" or (
+        config.compile == "auto" and config.mesh.world_size == 1
+    )
+    return is_wanted and isinstance(backend, Avx512Backend)
 
 
 def _count_pages(

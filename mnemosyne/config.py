@@ -15,7 +15,7 @@ DURATION_SUFFIXES = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "": 1.0}  # 
 Duration = float | int | str  # OmegaConf takes no whole number for a float of several types
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 ATTENTION_BACKENDS = ("auto", "reference", "flex", "triton", "cpu", "avx512", "amx")
-COMPILE_MODES = ("none", "layer", "step")
+COMPILE_MODES = ("auto", "none", "layer", "step")
 FFN_LAYOUTS = ("tp", "wide")
 POLICIES = ("fcfs", "edf", "lrs", "lars")
 
@@ -233,7 +233,7 @@ class EngineConfig:
     dtype: str = "auto"  # auto: as the checkpoint says
     device: str = "auto"  # auto: cuda where there is one, else cpu
     attention: str = "auto"  # reference, flex, triton, cpu, avx512, amx; auto: the usual one
-    compile: str = "none"  # layer: what surrounds attention; step: all but attention, ids to logits
+    compile: str = "auto"  # none, layer: what surrounds attention; step: all but attention
     mesh: MeshConfig = field(default_factory=MeshConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     slo: SloConfig = field(default_factory=SloConfig)
@@ -260,10 +260,10 @@ class EngineConfig:
                 f"compile must be one of {', '.join(COMPILE_MODES)}, got {self.compile!r}; "
                 "step compiles the most"
             )
-        if self.compile != "none" and self.mesh.world_size > 1:
+        if self.compile in ("layer", "step") and self.mesh.world_size > 1:
             raise ValueError(
-                f"compile must be none on a mesh of several ranks, got {self.compile!r} for "
-                f"{self.mesh.world_size}; drop it, or serve on one rank"
+                "compile must be auto or none on a mesh of several ranks, got "
+                f"{self.compile!r} for {self.mesh.world_size}; drop it, or serve on one rank"
             )
 
 

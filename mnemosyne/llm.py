@@ -43,7 +43,8 @@ class LLM:
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         attention: ``"auto"``, ``"reference"``, ``"flex"``, ``"cpu"``, ``"avx512"`` or
             ``"amx"``.
-        compile: ``"none"``, ``"layer"`` or ``"step"``: what is compiled before the first request.
+        compile: ``"none"``, ``"layer"`` or ``"step"``: what is compiled before the first request;
+            ``"auto"``: ``step`` where C++ kernels do all of it, which takes a moment, else none.
         schedule: a ``ScheduleConfig`` or its fields, e.g. ``{"chunk": 512}``.
         slo: a ``SloConfig`` or its fields, e.g. ``{"ttft_min": 0.5}``.
         cache: a ``CacheConfig`` or its fields, e.g. ``{"max_tokens": "1M"}``.
@@ -71,7 +72,7 @@ class LLM:
         dtype: str = "auto",
         device: str = "auto",
         attention: str = "auto",
-        compile: str = "none",
+        compile: str = "auto",
         schedule: ScheduleConfig | Mapping[str, Any] | None = None,
         slo: SloConfig | Mapping[str, Any] | None = None,
         cache: CacheConfig | Mapping[str, Any] | None = None,

@@ -88,10 +88,13 @@ def test_a_suffix_multiplies_by_1024(count: int, suffix: str) -> None:
         (lambda: SloConfig(ttft_scale=0), "slo.ttft_scale must be a positive number, got 0"),
         (lambda: SloConfig(ttft_min=float("inf")), "slo.ttft_min must be a positive time"),
         (lambda: MetricsConfig(path=3), "metrics.path must be str or None, got 3"),
-        (lambda: EngineConfig(model="m", compile="full"), "compile must be one of none, layer, s"),
+        (
+            lambda: EngineConfig(model="m", compile="full"),
+            "compile must be one of auto, none, la",
+        ),
         (
             lambda: EngineConfig(model="m", compile="step", mesh=MeshConfig(kvp=2)),
-            "compile must be none on a mesh of several ranks, got 'step' for 2; drop it",
+            "compile must be auto or none on a mesh of several ranks, got 'step' for 2; drop it",
         ),
         (lambda: EngineConfig(model=None), "model must be str, got None"),
         (lambda: EngineConfig(model="m", dtype="int8"), "dtype must be one of auto, float64, "),

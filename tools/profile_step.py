@@ -49,6 +49,7 @@ def open_engine(arguments: argparse.Namespace, length: int, chunk: int) -> Ours:
     config = EngineConfig(
         model="bench",
         attention=arguments.attention,
+        compile="none",  # what is replayed cannot be clocked
         schedule=ScheduleConfig(chunk=chunk, max_sequences=num_requests),
         cache=CacheConfig(max_tokens=room, page_size=PAGE_SIZE),
     )

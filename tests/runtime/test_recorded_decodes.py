@@ -30,12 +30,15 @@ NUM_TOKENS = 10
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
-def open_bfloat16(path: Path, attention: str = "avx512", **options: Any) -> LLM:
+def open_bfloat16(
+    path: Path, attention: str = "avx512", compile: str = "none", **options: Any
+) -> LLM:
     return LLM(
         str(path),
         device="cpu",
         dtype="bfloat16",
         attention=attention,
+        compile=compile,
         schedule={"chunk": 64},
         cache={"max_tokens": 2048, "page_size": 16},
         **options,
@@ -98,8 +101,9 @@ def test_a_step_is_one_call(tmp_path: Path) -> None:
     assert [len(captured.graph) for captured in graphs._captured.values()] == [1, 1, 1]  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("mode", ["step", "auto"])
 def test_every_decode_is_replayed_and_other_steps_are_those_of_an_eager_engine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, replays, replay = write_checkpoint(tmp_path / "tiny"), [], Tape.replay
     prompts = random_prompts((1, 1, 1))  # a prompt of one token is a decode by its shape
@@ -110,7 +114,7 @@ def test_every_decode_is_replayed_and_other_steps_are_those_of_an_eager_engine(
     monkeypatch.setattr(Tape, "replay", lambda tape: (replays.append(tape), replay(tape)))
 
     before = counters["stats"]["unique_graphs"]
-    with open_bfloat16(path, compile="step") as llm:
+    with open_bfloat16(path, compile=mode) as llm:
         outputs = [llm.generate(p, greedy(NUM_TOKENS))[0].token_ids for p in prompts]
         assert len(replays) == len(prompts) * NUM_TOKENS
         outputs_longer = llm.generate(longer, greedy(NUM_TOKENS, prompt_logprobs=1))
@@ -121,3 +125,17 @@ def test_every_decode_is_replayed_and_other_steps_are_those_of_an_eager_engine(
         assert output.token_ids == expected_one.token_ids
         assert output.prompt_logprobs == expected_one.prompt_logprobs
     assert len(replays) > len(prompts) * NUM_TOKENS
+
+
+def test_without_the_kernels_auto_records_and_compiles_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replays: list[Tape] = []
+    monkeypatch.setattr(Tape, "replay", replays.append)
+    before = counters["stats"]["unique_graphs"]
+    with open_bfloat16(write_checkpoint(tmp_path / "tiny"), "cpu", compile="auto") as llm:
+        (output,) = llm.generate(random_prompts((5,)), greedy(NUM_TOKENS))
+
+    assert len(output.token_ids) == NUM_TOKENS
+    assert replays == []
+    assert counters["stats"]["unique_graphs"] == before
