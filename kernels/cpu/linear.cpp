@@ -4,7 +4,7 @@
 // Every output is summed in the same order whatever the number of rows: the bits of a row of y
 // depend on that row of x alone.
 
-#include "tiles.h"
+#include "linear.h"
 
 using namespace mnemosyne;
 
@@ -13,21 +13,6 @@ namespace {
 constexpr int WIDTH = 4;   // outputs at a time: 6 x 4 sums fill the registers
 constexpr int CHUNK = 64;  // outputs that a thread takes at a time
 constexpr int AHEAD = 16;  // outputs between what is computed and what is on its way from memory
-
-struct Part {  // one layer, as the caller's table has it
-  const bf16* w;
-  const bf16* bias;  // or null
-  int64_t num_outputs;
-};
-
-struct Call {  // as Python lays it out
-  const bf16* x;
-  int64_t x_stride;
-  const Part* parts;
-  int64_t num_parts;
-  bf16* y;
-  int64_t num_rows, num_columns, num_threads;
-};
 
 struct Input {
   const bf16* x;
@@ -106,10 +91,8 @@ inline void store(const Input& in, const Part& part, bf16* y, int64_t row, int64
                         (__m128i)_mm_cvtneps_pbh(value));
 }
 
-inline __m128 silu(__m128 x) {
-  const __m128 e = _mm512_castps512_ps128(
-      exp2_of(_mm512_castps128_ps512(_mm_mul_ps(x, _mm_set1_ps(-1.44269504088896340736f)))));
-  return _mm_div_ps(x, _mm_add_ps(_mm_set1_ps(1.0f), e));
+inline __m128 silu_of(__m128 x) {
+  return _mm512_castps512_ps128(silu(_mm512_castps128_ps512(x)));
 }
 
 template <typename Body>
@@ -159,6 +142,6 @@ extern "C" void gated(const Call* call) {
         multiply_rows<R>(in, gates, row, output, gate);
         multiply_rows<R>(in, ups, row, output, up);
         for (int r = 0; r < R; r++)
-          store(in, gates, call->y, row + r, output, _mm_mul_ps(silu(gate[r]), up[r]));
+          store(in, gates, call->y, row + r, output, _mm_mul_ps(silu_of(gate[r]), up[r]));
       });
 }

@@ -1,7 +1,8 @@
-"""Linear layers of few rows on AVX-512 BF16; the torch original is ``F.linear``.
+"""Linear layers in bfloat16, by AMX where there is AMX, or else of few rows by AVX-512 BF16.
 
-In a graph of ``torch.compile`` they are the operator ``mnemosyne::linear``, which takes any number
-of rows, because one graph serves many.
+The torch original is ``F.linear``. In a graph of ``torch.compile`` they are the operators
+``mnemosyne::linear`` and ``mnemosyne::gated``, which take any number of rows, because one graph
+serves many.
 """
 
 from __future__ import annotations
@@ -13,11 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from mnemosyne.kernels.cpu.library import load_library, what_is_missing
+from mnemosyne.kernels.cpu.library import (
+    load_library,
+    what_is_missing,
+    what_is_missing_for_tiles,
+)
 from mnemosyne.kernels.cpu.tape import launch
 
 FEW_ROWS = 64  # up to which reading the weight bounds the speed, and this is the faster product
+MOST_COLUMNS = 4096  # with AMX, up to which it is the faster one for any number of rows
 
 Layer = tuple[Tensor, Tensor | None]  # weight and bias
 
@@ -39,15 +46,19 @@ def is_fast_for(x_TE: Tensor, weight_NE: Tensor) -> bool:
     return (
         x_TE.dtype == weight_NE.dtype == torch.bfloat16
         and x_TE.device.type == "cpu"
-        and (torch.compiler.is_compiling() or x_TE.shape[0] <= FEW_ROWS)
+        and (torch.compiler.is_compiling() or _is_faster(*x_TE.shape))
         and x_TE.shape[1] % 32 == 0
         and weight_NE.is_contiguous()
         and can_run()
     )
 
 
+def _is_faster(num_rows: int, num_columns: int) -> bool:
+    return num_rows <= FEW_ROWS or (num_columns <= MOST_COLUMNS and has_tiles())
+
+
 def linear(x_TE: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
-    """``x W^T + b`` of several layers for a few rows, in one call.
+    """``x W^T + b`` of several layers, in one call.
 
     Sums are float32, in the same order for every row, so that the bits of a row do not depend on
     the other rows.
@@ -74,12 +85,12 @@ def _linear(x_TE: Tensor, layers: Sequence[Layer]) -> Tensor:
     """What ``linear`` gives, one layer after another in one dimension."""
     num_rows = _check(x_TE, layers)
     y = x_TE.new_empty(num_rows * sum(len(weight) for weight, _ in layers))
-    _launch(compile_linear().linear, x_TE, layers, y)
+    _launch(compile_linear(has_tiles()).linear, x_TE, layers, y)
     return y
 
 
 def gated(x_TE: Tensor, gate: Layer, up: Layer) -> Tensor:
-    """``silu(gate(x)) * up(x)`` of two layers for a few rows, rounded once.
+    """``silu(gate(x)) * up(x)`` of two layers, rounded once.
 
     Args:
         x_TE: as for ``linear``.
@@ -89,10 +100,12 @@ def gated(x_TE: Tensor, gate: Layer, up: Layer) -> Tensor:
     Returns:
         ``y_TF`` bfloat16.
     """
+    if torch.compiler.is_compiling():
+        return torch.ops.mnemosyne.gated(x_TE, *gate, *up)
     num_rows = _check(x_TE, (gate, up))
     assert gate[0].shape == up[0].shape
     y_TF = x_TE.new_empty(num_rows, len(gate[0]))
-    _launch(compile_linear().gated, x_TE, (gate, up), y_TF)
+    _launch(compile_linear(has_tiles()).gated, x_TE, (gate, up), y_TF)
     return y_TF
 
 
@@ -139,16 +152,25 @@ def can_run() -> bool:
     return what_is_missing() is None
 
 
+def has_tiles() -> bool:
+    """Whether the kernels are those of AMX; a graph takes the answer as that of ``can_run``."""
+    return what_is_missing_for_tiles() is None
+
+
 torch.library.define(
     "mnemosyne::linear", "(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor"
+)
+torch.library.define(
+    "mnemosyne::gated",
+    "(Tensor x, Tensor gate, Tensor? gate_bias, Tensor up, Tensor? up_bias) -> Tensor",
 )
 
 
 @torch.library.impl("mnemosyne::linear", "CPU")
 def _linear_of_any_rows(x_TE: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Tensor:
-    """``_linear`` for any number of rows: many take torch's product."""
+    """``_linear``, or torch's product where that is the faster one."""
     num_rows = len(x_TE)
-    if num_rows <= FEW_ROWS:
+    if _is_faster(*x_TE.shape):
         return _linear(x_TE, list(zip(weights, biases, strict=True)))
     y = x_TE.new_empty(num_rows * sum(map(len, weights)))
     parts = y.split([num_rows * len(weight) for weight in weights])
@@ -166,10 +188,27 @@ def _linear_shape(x_TE: Tensor, weights: list[Tensor], biases: list[Tensor | Non
     return x_TE.new_empty(x_TE.shape[0] * sum(map(len, weights)))
 
 
+@torch.library.impl("mnemosyne::gated", "CPU")
+def _gated_of_any_rows(
+    x_TE: Tensor, gate: Tensor, gate_bias: Tensor | None, up: Tensor, up_bias: Tensor | None
+) -> Tensor:
+    """``gated``, or torch's operators where these are faster."""
+    if _is_faster(*x_TE.shape):
+        return gated(x_TE, (gate, gate_bias), (up, up_bias))
+    return F.silu(F.linear(x_TE, gate, gate_bias)) * F.linear(x_TE, up, up_bias)
+
+
+@torch.library.register_fake("mnemosyne::gated")
+def _gated_shape(
+    x_TE: Tensor, gate: Tensor, gate_bias: Tensor | None, up: Tensor, up_bias: Tensor | None
+) -> Tensor:
+    return x_TE.new_empty(x_TE.shape[0], gate.shape[0])
+
+
 @cache
-def compile_linear() -> Any:
-    """The C functions; compiled if they never were on this machine."""
-    library = load_library("linear")
+def compile_linear(has_tiles: bool) -> Any:
+    """The C functions, of AMX or of AVX-512; compiled if they never were on this machine."""
+    library = load_library("linear_amx" if has_tiles else "linear")
     library.linear.argtypes = library.gated.argtypes = [ctypes.c_void_p]
     library.linear.restype = library.gated.restype = None
     return library

@@ -1,18 +1,29 @@
-"""The C++ product of few rows: no worse than torch, and the same bits in any company."""
+"""The products in C++, by AVX-512 and by AMX: no worse than torch, same bits in any company."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mnemosyne.kernels.cpu.library import what_is_missing
-from mnemosyne.kernels.cpu.linear import FEW_ROWS, gated, is_fast_for
+from mnemosyne.kernels.cpu import linear as module
+from mnemosyne.kernels.cpu.library import what_is_missing, what_is_missing_for_tiles
+from mnemosyne.kernels.cpu.linear import FEW_ROWS, MOST_COLUMNS, gated, is_fast_for
 from mnemosyne.kernels.cpu.linear import linear as linear_each
+from mnemosyne.model_zoo import layers as zoo
 from tests.attention.cases import assert_no_worse_than_eager
 
 pytestmark = pytest.mark.skipif(what_is_missing() is not None, reason=str(what_is_missing()))
+
+
+@pytest.fixture(params=["avx512", "amx"], autouse=True)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which of the two computes."""
+    if request.param == "amx" and (missing := what_is_missing_for_tiles()) is not None:
+        pytest.skip(missing)
+    monkeypatch.setattr(module, "has_tiles", lambda: request.param == "amx")
+    return str(request.param)
 
 
 def make(num_rows: int, num_outputs: int, num_columns: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,8 +39,8 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("num_outputs", [1, 64, 67, 330])
-@pytest.mark.parametrize("num_rows", [1, 2, 5, 6, 7, FEW_ROWS])
+@pytest.mark.parametrize("num_outputs", [1, 15, 16, 17, 31, 64, 67, 330])
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 6, 7, 16, 17, 33, FEW_ROWS, 131])
 def test_it_is_no_worse_than_torch(num_rows: int, num_outputs: int, has_bias: bool) -> None:
     x, w, bias = make(num_rows, num_outputs, 96)
     b = bias if has_bias else None
@@ -37,6 +48,16 @@ def test_it_is_no_worse_than_torch(num_rows: int, num_outputs: int, has_bias: bo
     y = linear(x, w, b)
 
     exact = F.linear(x.double(), w.double(), None if b is None else b.double())
+    assert_no_worse_than_eager(y, F.linear(x, w, b), exact)
+
+
+@pytest.mark.parametrize("num_columns", [32, 1024, 2816, MOST_COLUMNS, MOST_COLUMNS + 32])
+def test_many_rows_of_any_width_are_no_worse_than_torch(num_columns: int) -> None:
+    x, w, b = make(700, 70, num_columns)
+
+    y = linear(x, w, b)
+
+    exact = F.linear(x.double(), w.double(), b.double())
     assert_no_worse_than_eager(y, F.linear(x, w, b), exact)
 
 
@@ -54,6 +75,38 @@ def test_the_operator_of_a_graph_takes_any_number_of_rows(num_rows: int, has_bia
         assert_no_worse_than_eager(y.view(num_rows, -1), F.linear(x, w, b), exact)
 
 
+@pytest.mark.parametrize("num_rows", [1, FEW_ROWS + 1])
+def test_the_operator_of_a_gate_takes_any_number_of_rows(num_rows: int, kernel: str) -> None:
+    x, w, b = make(num_rows, 67, 96)
+    arguments = x, w, b, w.flip(0), None
+
+    torch.library.opcheck(torch.ops.mnemosyne.gated.default, arguments)
+    y = torch.ops.mnemosyne.gated(*arguments)
+
+    pairs = (w, b), (w.flip(0), None)
+    of_torch = F.silu(F.linear(x, *pairs[0])) * F.linear(x, *pairs[1])
+    is_ours = kernel == "amx" or num_rows <= FEW_ROWS
+    assert torch.equal(y, gated(x, *pairs) if is_ours else of_torch)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@torch.inference_mode()
+def test_a_compiled_mlp_has_the_bits_of_an_eager_one(kernel: str) -> None:
+    if kernel == "avx512":
+        pytest.skip("there the compiler fuses the gate, which rounds what it lets through")
+    for ask in (module.can_run, module.has_tiles):
+        torch.compiler.assume_constant_result(ask)
+    gate, up = (zoo.Linear(64, 96, bias=False, dtype=torch.bfloat16) for _ in range(2))
+
+    def mlp(x_TE: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
+        return zoo.gate(x_TE, gate, up)
+
+    compiled = torch.compile(mlp, fullgraph=True, dynamic=True, backend="aot_eager")
+    for num_rows in (2, 5, 100):
+        x, _, _ = make(num_rows, 1, 64)
+        assert torch.equal(compiled(x, gate, up), mlp(x, gate, up))
+
+
 def test_a_row_has_the_same_bits_in_any_company_and_number_of_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -66,26 +119,43 @@ def test_a_row_has_the_same_bits_in_any_company_and_number_of_threads(
     assert torch.equal(together, alone)
 
 
+@pytest.mark.parametrize("num_columns", [96, 2816])
+def test_a_row_has_the_same_bits_among_any_number_of_rows(num_columns: int) -> None:
+    x, w, b = make(1300, 75, num_columns)
+    other = w.flip(0).contiguous()
+    y, gate = linear(x, w, b), gated(x, (w, b), (other, None))
+
+    for num_rows in range(1, 201):
+        first = num_rows % 37  # other rows beside them, and another place among these
+        rows = slice(first, first + num_rows)
+        assert torch.equal(linear(x[rows], w, b), y[rows])
+        assert torch.equal(gated(x[rows], (w, b), (other, None)), gate[rows])
+
+
 def test_rows_may_lie_apart() -> None:
-    x, w, _ = make(5, 64, 128)
+    for num_rows in (5, 40):
+        x, w, _ = make(num_rows, 64, 128)
 
-    assert torch.equal(
-        linear(x[::2, :64], w[:, :64].contiguous()),
-        linear(x[::2, :64].contiguous(), w[:, :64].contiguous()),
-    )
+        assert torch.equal(
+            linear(x[::2, :64], w[:, :64].contiguous()),
+            linear(x[::2, :64].contiguous(), w[:, :64].contiguous()),
+        )
 
 
-def test_what_it_cannot_or_need_not_do_is_left_to_torch() -> None:
+def test_what_it_cannot_or_need_not_do_is_left_to_torch(kernel: str) -> None:
     x, w, _ = make(4, 64, 64)
+    many, wide = x.repeat(20, 1), torch.zeros(64, MOST_COLUMNS + 32).bfloat16()
 
     assert is_fast_for(x, w)
     assert not is_fast_for(x.float(), w.float())
     assert not is_fast_for(x[:, :48], w[:, :48].contiguous())
     assert not is_fast_for(x, w.t())
-    assert not is_fast_for(x.expand(1, 4, 64).reshape(4, 64).repeat(20, 1), w)
+    assert is_fast_for(many, w) == (kernel == "amx")
+    assert is_fast_for(wide, wide)
+    assert not is_fast_for(wide.repeat(2, 1), wide)
 
 
-@pytest.mark.parametrize("num_rows", [1, 3, 8])
+@pytest.mark.parametrize("num_rows", [1, 3, 8, 40, 100])
 def test_layers_of_one_input_give_what_each_gives_alone(num_rows: int) -> None:
     layers = []
     for num_outputs in (200, 64, 3, 67):
@@ -99,10 +169,13 @@ def test_layers_of_one_input_give_what_each_gives_alone(num_rows: int) -> None:
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("num_rows", [1, 2, 7, FEW_ROWS])
-def test_a_gated_pair_is_no_worse_than_torch(num_rows: int, has_bias: bool) -> None:
-    x, gate, gate_bias = make(num_rows, 330, 96)
-    _, up, up_bias = make(num_rows + 1, 330, 96)
+@pytest.mark.parametrize("num_outputs", [5, 16, 31, 330])
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 20, FEW_ROWS, 700])
+def test_a_gated_pair_is_no_worse_than_torch(
+    num_rows: int, num_outputs: int, has_bias: bool
+) -> None:
+    x, gate, gate_bias = make(num_rows, num_outputs, 96)
+    _, up, up_bias = make(num_rows + 1, num_outputs, 96)
     biases = (gate_bias, up_bias) if has_bias else (None, None)
 
     y = gated(x, (gate, biases[0]), (up, biases[1]))
