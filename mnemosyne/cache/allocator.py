@@ -1,4 +1,4 @@
-"""Pages of the pool: who holds which, and which are free. Prefers neighbouring pages."""
+"""Pages of the pool: which are free. Prefers neighbouring pages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class PageAllocator:
-    """Hands out pages with reference counts; free pages are kept as disjoint runs.
+    """Hands out pages; free ones are kept as disjoint runs.
 
     A request that gets neighbouring pages is read as one run, without a gather, so the smallest
     run that holds all of it is taken first and only a fragmented pool splits it.
@@ -20,7 +20,8 @@ class PageAllocator:
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
         self.num_free = num_pages
-        self._references = np.zeros(num_pages, dtype=np.int32)
+        self._ids = np.arange(num_pages, dtype=np.int64)
+        self._ids.flags.writeable = False  # what is handed out are parts of it
         # sorted by first page; runs never touch, so they are as long as can be
         self._starts: list[int] = [0] if num_pages else []
         self._stops: list[int] = [num_pages] if num_pages else []
@@ -39,29 +40,19 @@ class PageAllocator:
         """
         if count > self.num_free:
             return None
-        taken = []
-        missing = count
-        while missing:
-            index = self._best_run(missing)
-            start = self._starts[index]
-            stop = min(self._stops[index], start + missing)
-            self._shrink(index, stop)
-            self._references[start:stop] = 1
-            taken.append(np.arange(start, stop, dtype=np.int64))
-            missing -= stop - start
         self.num_free -= count
+        taken = []
+        while count:
+            start, stop = self._take(count)
+            taken.append(self._ids[start:stop])
+            count -= stop - start
         if len(taken) == 1:
             return taken[0]
         # ascending, so that first and last page tell whether they are neighbours
         return np.sort(np.concatenate(taken)) if taken else np.empty(0, dtype=np.int64)
 
-    def share(self, pages: np.ndarray) -> None:
-        """Add a reference to pages that are in use."""
-        assert (self._references[pages] > 0).all(), "a free page cannot be shared"
-        self._references[pages] += 1
-
     def release(self, pages: np.ndarray) -> None:
-        """Drop a reference; pages with none left are free again.
+        """Give pages back.
 
         Args:
             pages: int64 page ids, ascending.
@@ -69,54 +60,44 @@ class PageAllocator:
         if len(pages) == 0:
             return
         first, stop = int(pages[0]), int(pages[-1]) + 1
-        if stop - first == len(pages) and self._references[first:stop].max() == 1:
-            assert self._references[first:stop].min() == 1, "a free page cannot be released"
-            self._references[first:stop] = 0
+        if stop - first == len(pages):
             self._insert(first, stop)
-            self.num_free += len(pages)
         else:
-            self._release_scattered(pages)
+            for run in np.split(pages, np.flatnonzero(np.diff(pages) != 1) + 1):
+                self._insert(int(run[0]), int(run[-1]) + 1)
+        self.num_free += len(pages)
 
-    def _release_scattered(self, pages: np.ndarray) -> None:
-        assert (self._references[pages] > 0).all(), "a free page cannot be released"
-        self._references[pages] -= 1
-        free = np.sort(pages[self._references[pages] == 0])
-        if len(free) == 0:
-            return
-        breaks = np.flatnonzero(np.diff(free) != 1) + 1
-        for run in np.split(free, breaks):
-            self._insert(int(run[0]), int(run[-1]) + 1)
-        self.num_free += len(free)
-
-    def _best_run(self, count: int) -> int:
-        """Index of the smallest run that holds ``count`` pages, else of the largest."""
-        rank = bisect_left(self._by_size, (count, 0))
+    def _take(self, most: int) -> tuple[int, int]:
+        """First page and end of the smallest run of ``most`` pages, else of the largest run."""
+        rank = bisect_left(self._by_size, (most, 0))
         if rank == len(self._by_size):  # the first of the largest
             rank = bisect_left(self._by_size, (self._by_size[-1][0], 0))
-        return bisect_left(self._starts, self._by_size[rank][1])
-
-    def _shrink(self, index: int, start: int) -> None:
-        stop = self._stops[index]
-        self._drop(index)
-        if start < stop:
-            self._keep(index, start, stop)
+        size, start = self._by_size.pop(rank)
+        index = bisect_left(self._starts, start)
+        if size <= most:
+            del self._starts[index], self._stops[index]
+            return start, start + size
+        self._starts[index] = start + most
+        insort(self._by_size, (size - most, start + most))
+        return start, start + most
 
     def _insert(self, start: int, stop: int) -> None:
+        """Add free pages, as one run with those they touch."""
         index = bisect_left(self._starts, start)
-        if index < len(self._starts) and self._starts[index] == stop:
-            stop = self._stops[index]
-            self._drop(index)
-        if index > 0 and self._stops[index - 1] == start:
+        has_before, has_after = index > 0, index < len(self._starts)
+        is_used = not has_before or self._stops[index - 1] <= start
+        is_used &= not has_after or stop <= self._starts[index]
+        assert is_used, "a free page cannot be released"
+        if has_after and self._starts[index] == stop:
+            stop = self._drop(index)[1]
+        if has_before and self._stops[index - 1] == start:
             index -= 1
-            start = self._starts[index]
-            self._drop(index)
-        self._keep(index, start, stop)
-
-    def _keep(self, index: int, start: int, stop: int) -> None:
+            start = self._drop(index)[0]
         self._starts.insert(index, start)
         self._stops.insert(index, stop)
         insort(self._by_size, (stop - start, start))
 
-    def _drop(self, index: int) -> None:
+    def _drop(self, index: int) -> tuple[int, int]:
         start, stop = self._starts.pop(index), self._stops.pop(index)
         del self._by_size[bisect_left(self._by_size, (stop - start, start))]
+        return start, stop

@@ -30,18 +30,6 @@ def test_a_fragmented_pool_still_serves_all_its_pages():
     assert allocator.allocate(1) is None
 
 
-def test_a_shared_page_is_free_only_after_its_last_reference():
-    allocator = PageAllocator(2)
-    pages = allocator.allocate(2)
-    allocator.share(pages[:1])
-
-    allocator.release(pages)
-
-    assert allocator.num_free == 1
-    allocator.release(pages[:1])
-    assert allocator.num_free == 2
-
-
 def test_releasing_a_free_page_is_caught():
     allocator = PageAllocator(2)
     pages = allocator.allocate(1)
