@@ -19,6 +19,7 @@ def solve_chunk(
     budget_s: float,
     min_chunk: int = 32,
     max_chunk: int = 8192,
+    without_s: float = 0.0,
 ) -> int:
     """The largest chunk whose predicted step time stays within the budget.
 
@@ -28,6 +29,7 @@ def solve_chunk(
         budget_s: seconds the step may take.
         min_chunk: smallest chunk worth a place in a batch, tokens.
         max_chunk: largest chunk, tokens.
+        without_s: seconds of the step without the chunk; spares predictions.
 
     Returns:
         ``remaining`` where all of it fits, else a multiple of 32 in ``[min_chunk, max_chunk]``,
@@ -37,16 +39,17 @@ def solve_chunk(
 
     Source: Medha, arXiv 2409.17264, adaptive chunking; the tail rule is ours.
     """
-    if remaining <= max_chunk and predict(remaining) <= budget_s:
-        return remaining
-    smallest = min(min_chunk, remaining)
-    smallest_s = predict(smallest)
-    if smallest_s > budget_s:
+    if without_s > budget_s:
         return 0
-    limit = min(remaining, max_chunk) // CHUNK_MULTIPLE
-    fitting = _most_multiples(predict, budget_s, smallest // CHUNK_MULTIPLE, smallest_s, limit)
-    size = max(fitting * CHUNK_MULTIPLE, smallest)
-    if size == remaining or remaining - size >= min_chunk:
+    smallest, largest = min(min_chunk, remaining), min(max_chunk, remaining)
+    largest_s = predict(largest)
+    if largest_s > budget_s:
+        size = _largest_fitting(predict, budget_s, smallest, largest, largest_s, without_s)
+    elif largest == remaining:
+        return remaining
+    else:
+        size = max(largest // CHUNK_MULTIPLE * CHUNK_MULTIPLE, smallest)
+    if size == 0 or remaining - size >= min_chunk:
         return size
     shorter = max((remaining - min_chunk) // CHUNK_MULTIPLE * CHUNK_MULTIPLE, min_chunk)
     if remaining - shorter < min_chunk or predict(remaining) <= budget_s:
@@ -54,33 +57,46 @@ def solve_chunk(
     return shorter
 
 
-def _most_multiples(
-    predict: Callable[[int], float], budget_s: float, low: int, low_s: float, limit: int
+def _largest_fitting(
+    predict: Callable[[int], float],
+    budget_s: float,
+    smallest: int,
+    largest: int,
+    largest_s: float,
+    without_s: float,
 ) -> int:
-    """The largest count of multiples up to ``limit`` within the budget; ``low`` of them are.
+    """The largest multiple between two sizes, or else the smaller one, that fits; 0 if none does.
 
     Step time is nearly linear in the chunk: the line through what is known meets the budget at
     the answer or beside it. Halving bounds the search where it does not.
+
+    Args:
+        largest: tokens that do not fit.
+        largest_s: seconds of a step with that many.
     """
-    if limit <= low or (high_s := predict(limit * CHUNK_MULTIPLE)) <= budget_s:
-        return max(limit, low)
-    high, turn, fits = limit, 0, True
+    low, high = (smallest - 1) // CHUNK_MULTIPLE, -(-largest // CHUNK_MULTIPLE)
+    left, left_s, right, right_s = 0, without_s, largest, largest_s  # what the line goes through
+    turn, fits = 0, True
     while high - low > 1:
         if turn == 0:
-            share = (budget_s - low_s) / (high_s - low_s)
-            middle = min(max(low + int(share * (high - low)), low + 1), high - 1)
+            line = left + (budget_s - left_s) / (right_s - left_s) * (right - left)
+            middle = min(max(int(line) // CHUNK_MULTIPLE, low + 1), high - 1)
         elif turn == 1:
             middle = low + 1 if fits else high - 1
         else:
             middle = (low + high) // 2
-        seconds = predict(middle * CHUNK_MULTIPLE)
+        size = middle * CHUNK_MULTIPLE
+        seconds = predict(size)
         fits = seconds <= budget_s
         if fits:
-            low, low_s = middle, seconds
+            low, left, left_s = middle, size, seconds
         else:
-            high, high_s = middle, seconds
+            high, right, right_s = middle, size, seconds
         turn = (turn + 1) % 3
-    return low
+    if low * CHUNK_MULTIPLE >= smallest:
+        return low * CHUNK_MULTIPLE
+    is_tried = smallest % CHUNK_MULTIPLE == 0 or smallest == largest
+    return 0 if is_tried or predict(smallest) > budget_s else smallest
 
 
 def solve_lone_chunk(
