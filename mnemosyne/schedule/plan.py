@@ -11,8 +11,7 @@ from mnemosyne.cache.layout import Placement
 from mnemosyne.request import Logprobs, Sampled, SamplingParams
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Admission:
+class Admission(NamedTuple):
     """A request that starts: its prompt, how to sample, where its cache lives."""
 
     request_id: int

@@ -8,38 +8,52 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import EllipsisType
+from typing import Generic, TypeVar
 
 import numpy as np
 
-MIN_WORK_S = 1e-9  # a prompt of no predicted work would divide by zero
+Number = TypeVar("Number", float, np.ndarray)
+LEAST_S = 1e-200  # makes a difference to no predicted time but zero, by which nothing is divided
 
 
 @dataclass(slots=True, eq=False)
-class Urgency:
-    """What a policy may know of requests at one moment: float64 ``[B]`` each, all in seconds."""
+class Urgency(Generic[Number]):
+    """What a policy may know of one request, or of many at once: floats or float64 ``[B]``."""
 
-    arrival_s: np.ndarray
-    due_s: np.ndarray  # arrival and deadline together
-    total_s: np.ndarray  # predicted time of the whole prefill, alone
-    slack_s: np.ndarray  # to spare before it is due if it were prefilled alone from now on
-
-    def relative_slack(self, row: int | EllipsisType = ...) -> np.ndarray:
-        """Slack as a share of the whole work: what a long and a short request can be compared by.
-
-        Args:
-            row: of one request; unset: of all.
-
-        Source: Medha, arXiv 2409.17264, section 4.
-        """
-        return self.slack_s[row] / np.maximum(self.total_s[row], MIN_WORK_S)
+    arrival_s: Number
+    due_s: Number  # arrival and deadline together
+    total_s: Number  # of the whole prefill, alone, by the table of prefill times
+    done_s: Number  # of the part that is planned
 
 
-Policy = Callable[[Urgency], np.ndarray]
+def slack_s(urgency: Urgency[Number], now_s: float, factor: float) -> Number:
+    """What is to spare before it is due, if it were prefilled alone from now on.
+
+    Args:
+        urgency: of one request or many.
+        now_s: seconds on the clock of arrivals.
+        factor: from seconds of the table to seconds as the machine is now.
+    """
+    return urgency.due_s - now_s - (urgency.total_s * factor - urgency.done_s * factor)
+
+
+def relative_slack(urgency: Urgency[Number], now_s: float, factor: float) -> Number:
+    """Slack as a share of the whole work: what a long and a short request can be compared by.
+
+    Source: Medha, arXiv 2409.17264, section 4.
+    """
+    total_s = urgency.total_s * factor
+    slack = urgency.due_s - now_s
+    slack -= total_s - urgency.done_s * factor
+    slack /= total_s + LEAST_S
+    return slack
+
+
+Policy = Callable[[Urgency[Number], float, float], Number]
 
 POLICIES: dict[str, Policy] = {
-    "fcfs": lambda urgency: urgency.arrival_s,
-    "edf": lambda urgency: urgency.due_s,
-    "lrs": lambda urgency: urgency.slack_s,
-    "lars": lambda urgency: urgency.relative_slack(),
+    "fcfs": lambda urgency, now_s, factor: urgency.arrival_s,
+    "edf": lambda urgency, now_s, factor: urgency.due_s,
+    "lrs": slack_s,
+    "lars": relative_slack,
 }

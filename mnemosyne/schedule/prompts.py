@@ -1,29 +1,56 @@
-"""Prompts in one table, a column per quantity, so that a thousand are weighed at once."""
+"""Prompts that are not computed yet, or not all of them, and their order by a policy."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Generic, TypeVar
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import inf
+from operator import attrgetter
 
 import numpy as np
 
+from mnemosyne.cache.layout import Placement
 from mnemosyne.request import Request
-from mnemosyne.schedule.policy import Policy, Urgency
+from mnemosyne.schedule.policy import Policy, Urgency, slack_s
 from mnemosyne.schedule.prefill_table import PrefillTable
 
-Item = TypeVar("Item")
-FIRST_CAPACITY = 64
-FEW = 32  # rows that are put in order at once
-# The quantities. ROOM is tokens of prompt and output together; TOTAL_S and DONE_S are times of
-# the prefill table, before its factor; TURN counts prompts as they came.
-PRIORITY, ARRIVAL, DUE, ROOM, LENGTH, DONE, TOTAL_S, DONE_S, TURN = range(9)
+FEW = 8  # prompts that are compared one by one, and of many those that are looked for first
+NOWHERE = Placement((), 1)  # of a request that waits
+# Cells of a prompt: its ``Urgency``, then priority and tokens of prompt and output together.
+ARRIVAL, DUE, TOTAL_S, DONE_S, PRIORITY, ROOM = range(6)
+NUM_CELLS = 6
 
 
-class Prompts(Generic[Item]):
+@dataclass(slots=True, eq=False)
+class Progress(Urgency[float]):
+    """How far a request is, as planning needs it: counts and times, never token values."""
+
+    request: Request
+    deadline_s: float  # of the first token, after arrival
+    placement: Placement = NOWHERE  # pages for its whole life, once it is admitted
+    num_planned: int = 0  # prompt tokens in this and earlier plans
+    num_in_flight: int = 0  # steps that hold a chunk of its prompt
+    is_released: bool = False
+    turn: int = 0  # how many prompts had come to where it is before it
+    row: int = 0  # how many of those are still there, if it was just looked for
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.num_planned < self.request.num_prompt_tokens
+
+    @property
+    def next_group(self) -> int:
+        """The group that stores the next chunk."""
+        return self.placement.shards[self.placement.num_active(self.num_planned + 1) - 1].group
+
+
+class Prompts:
     """Prompts that are not computed yet, or not all of them, ordered by a policy.
 
-    Rows are in no order and change as prompts leave: taking one out costs the same however many
-    there are.
+    A few are compared one by one. Many are weighed at once: what is known of them stands in a
+    table as well, which Python changes in a moment and numpy reads without a copy.
 
     Args:
         policy: what makes one more urgent than another.
@@ -31,121 +58,140 @@ class Prompts(Generic[Item]):
     """
 
     def __init__(self, policy: Policy, table: PrefillTable) -> None:
-        self.items: list[Item] = []  # by row
-        self._ids: list[int] = []  # by row
-        self._rows: dict[int, int] = {}  # by request
-        self._num_taken = 0  # ever
         self._policy = policy
         self._table = table
         self._version = table.version
-        self._columns = np.empty((9, FIRST_CAPACITY))
+        self._num_taken = 0  # ever
+        self.clear()
 
     def __len__(self) -> int:
-        return len(self.items)
-
-    def add(self, request: Request, item: Item, *, due_s: float) -> None:
-        """Take a prompt in, behind all others where the policy makes no difference.
-
-        Args:
-            request: whose length the prefill table was extended to.
-            item: what ``items`` holds of it.
-            due_s: when its first token is due, on the clock of arrivals.
-        """
-        row, length = len(self.items), request.num_prompt_tokens
-        if row == self._columns.shape[1]:
-            self._columns = np.concatenate([self._columns, np.empty_like(self._columns)], axis=1)
-        self._columns[:, row] = (
-            *(request.priority, request.arrival_s, due_s, request.max_tokens, length, 0),
-            *(self._table.at(length), 0.0, self._num_taken),
-        )
-        self._num_taken += 1
-        self._rows[request.request_id] = row
-        self.items.append(item)
-        self._ids.append(request.request_id)
-
-    def row(self, request_id: int) -> int | None:
-        """Where a prompt is; None if it is not here."""
-        return self._rows.get(request_id)
-
-    def discard(self, request_id: int) -> Item | None:
-        """Take a prompt out; None if it is not here."""
-        row = self.row(request_id)
-        if row is None:
-            return None
-        item = self.items[row]
-        self.drop([row])
-        return item
-
-    def drop(self, rows: list[int]) -> None:
-        """Take prompts out by their rows; the last prompts move to where they were."""
-        for row in sorted(rows, reverse=True):
-            del self._rows[self._ids[row]]
-            item, request_id = self.items.pop(), self._ids.pop()
-            last = len(self.items)
-            if row < last:
-                self._columns[:, row] = self._columns[:, last]
-                self.items[row], self._ids[row] = item, request_id
-                self._rows[request_id] = row
+        return len(self._items)
 
     def clear(self) -> None:
         """Forget all."""
-        self.items.clear()
-        self._ids.clear()
-        self._rows.clear()
+        self._items: list[Progress] = []  # as they came
+        self._cells = array("d")  # of all if they are many, else of the first ones
+        self._is_mixed = False  # whether there may be several priorities
 
-    def advance(self, row: int, num_done: int) -> None:
-        """Note how far a prompt is computed."""
-        self._columns[DONE, row] = num_done
-        self._columns[DONE_S, row] = self._table.at(num_done)
+    def add(self, prompt: Progress) -> None:
+        """Take a prompt in, behind all others where the policy makes no difference."""
+        prompt.turn = self._num_taken
+        self._num_taken += 1
+        self._items.append(prompt)
+        if prompt.request.priority != self._items[0].request.priority:
+            self._is_mixed = True
+        if len(self._items) > FEW:
+            self._fill()
 
-    def urgency(self, now_s: float) -> Urgency:
-        """What the policy sees of each row.
+    def find(self, prompt: Progress) -> Progress:
+        """The prompt, ready for ``advance`` and ``remove`` as if it came from ``in_order``."""
+        prompt.row = bisect_left(self._items, prompt.turn, key=attrgetter("turn"))
+        return prompt
+
+    def remove(self, prompts: Iterable[Progress]) -> None:
+        """Take prompts out, all those at once that ``in_order`` gave."""
+        for row in sorted([prompt.row for prompt in prompts], reverse=True):
+            del self._items[row]
+            del self._cells[row * NUM_CELLS : (row + 1) * NUM_CELLS]
+
+    def advance(self, prompt: Progress) -> None:
+        """Note that more of a prompt is planned, before any is removed."""
+        prompt.done_s = self._table.at(prompt.num_planned)
+        if prompt.row * NUM_CELLS < len(self._cells):
+            self._cells[prompt.row * NUM_CELLS + DONE_S] = prompt.done_s
+
+    def follow_table(self) -> float:
+        """Look the times up again if the table was made anew; to be called before what follows.
+
+        Returns:
+            The factor from seconds of the table to seconds as the machine is now.
+        """
+        if self._version != self._table.version:
+            self._version = self._table.version
+            lengths = np.array([prompt.request.num_prompt_tokens for prompt in self._items])
+            planned = np.array([prompt.num_planned for prompt in self._items])
+            totals_s = self._table.until(lengths).tolist()
+            dones_s = self._table.until(planned).tolist()
+            for prompt, total_s, done_s in zip(self._items, totals_s, dones_s, strict=True):
+                prompt.total_s, prompt.done_s = total_s, done_s
+            del self._cells[:]
+        return self._table.factor()
+
+    def in_order(self, now_s: float, factor: float, most_room: float = inf) -> Iterator[Progress]:
+        """Prompts, the most urgent first: by priority, policy, then as they came.
 
         Args:
             now_s: seconds on the clock of arrivals.
+            factor: as ``follow_table`` returned it.
+            most_room: tokens of prompt and output above which a request is left out.
+
+        Returns:
+            Prompts for a reader who stops early, and before any is added or removed.
         """
-        live = self._columns[:, : len(self.items)]
-        if self._version != self._table.version:
-            self._version = self._table.version
-            live[TOTAL_S] = self._table.until(live[LENGTH])
-            live[DONE_S] = self._table.until(live[DONE])
-        factor = self._table.factor()
-        total_s = live[TOTAL_S] * factor
-        slack_s = live[DUE] - now_s - (total_s - live[DONE_S] * factor)
-        return Urgency(live[ARRIVAL], live[DUE], total_s, slack_s)
+        if len(self._items) > FEW:
+            keys = np.array(self._policy(self._urgency(), now_s, factor))
+            return self._many_in_order(keys, most_room)
+        few = [
+            (prompt.request.priority, self._policy(prompt, now_s, factor), prompt.turn, prompt)
+            for prompt in self._items
+            if prompt.request.max_tokens <= most_room
+        ]
+        few.sort()
+        for row, prompt in enumerate(self._items):
+            prompt.row = row
+        return iter([prompt for *_, prompt in few])
 
-    def in_order(self, urgency: Urgency, among: np.ndarray | None = None) -> Iterator[int]:
-        """Rows, the most urgent first: by priority, policy, then as they came.
+    def overdue(self, now_s: float, factor: float, least_room: float) -> list[Progress]:
+        """Requests of more than ``least_room`` tokens without time to spare, in order of age."""
+        is_late = slack_s(self._urgency(), now_s, factor) <= 0
+        rows = np.flatnonzero(is_late & (self._columns()[ROOM] > least_room)).tolist()
+        late = [self._items[row] for row in rows]
+        return sorted(late, key=lambda p: (p.request.priority, p.arrival_s, p.turn))
 
-        They are put in order few by few, for a reader who stops early.
+    def most_room(self) -> float:
+        """Tokens of prompt and output of the largest request."""
+        if len(self._items) <= FEW:
+            return max(prompt.request.max_tokens for prompt in self._items)
+        return float(self._columns()[ROOM].max())
 
-        Args:
-            urgency: as it is now.
-            among: bool ``[B]``, the rows that are asked for; unset: all.
-        """
-        rows, turns = np.arange(len(self.items)), self.column(TURN)
-        keys, classes = self._policy(urgency), self.column(PRIORITY)
-        if among is not None:
-            rows, keys, classes, turns = rows[among], keys[among], classes[among], turns[among]
-        while len(rows) > FEW:
-            is_next = _first_few(keys, classes)
-            (few,) = is_next.nonzero()
-            assert len(few), "an urgency is a number"
-            yield from rows[few[np.lexsort((turns[few], keys[few], classes[few]))]].tolist()
-            later = ~is_next
-            rows, keys, classes, turns = rows[later], keys[later], classes[later], turns[later]
-        yield from rows[np.lexsort((turns, keys, classes))].tolist()
+    def _many_in_order(self, keys: np.ndarray, most_room: float) -> Iterator[Progress]:
+        """Prompts by their keys, class by class."""
+        classes = [self._items[0].request.priority]
+        if self._is_mixed:
+            classes = np.unique(self._columns()[PRIORITY]).tolist()
+            self._is_mixed = len(classes) > 1
+        for priority in classes:
+            count, own = len(keys), keys
+            if self._is_mixed or most_room < inf:
+                columns = self._columns()
+                is_own = (columns[PRIORITY] == priority) & (columns[ROOM] <= most_room)
+                del columns
+                count, own = int(np.count_nonzero(is_own)), np.where(is_own, keys, inf)
+            for row in _smallest_first(own, count):
+                prompt = self._items[row]
+                prompt.row = row
+                yield prompt
 
-    def column(self, index: int) -> np.ndarray:
-        """One quantity of all rows, such as ``LENGTH``: float64 ``[B]``."""
-        return self._columns[index, : len(self.items)]
+    def _urgency(self) -> Urgency[np.ndarray]:
+        return Urgency(*self._columns()[:PRIORITY])
+
+    def _columns(self) -> np.ndarray:
+        """The cells of all, by quantity: ``[6, B]``; let go before any is added or removed."""
+        self._fill()
+        return np.frombuffer(self._cells).reshape(-1, NUM_CELLS).T
+
+    def _fill(self) -> None:
+        for prompt in self._items[len(self._cells) // NUM_CELLS :]:
+            times_s = [prompt.arrival_s, prompt.due_s, prompt.total_s, prompt.done_s]
+            request = prompt.request
+            self._cells.fromlist([*times_s, float(request.priority), float(request.max_tokens)])
 
 
-def _first_few(keys: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """Rows that come before all others, those of the same class and key together: bool ``[B]``."""
-    is_next: np.ndarray = classes == classes.min()
-    some = slice(None, None, len(keys) // FEW)
-    sample = keys[some][is_next[some]]
-    if len(sample) > 1:  # any bound is right, this one leaves few
-        is_next &= keys <= np.partition(sample, 1)[1]
-    return is_next
+def _smallest_first(keys: np.ndarray, count: int) -> Iterator[int]:
+    """So many rows by their keys, equal ones as they stand; the keys are lost."""
+    for _ in range(min(count, FEW)):
+        row = int(keys.argmin())
+        yield row
+        keys[row] = inf
+    if count > FEW:
+        yield from keys.argsort(kind="stable")[: count - FEW].tolist()

@@ -73,15 +73,17 @@ class Router:
             None if the pages are not free now.
         """
         sizes = self._shard_pages(num_tokens)
-        free = {group: a.num_free - kept.get(group, 0) for group, a in enumerate(self.allocators)}
+        free = [allocator.num_free for allocator in self.allocators]
+        for group, pages in kept.items():
+            free[group] -= pages
         chosen = _assign(sizes, self._least_pending(), free)
         if chosen is None:
             return None
         shards = []
         for group, size in zip(chosen, sizes, strict=True):
-            pages = self.allocators[group].allocate(size)
-            assert pages is not None, "the pages were free a moment ago"
-            shards.append(Shard(group, pages))
+            taken = self.allocators[group].allocate(size)
+            assert taken is not None, "the pages were free a moment ago"
+            shards.append(Shard(group, taken))
         placement = Placement(tuple(shards), self.max_tokens_per_group)
         self._change_pending(placement, num_prompt_tokens**2)
         return placement
@@ -95,13 +97,13 @@ class Router:
 
     def has_room(self, num_tokens: int) -> bool:
         """Whether a request would be placed now."""
-        free = {group: allocator.num_free for group, allocator in enumerate(self.allocators)}
-        return _assign(self._shard_pages(num_tokens), list(free), free) is not None
+        free = [allocator.num_free for allocator in self.allocators]
+        return _assign(self._shard_pages(num_tokens), range(len(free)), free) is not None
 
     def best_groups(self, num_tokens: int) -> dict[int, int]:
         """Pages by group of a request that the empty cache would hold, where most are free now."""
-        capacity = {group: allocator.num_pages for group, allocator in enumerate(self.allocators)}
-        order = sorted(capacity, key=lambda group: -self.allocators[group].num_free)
+        capacity = [allocator.num_pages for allocator in self.allocators]
+        order = sorted(range(len(capacity)), key=lambda group: -self.allocators[group].num_free)
         sizes = self._shard_pages(num_tokens)
         chosen = _assign(sizes, order, capacity)
         assert chosen is not None, "a request that never fits is refused"
@@ -109,7 +111,8 @@ class Router:
 
     def advance(self, placement: Placement, start: int, stop: int) -> None:
         """Take note that a request was prefilled from position ``start`` to ``stop``."""
-        self._change_pending(placement, start**2 - stop**2)
+        for shard in placement.shards:
+            self._pending[shard.group] += start**2 - stop**2
 
     def release(self, placement: Placement, num_prompt_tokens: int, num_done: int) -> None:
         """Give the pages of a request back, of whose prompt ``num_done`` tokens were prefilled."""
@@ -132,7 +135,7 @@ class Router:
             self._pending[shard.group] += amount
 
 
-def _assign(sizes: list[int], order: Sequence[int], room: Mapping[int, int]) -> list[int] | None:
+def _assign(sizes: list[int], order: Sequence[int], room: Sequence[int]) -> list[int] | None:
     """A group of its own for each shard, the first in ``order`` that has room, or None."""
     chosen: list[int] = []
     for size in sizes:

@@ -8,10 +8,10 @@ from itertools import islice
 from mnemosyne.cache.allocator import PageAllocator
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request
-from mnemosyne.schedule.draft import Running
 from mnemosyne.schedule.plan import Admission, Chunk, Plan
 from mnemosyne.schedule.predictor import LearningPredictor, Predictor
 from mnemosyne.schedule.prefill import PrefillPlanner
+from mnemosyne.schedule.prompts import NOWHERE, Progress
 from mnemosyne.schedule.routing import Router
 from mnemosyne.schedule.waiting import Waiting
 from mnemosyne.schedule.work import DecodeTally, Work, WorkModel
@@ -57,7 +57,7 @@ class Scheduler:
             depth=depth,
         )
         self._waiting = Waiting(config.policy, slo, router, self._prefill.table)
-        self._running: dict[int, Running] = {}
+        self._progress: dict[int, Progress] = {}  # of all, those that wait included
         self._ready: dict[int, Chunk] = {}  # decodes that may run, longest waiting first
         self._ready_tally = DecodeTally(work_model)  # of those
         self._num_decoding = 0  # of the running ones, past their prompts
@@ -71,7 +71,7 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._progress) - len(self._waiting)
 
     def prefill_s(self, num_tokens: int) -> float:
         """Predicted time of prefilling a prompt of ``num_tokens`` tokens alone."""
@@ -101,21 +101,22 @@ class Scheduler:
             ValueError: if it can never fit.
         """
         self.check_fits(request)
-        return self._waiting.add(request)
+        progress = self._progress[request.request_id] = self._waiting.add(request)
+        return progress.deadline_s
 
     def release(self, request_id: int) -> None:
         """Forget a request that finished or was cancelled; its pages are free again.
 
         Pages of a request that is part of a step in flight are freed when that step is back.
         """
-        running = self._running.get(request_id)
-        if running is None:
-            was_waiting = self._waiting.discard(request_id)
-            assert was_waiting, "a request is released once"
+        running = self._progress[request_id]
+        if running.placement is NOWHERE:
+            self._waiting.discard(running)
+            del self._progress[request_id]
             return
         running.is_released = True
         if running.is_prefilling:
-            self._prefill.prompts.discard(request_id)
+            self._prefill.discard(running)
             is_in_flight = running.num_in_flight > 0
         else:
             self._num_decoding -= 1
@@ -134,10 +135,10 @@ class Scheduler:
         """
         for plan in lost:
             self._released += plan.released
-        self._released += self._running
+        self._released += [i for i, p in self._progress.items() if p.placement is not NOWHERE]
         self._waiting.clear()
-        self._prefill.prompts.clear()
-        self._running.clear()
+        self._prefill.clear()
+        self._progress.clear()
         self._ready.clear()
         self._ready_tally.clear()
         self._num_decoding = 0
@@ -150,12 +151,13 @@ class Scheduler:
         Args:
             now_s: seconds on the clock of the requests' arrivals.
         """
-        num_places = self.config.max_sequences - len(self._running)
+        num_places = self.config.max_sequences - self.num_running
         admitted = [self._start(running) for running in self._waiting.admit(num_places, now_s)]
         chunks, work = self._decode()
         prefills = self._prefill.plan(work, now_s, delays_decodes=self._num_decoding > 0)
-        for chunk in prefills.chunks:
-            self._note_prefill(chunk)
+        for running, chunk in zip(prefills.prompts, prefills.chunks, strict=True):
+            self.router.advance(running.placement, chunk.start, chunk.stop)
+            self._num_decoding += chunk.samples
         chunks += prefills.chunks
         if not chunks:
             assert not admitted, "an admitted request always has a chunk to compute"
@@ -168,7 +170,7 @@ class Scheduler:
             chunks=tuple(chunks),
             admitted=tuple(admitted),
             released=released,
-            predicted_s=self._prefill.step_s(prefills.work),
+            predicted_s=prefills.seconds,
             slack_s=tuple(prefills.slack_s),
         )
 
@@ -181,7 +183,7 @@ class Scheduler:
         """
         rows = []
         for request_id, start, num_tokens, samples, token_id in plan.chunks:
-            running = self._running[request_id]
+            running = self._progress[request_id]
             if token_id is None:
                 running.num_in_flight -= 1
             if running.is_released:
@@ -199,22 +201,15 @@ class Scheduler:
         if self._learner is not None:
             self._learner.observe(max(work, key=self._learner.predict), seconds)
 
-    def _start(self, running: Running) -> Admission:
+    def _start(self, running: Progress) -> Admission:
+        self._prefill.add(running)
         request = running.request
-        self._running[request.request_id] = running
-        self._prefill.prompts.add(request, running, due_s=running.due_s)
-        return Admission(
-            request_id=request.request_id,
-            prompt_ids=request.prompt_ids,
-            params=request.params,
-            seed=request.seed,
-            end_token_ids=request.end_token_ids,
-            placement=running.placement,
-        )
+        what = request.request_id, request.prompt_ids, request.params
+        return Admission(*what, request.seed, request.end_token_ids, running.placement)
 
-    def _forget(self, running: Running) -> None:
+    def _forget(self, running: Progress) -> None:
         request = running.request
-        del self._running[request.request_id]
+        del self._progress[request.request_id]
         num_done = min(running.num_planned, request.num_prompt_tokens)
         self.router.release(running.placement, request.num_prompt_tokens, num_done)
         self._waiting.note_release(request.request_id)
@@ -225,6 +220,8 @@ class Scheduler:
 
         Decodes that gathered in one of several steps in flight would all wait for each other.
         """
+        if not self._ready:
+            return [], self.work_model.nothing
         share = -(-self._num_decoding // self.depth)
         if share >= len(self._ready):
             chunks, work = list(self._ready.values()), self._ready_tally.work()
@@ -232,19 +229,13 @@ class Scheduler:
             self._ready_tally.clear()
             return chunks, work
         chunks = list(islice(self._ready.values(), share))
-        rows = [(chunk.start, self._running[chunk.request_id].placement) for chunk in chunks]
+        rows = [(chunk.start, self._progress[chunk.request_id].placement) for chunk in chunks]
         self._ready_tally.add(rows, sign=-1)
         taken = DecodeTally(self.work_model)
         taken.add(rows)
         for chunk in chunks:
             del self._ready[chunk.request_id]
         return chunks, taken.work()
-
-    def _note_prefill(self, chunk: Chunk) -> None:
-        running = self._running[chunk.request_id]
-        running.num_in_flight += 1
-        self.router.advance(running.placement, chunk.start, chunk.stop)
-        self._num_decoding += chunk.samples
 
 
 def build_scheduler(

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-
-import numpy as np
+from math import inf
 
 from mnemosyne.cache.layout import Placement
 from mnemosyne.config import SloConfig
 from mnemosyne.request import Request
-from mnemosyne.schedule.draft import Running
-from mnemosyne.schedule.policy import POLICIES, Urgency
+from mnemosyne.schedule.policy import POLICIES
 from mnemosyne.schedule.prefill_table import PrefillTable
-from mnemosyne.schedule.prompts import ARRIVAL, DUE, PRIORITY, ROOM, TURN, Prompts
-from mnemosyne.schedule.routing import Router
+from mnemosyne.schedule.prompts import NOWHERE, Progress, Prompts
+from mnemosyne.schedule.routing import NOTHING, Router
 
 
 @dataclass(slots=True)
@@ -26,7 +24,7 @@ class Claim:
     there before end, so it fits in the end.
     """
 
-    request: Request
+    prompt: Progress
     pages: dict[int, int]  # by group
     holders: dict[int, Placement] = field(default_factory=dict)  # let in since, by request
 
@@ -55,36 +53,32 @@ class Waiting:
         self._slo = slo
         self._router = router
         self._table = table
-        self._prompts: Prompts[Request] = Prompts(POLICIES[policy], table)
+        self._prompts = Prompts(POLICIES[policy], table)
         self._claim: Claim | None = None
         self._is_settled = True  # nothing changed since everyone was tried
 
     def __len__(self) -> int:
         return len(self._prompts)
 
-    def add(self, request: Request) -> float:
-        """Queue a request.
-
-        Returns:
-            Its deadline for the first token, seconds after its arrival.
-        """
+    def add(self, request: Request) -> Progress:
+        """Queue a request; how far it is tells when its first token is due."""
         self._table.extend(request.num_prompt_tokens)
-        deadline_s = request.deadline_s
+        deadline_s, arrival_s = request.deadline_s, request.arrival_s
         if deadline_s is None:
             alone_s = self._table.seconds(0, request.num_prompt_tokens)
             deadline_s = max(float(self._slo.ttft_min), self._slo.ttft_scale * alone_s)
-        self._prompts.add(request, request, due_s=request.arrival_s + deadline_s)
+        total_s = self._table.at(request.num_prompt_tokens)
+        prompt = Progress(arrival_s, arrival_s + deadline_s, total_s, 0.0, request, deadline_s)
+        self._prompts.add(prompt)
         self._is_settled = False
-        return deadline_s
+        return prompt
 
-    def discard(self, request_id: int) -> bool:
-        """Forget a request, if it waits here."""
-        if self._prompts.discard(request_id) is None:
-            return False
-        if self._claim is not None and self._claim.request.request_id == request_id:
+    def discard(self, prompt: Progress) -> None:
+        """Forget a request that waits here."""
+        self._prompts.remove([self._prompts.find(prompt)])
+        if self._claim is not None and self._claim.prompt is prompt:
             self._claim = None
         self._is_settled = False
-        return True
 
     def note_release(self, request_id: int) -> None:
         """Take note that an admitted request gave its pages and its place back."""
@@ -97,49 +91,54 @@ class Waiting:
         self._prompts.clear()
         self._claim = None
 
-    def admit(self, num_places: int, now_s: float) -> list[Running]:
+    def admit(self, num_places: int, now_s: float) -> list[Progress]:
         """Let requests in, at most ``num_places``; their pages are reserved."""
         if self._is_settled or num_places <= 0 or not self._prompts:
             return []
         self._is_settled = True
-        admitted: dict[int, Running] = {}  # by row
-        dues_s = self._prompts.column(DUE)
-        for row in self._order(now_s):
-            if row in admitted:
+        admitted: list[Progress] = []
+        for prompt in self._order(now_s):
+            if prompt.placement is not NOWHERE:
                 continue
-            request = self._prompts.items[row]
-            placement = self._place(request)
+            placement = self._place(prompt.request)
             if placement is not None:
-                admitted[row] = Running(request, placement, float(dues_s[row]))
+                prompt.placement = placement
+                admitted.append(prompt)
                 if len(admitted) == num_places:
                     break
             elif not self._may_pass:
                 break
-        self._prompts.drop(list(admitted))
-        return list(admitted.values())
+        self._prompts.remove(admitted)
+        return admitted
 
-    def _order(self, now_s: float) -> Iterator[int]:
-        """Rows of those that may fit, the first to be let in first; the claimant may come twice."""
-        urgency = self._prompts.urgency(now_s)
-        if not self._may_pass:
-            return self._prompts.in_order(urgency)
-        most_free = self._router.most_free_tokens()
-        may_fit = None  # all of them
-        if self._prompts.column(ROOM).max() > min(most_free, self._router.max_tokens_per_group):
-            may_fit = self._may_fit(most_free)
+    def _order(self, now_s: float) -> Iterator[Progress]:
+        """Those that may fit, the first to be let in first; the claimant may come twice."""
+        factor = self._prompts.follow_table()
+        most_free, most_per_group = (
+            self._router.most_free_tokens(),
+            self._router.max_tokens_per_group,
+        )
+        at_once = min(most_free, most_per_group)  # tokens of the largest shard that is sure to fit
+        if not self._may_pass or self._prompts.most_room() <= at_once:
+            order = self._prompts.in_order(now_s, factor)
+        else:
             if self._claim is None:
-                self._claim = self._new_claim(urgency, may_fit)
-        order = self._prompts.in_order(urgency, may_fit)
+                self._claim = self._new_claim(self._prompts.overdue(now_s, factor, at_once))
+            # what needs several shards may fit where one fits
+            fits = inf if most_free >= most_per_group else most_free
+            order = self._prompts.in_order(now_s, factor, fits)
         if self._claim is None:
             return order
-        claimant = self._prompts.row(self._claim.request.request_id)
-        assert claimant is not None, "who is let in or gone claims nothing"
-        return chain([claimant], order)
+        return chain([self._prompts.find(self._claim.prompt)], order)
 
     def _place(self, request: Request) -> Placement | None:
-        claim, kept = self._claim, {}
-        is_claimant = claim is not None and claim.request is request
-        if claim is not None and not is_claimant and claim.request.priority <= request.priority:
+        claim, kept = self._claim, NOTHING
+        is_claimant = claim is not None and claim.prompt.request is request
+        if (
+            claim is not None
+            and not is_claimant
+            and claim.prompt.request.priority <= request.priority
+        ):
             kept = {group: self._kept(claim, group) for group in claim.pages}
         placement = self._router.place(request.max_tokens, request.num_prompt_tokens, kept=kept)
         if is_claimant and placement is not None:
@@ -154,19 +153,10 @@ class Waiting:
         for_others = allocator.num_pages - claim.pages[group] - claim.held(group)
         return max(0, allocator.num_free - for_others)
 
-    def _may_fit(self, most_free: int) -> np.ndarray:
-        """Of each row, whether the pages of its largest shard are free somewhere: bool ``[B]``."""
-        tokens = np.minimum(self._prompts.column(ROOM), self._router.max_tokens_per_group)
-        fits: np.ndarray = tokens <= most_free
-        return fits
-
-    def _new_claim(self, urgency: Urgency, may_fit: np.ndarray) -> Claim | None:
-        """That of the oldest request that has no time to spare and no room, if there is one."""
-        is_several = self._prompts.column(ROOM) > self._router.max_tokens_per_group
-        rows = np.flatnonzero((is_several | ~may_fit) & (urgency.slack_s <= 0))
-        columns = [self._prompts.column(index)[rows] for index in (TURN, ARRIVAL, PRIORITY)]
-        for row in rows[np.lexsort(columns)].tolist():
-            request = self._prompts.items[row]
-            if not self._router.has_room(request.max_tokens):
-                return Claim(request, self._router.best_groups(request.max_tokens))
+    def _new_claim(self, overdue: list[Progress]) -> Claim | None:
+        """That of the first request for which there is no room, if there is one."""
+        for prompt in overdue:
+            num_tokens = prompt.request.max_tokens
+            if not self._router.has_room(num_tokens):
+                return Claim(prompt, self._router.best_groups(num_tokens))
         return None

@@ -106,23 +106,25 @@ class WorkModel:
         )
 
     def with_prefill(
-        self,
-        part: StepWork,
-        start: int,
-        num_tokens: int,
-        *,
-        samples: bool,
-        keys: range | None,
-        is_shared: bool,
+        self, part: StepWork, start: int, num_tokens: int, samples: bool, keys: range | None
     ) -> StepWork:
-        """The work of a group with one more prefill chunk: ``part + chunk(...)``, in one go."""
+        """The work of a group with one more prefill chunk: ``part + chunk(...)``, in one go.
+
+        Args:
+            part: the work without it.
+            start: position of the first row.
+            num_tokens: rows.
+            samples: whether the last row is sampled.
+            keys: positions of the local keys if other groups compute the same rows over other
+                keys; unset: all up to the last row.
+        """
         return StepWork(
             part.num_tokens + num_tokens,
             part.prefill_pairs + self._pairs(start, num_tokens, keys),
             part.decode_keys,
             part.num_sequences + 1,
             part.num_sampled + samples,
-            part.num_exchanged + num_tokens if is_shared else part.num_exchanged,
+            part.num_exchanged if keys is None else part.num_exchanged + num_tokens,
         )
 
     def add(self, work: Work, chunk: Chunk, placement: Placement) -> Work:
@@ -211,10 +213,11 @@ class DecodeTally:
 
     def work(self) -> Work:
         """The work of a step that holds all of them and nothing else, by group."""
-        shares = [share for _, share in self._model.shares]
         parts = []
         for count, keys, exchanged in zip(self._counts, self._keys, self._exchanged, strict=True):
-            seen = sum(share * number for share, number in zip(shares, keys, strict=True))
+            seen = 0.0
+            for (_, share), number in zip(self._model.shares, keys, strict=True):
+                seen += share * number
             parts.append(StepWork(count, 0.0, seen, count, count, exchanged))
         return tuple(parts)
 

@@ -1,12 +1,14 @@
 """Claims about the order of prefills."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 
 from mnemosyne.cache.allocator import PageAllocator
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request, SamplingParams
-from mnemosyne.schedule.policy import POLICIES, Urgency
+from mnemosyne.schedule.policy import POLICIES, Urgency, relative_slack
 from mnemosyne.schedule.routing import Router
 from mnemosyne.schedule.scheduler import Scheduler
 from mnemosyne.schedule.work import StepWork, WorkModel
@@ -27,8 +29,9 @@ CANDIDATES = Urgency(
     arrival_s=np.array([0.0, 1.0, 2.0, 3.0]),
     due_s=np.array([90.0, 13.0, 32.0, 113.0]),
     total_s=np.array([4.0, 1.0, 24.0, 100.0]),
-    slack_s=np.array([83.0, 9.0, 5.0, 10.0]),  # at 3.0, nothing of them computed
+    done_s=np.zeros(4),
 )
+NOW_S = 3.0
 
 
 @pytest.mark.parametrize(
@@ -41,9 +44,27 @@ CANDIDATES = Urgency(
     ],
 )
 def test_each_policy_has_an_order_of_its_own(policy, order):
-    keys = POLICIES[policy](CANDIDATES)
+    keys = POLICIES[policy](CANDIDATES, NOW_S, 1.0)
 
     assert [NAMES[row] for row in np.argsort(keys)] == order
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_one_request_is_weighed_as_many_are(policy):
+    rng = np.random.default_rng(0)
+    many = Urgency(*rng.uniform(0, 100, (4, 50)))
+    together = POLICIES[policy](many, NOW_S, 1.3)
+
+    for row in range(50):
+        one = Urgency(*(float(getattr(many, field.name)[row]) for field in fields(Urgency)))
+        assert POLICIES[policy](one, NOW_S, 1.3) == together[row]
+
+
+@pytest.mark.parametrize(("total_s", "factor"), [(0.0, 1.0), (5.0, 0.0)])
+def test_prompts_of_no_predicted_time_go_by_their_slack(total_s, factor):
+    early, late = (Urgency(0.0, due_s, total_s, 0.0) for due_s in (5.0, 6.0))
+
+    assert relative_slack(early, NOW_S, factor) < relative_slack(late, NOW_S, factor)
 
 
 def _scheduler(**config) -> Scheduler:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterable
+from itertools import islice
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mnemosyne.schedule.policy import POLICIES
 from mnemosyne.schedule.prefill_table import PrefillTable
-from mnemosyne.schedule.prompts import Prompts
+from mnemosyne.schedule.prompts import Progress, Prompts
 from tests.schedule.clocked import make_request
 
 NOW_S = 3.0
@@ -27,20 +29,29 @@ prompts = st.lists(
 )
 
 
-def _filled(fields: list[dict], policy: str) -> Prompts[int]:
-    """A table of prompts named by their turns, without those that left."""
+def _filled(fields: list[dict], policy: str) -> Prompts:
+    """Prompts named by their turns, without those that left."""
     table = PrefillTable(lambda start, size: 1e-3 * size, min_chunk=1, max_chunk=8)
     table.extend(8)
-    waiting: Prompts[int] = Prompts(POLICIES[policy], table)
+    waiting, everyone = Prompts(POLICIES[policy], table), []
     for turn, each in enumerate(fields):
+        length = each["length"]
         request = make_request(
-            turn, each["length"], arrival_s=each["arrival_s"], priority=each["priority"]
+            turn, length, max_tokens=length, arrival_s=each["arrival_s"], priority=each["priority"]
         )
-        waiting.add(request, turn, due_s=each["due_s"])
-    for turn, each in enumerate(fields):
+        prompt = Progress(
+            request.arrival_s, each["due_s"], table.at(length), 0.0, request, deadline_s=1.0
+        )
+        waiting.add(prompt)
+        everyone.append(prompt)
+    for prompt, each in zip(everyone, fields, strict=True):
         if each["leaves"]:
-            assert waiting.discard(turn) == turn
+            waiting.remove([waiting.find(prompt)])
     return waiting
+
+
+def _turns(prompts: Iterable[Progress]) -> list[int]:
+    return [prompt.request.request_id for prompt in prompts]
 
 
 def _plain_key(each: dict, policy: str) -> float:
@@ -50,18 +61,39 @@ def _plain_key(each: dict, policy: str) -> float:
     return keys.get(policy, slack_s / alone_s)
 
 
+def _sorted(fields: list[dict], policy: str, turns: Iterable[int]) -> list[int]:
+    return sorted(turns, key=lambda t: (fields[t]["priority"], _plain_key(fields[t], policy), t))
+
+
 @settings(max_examples=100, deadline=None)
-@given(fields=prompts, policy=st.sampled_from(sorted(POLICIES)), picks=st.randoms())
-def test_the_order_is_that_of_a_plain_sort(fields, policy, picks):
+@given(fields=prompts, policy=st.sampled_from(sorted(POLICIES)), most_room=st.integers(2, 8))
+def test_the_order_is_that_of_a_plain_sort(fields, policy, most_room):
     waiting = _filled(fields, policy)
-    asked = [picks.random() < 0.7 for _ in waiting.items]
     staying = [turn for turn, each in enumerate(fields) if not each["leaves"]]
+    factor = waiting.follow_table()
 
-    everyone = [waiting.items[row] for row in waiting.in_order(waiting.urgency(NOW_S))]
-    some = list(waiting.in_order(waiting.urgency(NOW_S), np.array(asked, dtype=bool)))
+    everyone = _turns(waiting.in_order(NOW_S, factor))
+    some = _turns(waiting.in_order(NOW_S, factor, most_room))
 
-    assert everyone == sorted(
-        staying, key=lambda t: (fields[t]["priority"], _plain_key(fields[t], policy), t)
-    )
-    rows = {turn: row for row, turn in enumerate(waiting.items)}
-    assert some == [rows[turn] for turn in everyone if asked[rows[turn]]]
+    assert everyone == _sorted(fields, policy, staying)
+    assert some == [turn for turn in everyone if 2 * fields[turn]["length"] <= most_room]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    fields=prompts,
+    policy=st.sampled_from(sorted(POLICIES)),
+    taken=st.lists(st.integers(0, 20), max_size=20),
+)
+def test_the_order_stays_that_of_a_plain_sort_while_the_first_ones_leave(fields, policy, taken):
+    waiting = _filled(fields, policy)
+    left = [turn for turn, each in enumerate(fields) if not each["leaves"]]
+
+    for count in taken:
+        left = _sorted(fields, policy, left)
+        first = list(islice(waiting.in_order(NOW_S, waiting.follow_table()), count))
+        waiting.remove(first)
+
+        assert _turns(first) == left[:count]
+        left = left[count:]
+    assert len(waiting) == len(left)

@@ -53,10 +53,11 @@ def test_one_more_prefill_chunk_adds_its_work(windows):
     model = WorkModel(windows)
     part = model.chunk(500, 1, samples=True, is_decode=True)
 
-    for start, size, samples, shared in ((0, 64, True, False), (300, 32, False, True)):
-        own = model.chunk(start, size, samples=samples, is_decode=False, is_shared=shared)
-        both = model.with_prefill(part, start, size, samples=samples, keys=None, is_shared=shared)
-        assert both == part + own
+    for start, size, samples, keys in ((0, 64, True, None), (300, 32, False, range(200))):
+        own = model.chunk(
+            start, size, samples=samples, is_decode=False, keys=keys, is_shared=keys is not None
+        )
+        assert model.with_prefill(part, start, size, samples, keys) == part + own
 
 
 def test_decodes_together_are_the_sum_of_decodes_one_by_one():
