@@ -13,7 +13,7 @@ from mnemosyne.schedule.policy import POLICIES, relative_slack, slack_s
 from mnemosyne.schedule.predictor import Predictor
 from mnemosyne.schedule.prefill_table import PrefillTable
 from mnemosyne.schedule.prompts import Progress, Prompts
-from mnemosyne.schedule.work import Work, WorkModel
+from mnemosyne.schedule.work import StepWork, Work, WorkModel
 
 
 @dataclass(slots=True)
@@ -53,7 +53,11 @@ class PrefillPlanner:
         self._shard_tokens = shard_tokens
         self._long_tokens = int(config.long_tokens)
         self.table = PrefillTable(
-            self._alone_s, min_chunk=config.min_chunk, max_chunk=config.max_chunk, depth=depth
+            self._alone,
+            lambda work: self.predictor.predict(work),
+            min_chunk=config.min_chunk,
+            max_chunk=config.max_chunk,
+            depth=depth,
         )
         self._prompts = Prompts(POLICIES[config.policy], self.table)
         self._num_short = 0  # of those
@@ -185,12 +189,10 @@ class PrefillPlanner:
             without_s=one_more.without_s,
         )
 
-    def _alone_s(self, start: int, num_tokens: int) -> float:
+    def _alone(self, start: int, num_tokens: int) -> StepWork:
         """A step of one chunk and nothing else, in the group that has most to do."""
         is_shared = start >= self._shard_tokens
         keys = range(self._shard_tokens) if is_shared else None
-        return self.predictor.predict(
-            self.work_model.chunk(
-                start, num_tokens, samples=False, is_decode=False, keys=keys, is_shared=is_shared
-            )
+        return self.work_model.chunk(
+            start, num_tokens, samples=False, is_decode=False, keys=keys, is_shared=is_shared
         )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from mnemosyne.schedule.chunking import solve_lone_chunk
+from mnemosyne.schedule.work import StepWork
 
 NODE_RATIO = 1.125  # of neighbouring lengths far out, where one chunk changes little
 STALE_SHAPE = 0.1  # change of one chunk against another after which the table is made anew
@@ -22,7 +23,8 @@ class PrefillTable:
     near and far chunks change differently, it is made anew.
 
     Args:
-        predict: seconds of a step with ``num_tokens`` tokens from position ``start``.
+        work: of a step with ``num_tokens`` tokens from position ``start``.
+        predict: seconds for it.
         min_chunk: smallest chunk, tokens.
         max_chunk: largest chunk, tokens.
         depth: chunks of one prompt that are under way at a time, in a pipeline of so many stages.
@@ -30,13 +32,15 @@ class PrefillTable:
 
     def __init__(
         self,
-        predict: Callable[[int, int], float],
+        work: Callable[[int, int], StepWork],
+        predict: Callable[[StepWork], float],
         *,
         min_chunk: int,
         max_chunk: int,
         depth: int = 1,
     ) -> None:
         self.version = 0  # rises when lengths have to be looked up again
+        self._work = work
         self._predict = predict
         self._min_chunk = min_chunk
         self._max_chunk = max_chunk
@@ -73,7 +77,7 @@ class PrefillTable:
         """How much slower the machine is now than when the table was made."""
         if self._first_s <= 0:
             return 1.0 / self._depth
-        return self._predict(0, self._first) / self._first_s / self._depth
+        return self._predict(self._first) / self._first_s / self._depth
 
     def extend(self, num_tokens: int) -> None:
         """Be ready for prompts of this length, and for what the predictor has learned since."""
@@ -91,16 +95,17 @@ class PrefillTable:
         self._ends = [0]  # tokens computed at each node
         self._seconds = [0.0]  # time spent until then, not overlapped
         self._nodes = np.zeros((2, 1))  # both
-        self._first, self._first_s = 0, 0.0  # the chunk at 0
-        self._last, self._last_start, self._last_s = 0, 0, 0.0  # that before the last node
+        self._first_s = 0.0  # of the chunk at 0
+        self._last_s = 0.0  # of that before the last node
 
     def _add_node(self, start: int) -> None:
-        first = self._chunk(start)
-        first_s = self._predict(start, first)
-        end = max(start + first, int(start * NODE_RATIO))
-        self._last_start = end - first
-        self._last, self._last_s = first, self._predict(end - first, first)
-        rate = (first_s + self._last_s) / 2 / first
+        chunk = self._chunk(start)
+        first = self._work(start, chunk)
+        first_s = self._predict(first)
+        end = max(start + chunk, int(start * NODE_RATIO))
+        self._last = self._work(end - chunk, chunk)
+        self._last_s = self._predict(self._last)
+        rate = (first_s + self._last_s) / 2 / chunk
         self._ends.append(end)
         self._seconds.append(self._seconds[-1] + rate * (end - start))
         if start == 0:
@@ -108,7 +113,7 @@ class PrefillTable:
 
     def _chunk(self, start: int) -> int:
         return solve_lone_chunk(
-            lambda size: self._predict(start, size),
+            lambda size: self._predict(self._work(start, size)),
             remaining=2**62,
             min_chunk=self._min_chunk,
             max_chunk=self._max_chunk,
@@ -118,6 +123,6 @@ class PrefillTable:
         """Whether it was made before the predictor knew anything, or a far chunk has changed."""
         if self._first_s <= 0:
             return len(self._ends) > 1
-        first_s, last_s = self._predict(0, self._first), self._predict(self._last_start, self._last)
+        first_s, last_s = self._predict(self._first), self._predict(self._last)
         expected = first_s * self._last_s
         return abs(last_s * self._first_s - expected) > STALE_SHAPE * expected

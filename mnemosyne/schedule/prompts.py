@@ -151,7 +151,7 @@ class Prompts:
     def most_room(self) -> float:
         """Tokens of prompt and output of the largest request."""
         if len(self._items) <= FEW:
-            return max(prompt.request.max_tokens for prompt in self._items)
+            return max((prompt.request.max_tokens for prompt in self._items), default=0)
         return float(self._columns()[ROOM].max())
 
     def _many_in_order(self, keys: np.ndarray, most_room: float) -> Iterator[Progress]:

@@ -74,8 +74,9 @@ class Router:
         """
         sizes = self._shard_pages(num_tokens)
         free = [allocator.num_free for allocator in self.allocators]
-        for group, pages in kept.items():
-            free[group] -= pages
+        if kept:
+            for group, pages in kept.items():
+                free[group] -= pages
         chosen = _assign(sizes, self._least_pending(), free)
         if chosen is None:
             return None
@@ -127,8 +128,10 @@ class Router:
 
     def _shard_pages(self, num_tokens: int) -> list[int]:
         full, rest = divmod(num_tokens, self.max_tokens_per_group)
-        full_pages = self.max_tokens_per_group // self.page_size
-        return [full_pages] * full + ([pages_for(rest, self.page_size)] if rest else [])
+        sizes = [self.max_tokens_per_group // self.page_size] * full
+        if rest:
+            sizes.append(pages_for(rest, self.page_size))
+        return sizes
 
     def _change_pending(self, placement: Placement, amount: int) -> None:
         for shard in placement.shards:

@@ -54,6 +54,7 @@ class Waiting:
         self._router = router
         self._table = table
         self._prompts = Prompts(POLICIES[policy], table)
+        self._most_room: float = 0  # tokens of the largest request
         self._claim: Claim | None = None
         self._is_settled = True  # nothing changed since everyone was tried
 
@@ -70,12 +71,13 @@ class Waiting:
         total_s = self._table.at(request.num_prompt_tokens)
         prompt = Progress(arrival_s, arrival_s + deadline_s, total_s, 0.0, request, deadline_s)
         self._prompts.add(prompt)
+        self._most_room = max(self._most_room, request.max_tokens)
         self._is_settled = False
         return prompt
 
     def discard(self, prompt: Progress) -> None:
         """Forget a request that waits here."""
-        self._prompts.remove([self._prompts.find(prompt)])
+        self._remove([self._prompts.find(prompt)])
         if self._claim is not None and self._claim.prompt is prompt:
             self._claim = None
         self._is_settled = False
@@ -89,6 +91,7 @@ class Waiting:
     def clear(self) -> None:
         """Forget all."""
         self._prompts.clear()
+        self._most_room = 0
         self._claim = None
 
     def admit(self, num_places: int, now_s: float) -> list[Progress]:
@@ -108,8 +111,13 @@ class Waiting:
                     break
             elif not self._may_pass:
                 break
-        self._prompts.remove(admitted)
+        self._remove(admitted)
         return admitted
+
+    def _remove(self, prompts: list[Progress]) -> None:
+        self._prompts.remove(prompts)
+        if any(prompt.request.max_tokens == self._most_room for prompt in prompts):
+            self._most_room = self._prompts.most_room()
 
     def _order(self, now_s: float) -> Iterator[Progress]:
         """Those that may fit, the first to be let in first; the claimant may come twice."""
@@ -119,7 +127,7 @@ class Waiting:
             self._router.max_tokens_per_group,
         )
         at_once = min(most_free, most_per_group)  # tokens of the largest shard that is sure to fit
-        if not self._may_pass or self._prompts.most_room() <= at_once:
+        if not self._may_pass or self._most_room <= at_once:
             order = self._prompts.in_order(now_s, factor)
         else:
             if self._claim is None:

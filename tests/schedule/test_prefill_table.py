@@ -8,7 +8,11 @@ from mnemosyne.schedule.prefill_table import PrefillTable
 
 
 def _table(predict, **options) -> PrefillTable:
-    return PrefillTable(predict, **{"min_chunk": 32, "max_chunk": 1024, **options})
+    return PrefillTable(
+        lambda *work: work,
+        lambda work: predict(*work),
+        **{"min_chunk": 32, "max_chunk": 1024, **options},
+    )
 
 
 def _attention_s(start: int, num_tokens: int) -> float:

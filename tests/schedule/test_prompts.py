@@ -31,7 +31,9 @@ prompts = st.lists(
 
 def _filled(fields: list[dict], policy: str) -> Prompts:
     """Prompts named by their turns, without those that left."""
-    table = PrefillTable(lambda start, size: 1e-3 * size, min_chunk=1, max_chunk=8)
+    table = PrefillTable(
+        lambda start, size: size, lambda size: 1e-3 * size, min_chunk=1, max_chunk=8
+    )
     table.extend(8)
     waiting, everyone = Prompts(POLICIES[policy], table), []
     for turn, each in enumerate(fields):
