@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 CHUNK_MULTIPLE = 32  # sizes fill matrix tiles
+MAX_LINES = 6  # tries before a search halves what is left
 LONE_RATE = 0.98  # share of the best prefill rate at which a larger chunk gains nothing
 
 
@@ -67,32 +68,28 @@ def _largest_fitting(
 ) -> int:
     """The largest multiple between two sizes, or else the smaller one, that fits; 0 if none does.
 
-    Step time is nearly linear in the chunk: the line through what is known meets the budget at
-    the answer or beside it. Halving bounds the search where it does not.
+    Step time is nearly linear in the chunk: the line through the last two sizes that were tried
+    meets the budget at the answer or beside it. Where it does not, halving ends the search.
 
     Args:
         largest: tokens that do not fit.
         largest_s: seconds of a step with that many.
     """
     low, high = (smallest - 1) // CHUNK_MULTIPLE, -(-largest // CHUNK_MULTIPLE)
-    left, left_s, right, right_s = 0, without_s, largest, largest_s  # what the line goes through
-    turn, fits = 0, True
+    before, before_s, last, last_s = 0, without_s, largest, largest_s
+    num_tried = 0
     while high - low > 1:
-        if turn == 0:
-            line = left + (budget_s - left_s) / (right_s - left_s) * (right - left)
+        middle = (low + high) // 2
+        if num_tried < MAX_LINES and last_s != before_s:
+            line = last + (budget_s - last_s) / (last_s - before_s) * (last - before)
             middle = min(max(int(line) // CHUNK_MULTIPLE, low + 1), high - 1)
-        elif turn == 1:
-            middle = low + 1 if fits else high - 1
-        else:
-            middle = (low + high) // 2
         size = middle * CHUNK_MULTIPLE
-        seconds = predict(size)
-        fits = seconds <= budget_s
-        if fits:
-            low, left, left_s = middle, size, seconds
+        before, before_s, last, last_s = last, last_s, size, predict(size)
+        if last_s <= budget_s:
+            low = middle
         else:
-            high, right, right_s = middle, size, seconds
-        turn = (turn + 1) % 3
+            high = middle
+        num_tried += 1
     if low * CHUNK_MULTIPLE >= smallest:
         return low * CHUNK_MULTIPLE
     is_tried = smallest % CHUNK_MULTIPLE == 0 or smallest == largest
