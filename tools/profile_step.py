@@ -37,15 +37,17 @@ from mnemosyne.request import SamplingParams
 from mnemosyne.runtime import worker
 from mnemosyne.runtime.step import PagedAttention
 from mnemosyne.schedule.plan import Admission, Chunk, Plan, StepResult
+from mnemosyne.schedule.predictor import REFIT_EVERY
 
 PAGE_SIZE = 128
 REQUEST = -1  # apart from those of the engine
+WARM_UP = 2 * REFIT_EVERY  # steps; until then an engine without a sweep is fitted at each of them
 
 
 def open_engine(arguments: argparse.Namespace, length: int, chunk: int) -> Ours:
     """The bench model over a filled cache."""
     num_requests = arguments.batch + 1
-    room = num_requests * (length + chunk + 6 * arguments.steps + 2 * PAGE_SIZE)
+    room = num_requests * (length + chunk + WARM_UP + 6 * arguments.steps + 2 * PAGE_SIZE)
     config = EngineConfig(
         model="bench",
         attention=arguments.attention,
@@ -198,8 +200,8 @@ def main() -> None:
     engine = open_engine(arguments, length, chunk or 2048)
     with torch.inference_mode():
         for index in range(arguments.batch):
-            add(engine, index, length, 6 * arguments.steps, is_filled=True)
-        for _ in range(3):
+            add(engine, index, length, WARM_UP + 6 * arguments.steps, is_filled=True)
+        for _ in range(WARM_UP):
             engine.step()
         print(f"decode of {arguments.batch} at {length:,} tokens")
         show_parts(clock, [engine.step] * arguments.steps, add_up=False)

@@ -132,7 +132,8 @@ class Worker:
 
         def stage(x: Tensor) -> Tensor:
             hidden_TE = forward(x)
-            is_finite.append(hidden_TE.sum(-1, dtype=torch.float32).isfinite())
+            sum_T = hidden_TE.sum(-1, dtype=torch.float32)
+            is_finite.append(sum_T - sum_T == 0)  # nan otherwise; isfinite is four operators
             return hidden_TE
 
         last_TE: Tensor | None
@@ -195,18 +196,18 @@ class Worker:
 
     def _reports(self, placed: PlacedChunk) -> bool:
         """Whether this group speaks for a chunk: several may compute it, the first of them does."""
-        if self._mesh.kvp.degree == 1:
-            return True
         placement = self._sequences[placed.chunk.request_id].placement
         return placement.shards[0].group == self._mesh.kvp.index
 
     @torch.inference_mode()
     def _sample(self, inputs: StepInputs, hidden_TE: Tensor) -> dict[int, Sampled]:
         rows, request_ids = [], []
+        is_alone = self._mesh.kvp.degree == 1
         for placed in inputs.chunks:
-            if placed.chunk.samples and self._reports(placed):
-                rows.append(placed.last_row)
-                request_ids.append(placed.chunk.request_id)
+            chunk, first_row = placed
+            if chunk.samples and (is_alone or self._reports(placed)):
+                rows.append(first_row + chunk.num_tokens - 1)
+                request_ids.append(chunk.request_id)
         if not rows:
             return {}
         sequences = [self._sequences[request_id] for request_id in request_ids]
@@ -220,7 +221,7 @@ class Worker:
     def _prompt_logprobs(self, inputs: StepInputs, hidden_TE: Tensor) -> dict[int, list[Logprobs]]:
         found = {}
         for placed in inputs.chunks:
-            if placed.chunk.is_decode:
+            if placed.chunk.token_id is not None:
                 continue
             request_id = placed.chunk.request_id
             asked = self._sequences[request_id].prompt_logprobs is not None
