@@ -111,13 +111,19 @@ class Worker:
             if hidden_TE is not None:
                 prompt_logprobs = self._prompt_logprobs(inputs, hidden_TE)
                 result = StepResult(plan.index, self._sample(inputs, hidden_TE), prompt_logprobs)
-            self._mark_broken(inputs, is_finite_T)
+            if is_finite_T is None:
+                self._mark_failed(result)
+            else:
+                self._mark_broken(inputs, is_finite_T)
         is_last_stage = self._mesh.pp.index == self._mesh.pp.degree - 1
         return result if is_last_stage and self._mesh.tp.index == 0 else None
 
     @torch.inference_mode()
-    def _forward(self, plan: Plan) -> tuple[Tensor | None, StepInputs, Tensor]:
-        """Hidden states of the last stage, and which rows are finite; a GPU may still be at it."""
+    def _forward(self, plan: Plan) -> tuple[Tensor | None, StepInputs, Tensor | None]:
+        """Hidden states of the last stage, and which rows are finite; a GPU may still be at it.
+
+        None if logits will tell: those of a row that is not finite are not.
+        """
         inputs = build_inputs(
             plan,
             self._sequences,
@@ -129,11 +135,14 @@ class Worker:
             device=self._device,
         )
         forward, is_finite = self._forward_pass(inputs), list[Tensor]()
+        is_here = self._mesh.pp.degree == self._mesh.kvp.degree == 1
+        logits_tell = is_here and plan.chunks[-1].is_decode  # decodes come first, so all of it is
 
         def stage(x: Tensor) -> Tensor:
             hidden_TE = forward(x)
-            sum_T = hidden_TE.sum(-1, dtype=torch.float32)
-            is_finite.append(sum_T - sum_T == 0)  # nan otherwise; isfinite is four operators
+            if not logits_tell:
+                sum_T = hidden_TE.sum(-1, dtype=torch.float32)
+                is_finite.append(sum_T - sum_T == 0)  # nan otherwise; isfinite is four operators
             return hidden_TE
 
         last_TE: Tensor | None
@@ -143,7 +152,7 @@ class Worker:
         else:
             num_rows = len(inputs.token_ids_T)
             last_TE = self._pipeline.run(stage, num_rows, inputs.token_ids_T, step=plan.index)
-        return last_TE, inputs, is_finite[0]
+        return last_TE, inputs, is_finite[0] if is_finite else None
 
     def _forward_pass(self, inputs: StepInputs) -> Callable[[Tensor], Tensor]:
         """What computes the step, its tables ready before its input arrives."""
@@ -181,11 +190,17 @@ class Worker:
         if shard is not None:
             self._pool.clear(sequence.placement.shards[shard].pages)
 
+    def _mark_failed(self, result: StepResult) -> None:
+        """Remember which decodes failed: what they hold may not be finite."""
+        for request_id, sampled in result.sampled.items():
+            if sampled.error is not None:
+                self._sequences[request_id].is_finite = False
+
     def _mark_broken(self, inputs: StepInputs, is_finite_T: Tensor) -> None:
         """Remember which requests hold keys or values that are not finite.
 
-        Every row sees its own key and value in every layer, so its hidden state tells. Logits
-        would not: a request that is cancelled in its prefill never has any.
+        Every row sees its own key and value in every layer, so its hidden state tells. Logits of
+        a prefill would not: a request that is cancelled before its end never has any.
         """
         is_finite_T = is_finite_T.cpu()
         if is_finite_T.all():

@@ -127,6 +127,18 @@ def test_a_nan_that_a_request_samples_itself_ends_it_there(llm: LLM) -> None:
     assert whole.finish_reason == "length"
 
 
+def test_pages_of_a_request_that_breaks_in_its_decodes_are_cleared_as_well(
+    llm: LLM, alone: list[list[int]]
+) -> None:
+    llm.generate(PROMPTS[0], greedy(10, logit_bias={BROKEN: 1000.0}))
+    assert not is_cache_finite(llm), "the pages are free, but nobody needed them yet"
+
+    again = llm.generate(PROMPTS[1], greedy(10, logit_bias=NEVER))  # too short to write over it
+
+    assert is_cache_finite(llm)
+    assert again[0].token_ids == alone[1]
+
+
 def test_a_nan_beyond_the_window_is_cleared_though_the_request_ends_well(tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path / "windowed", family="mistral", window=8)
     with open_tiny(path) as llm:
