@@ -23,8 +23,7 @@ from mnemosyne.kernels.cpu.library import (
 )
 from mnemosyne.kernels.cpu.tape import launch
 
-FEW_ROWS = 64  # up to which reading the weight bounds the speed, and this is the faster product
-MOST_COLUMNS = 4096  # with AMX, up to which it is the faster one for any number of rows
+FEW_ROWS = 64  # up to which the product by AVX-512 is faster than torch's
 
 Layer = tuple[Tensor, Tensor | None]  # weight and bias
 
@@ -46,15 +45,15 @@ def is_fast_for(x_TE: Tensor, weight_NE: Tensor) -> bool:
     return (
         x_TE.dtype == weight_NE.dtype == torch.bfloat16
         and x_TE.device.type == "cpu"
-        and (torch.compiler.is_compiling() or _is_faster(*x_TE.shape))
+        and (torch.compiler.is_compiling() or _is_faster(x_TE.shape[0]))
         and x_TE.shape[1] % 32 == 0
         and weight_NE.is_contiguous()
         and can_run()
     )
 
 
-def _is_faster(num_rows: int, num_columns: int) -> bool:
-    return num_rows <= FEW_ROWS or (num_columns <= MOST_COLUMNS and has_tiles())
+def _is_faster(num_rows: int) -> bool:
+    return num_rows <= FEW_ROWS or has_tiles()
 
 
 def linear(x_TE: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
@@ -170,7 +169,7 @@ torch.library.define(
 def _linear_of_any_rows(x_TE: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Tensor:
     """``_linear``, or torch's product where that is the faster one."""
     num_rows = len(x_TE)
-    if _is_faster(*x_TE.shape):
+    if _is_faster(num_rows):
         return _linear(x_TE, list(zip(weights, biases, strict=True)))
     y = x_TE.new_empty(num_rows * sum(map(len, weights)))
     parts = y.split([num_rows * len(weight) for weight in weights])
@@ -193,7 +192,7 @@ def _gated_of_any_rows(
     x_TE: Tensor, gate: Tensor, gate_bias: Tensor | None, up: Tensor, up_bias: Tensor | None
 ) -> Tensor:
     """``gated``, or torch's operators where these are faster."""
-    if _is_faster(*x_TE.shape):
+    if _is_faster(len(x_TE)):
         return gated(x_TE, (gate, gate_bias), (up, up_bias))
     return F.silu(F.linear(x_TE, gate, gate_bias)) * F.linear(x_TE, up, up_bias)
 
