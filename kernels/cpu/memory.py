@@ -11,6 +11,7 @@ from torch import Tensor
 
 HUGE = 2 << 20  # bytes of a huge page, and what a tensor must have to be worth one
 KEPT = 512 << 20  # bytes that may be free and still be this process's
+_MOST_ONCE = 32 << 20  # of one allocation that an older glibc keeps
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of glibc's mallopt
 
 
@@ -43,5 +44,7 @@ def keep_freed() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
-    for option, value in ((_TRIM_THRESHOLD, KEPT), (_MMAP_THRESHOLD, KEPT), (_ARENA_MAX, 1)):
-        mallopt(option, value)
+    if not mallopt(_MMAP_THRESHOLD, KEPT):
+        mallopt(_MMAP_THRESHOLD, _MOST_ONCE)
+    mallopt(_TRIM_THRESHOLD, KEPT)
+    mallopt(_ARENA_MAX, 1)
