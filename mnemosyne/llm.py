@@ -44,7 +44,7 @@ class LLM:
         attention: ``"auto"``, ``"reference"``, ``"flex"``, ``"cpu"``, ``"avx512"`` or
             ``"amx"``.
         compile: ``"none"``, ``"layer"`` or ``"step"``: what is compiled before the first request;
-            ``"auto"``: ``step`` where C++ kernels do all of it, which takes a moment, else none.
+            ``"auto"``: ``step`` on one CPU rank with C++ kernels, which only records, else none.
         schedule: a ``ScheduleConfig`` or its fields, e.g. ``{"chunk": 512}``.
         slo: a ``SloConfig`` or its fields, e.g. ``{"ttft_min": 0.5}``.
         cache: a ``CacheConfig`` or its fields, e.g. ``{"max_tokens": "1M"}``.

@@ -75,7 +75,8 @@ struct Item {  // rows of one segment and KV head, over some splits of the keys
 
 inline float exp2_scalar(float x) { return x == NONE ? 0.0f : std::exp2(x); }
 
-// Rows of the next tile start on their way from memory while one is at work.
+// Rows of the next tile start on their way from memory while one is at work. Call it in the loop
+// itself: a compiler drops calls of functions that do nothing but this.
 inline void prefetch_line(const bf16* at) { _mm_prefetch((const char*)at, _MM_HINT_T1); }
 
 inline void prefetch(const bf16* row) {

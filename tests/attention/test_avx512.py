@@ -43,8 +43,9 @@ def backend(request: pytest.FixtureRequest) -> type[Avx512Backend]:
     return {"avx512": Avx512Backend, "amx": AmxBackend}[request.param]
 
 
-def make_long() -> Case:
-    return make_case(LONG, heads=(1, 4, 64), layout="shuffled", page_size=64, num_pages=800)
+def make_long(head_dim: int = 64) -> Case:
+    heads = 1, 4, head_dim
+    return make_case(LONG, heads=heads, layout="shuffled", page_size=64, num_pages=800)
 
 
 def assert_within_budget(
@@ -101,12 +102,17 @@ def test_slots_that_no_row_may_see_do_not_matter(
     assert torch.equal(lse, expected_lse)
 
 
-@pytest.mark.parametrize("window", [None, 9000])
+@pytest.mark.parametrize(
+    ("head_dim", "window"), [(64, None), (64, 9000), (32, None), (96, None), (128, 9000)]
+)
 def test_a_row_has_the_same_bits_in_any_chunk_company_and_number_of_threads(
-    backend: type[Avx512Backend], window: int | None, monkeypatch: pytest.MonkeyPatch
+    backend: type[Avx512Backend],
+    head_dim: int,
+    window: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    together = make_long().to(torch.bfloat16)
-    out, lse = together.attend(backend(64), window, return_lse=True)
+    together = make_long(head_dim).to(torch.bfloat16)
+    out, lse = together.attend(backend(head_dim), window, return_lse=True)
     assert lse is not None
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
@@ -123,7 +129,7 @@ def test_a_row_has_the_same_bits_in_any_chunk_company_and_number_of_threads(
             batch = type(together.batch)((alone,), 1, together.batch.page_size)
             q_THD = together.q_THD[at : at + 1]
             case = Case(batch, q_THD, together.k_KSD, together.v_KSD, together.scale)
-            lone_out, lone_lse = case.attend(backend(64), window, return_lse=True)
+            lone_out, lone_lse = case.attend(backend(head_dim), window, return_lse=True)
             assert lone_lse is not None
             assert torch.equal(lone_out[0], out[at])
             assert torch.equal(lone_lse[0], lse[at])
