@@ -37,6 +37,7 @@ class SamplingParams:
     stop: Sequence[str] = ()  # strings; the text ends before the first one
     stop_token_ids: Sequence[int] = ()  # besides the model's own end tokens
     ignore_eos: bool = False  # the model's own end tokens do not end the request
+    skip_special_tokens: bool = True  # leave special tokens such as <|im_end|> out of the text
     n: int = 1  # independent samples of the same prompt
     logprobs: int | None = None  # report the k most likely tokens of each output position
     prompt_logprobs: int | None = None  # the same for each prompt position but the first

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from mnemosyne import cli
 from mnemosyne.cli.arguments import key_types, quote
 from mnemosyne.config import GenerateConfig
+from mnemosyne.request import SamplingParams
 
 Seen = list[GenerateConfig]
 
@@ -85,6 +86,12 @@ def test_yaml_and_dataclass_have_the_same_keys_and_defaults(name: str) -> None:
     assert made == kind(**{name: getattr(made, name) for name in required})
 
 
+def test_every_sampling_parameter_is_a_key_of_generate() -> None:
+    keys = {field.name for field in fields(GenerateConfig)}
+
+    assert {field.name for field in fields(SamplingParams)} <= keys
+
+
 def test_words_reach_the_command_typed_and_checked(seen: Seen) -> None:
     words = [
         "schedule=fixed",
@@ -92,6 +99,8 @@ def test_words_reach_the_command_typed_and_checked(seen: Seen) -> None:
         "cache.max_tokens=1M",
         "seed=7",
         "stop=[a,'b c']",
+        "logit_bias={3:-1.5,4:2}",
+        "prompt_logprobs=1",
     ]
 
     status = cli.main(["generate", "model=needle", "token_ids=[[1,2],[3]]", *words])
@@ -100,6 +109,7 @@ def test_words_reach_the_command_typed_and_checked(seen: Seen) -> None:
     (config,) = seen
     assert type(config) is GenerateConfig
     assert (config.model, config.seed, config.stop) == ("needle", 7, ["a", "b c"])
+    assert (config.logit_bias, config.prompt_logprobs) == ({3: -1.5, 4: 2.0}, 1)
     assert (config.schedule.chunk, config.cache.max_tokens) == (1024, 2**20)
     assert config.token_ids == [[1, 2], [3]]
 

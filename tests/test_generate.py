@@ -108,11 +108,17 @@ def test_samples_and_logprobs_reach_the_output_file(
 ) -> None:
     output = tmp_path / "answers.jsonl"
 
-    generate(f"prompt={text_of(DAYS.prompt_ids)}", "n=2", "logprobs=1", f"output={output}")
+    generate(
+        f"prompt={text_of(DAYS.prompt_ids)}",
+        *("n=2", "logprobs=1", "prompt_logprobs=1", f"output={output}"),
+    )
 
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(line["prompt"], line["sample"]) for line in lines] == [(1, 1), (1, 2)]
     assert [entry["token_id"] for entry in lines[0]["logprobs"]] == lines[0]["token_ids"]
+    first, *others = lines[0]["prompt_logprobs"]
+    assert first is None
+    assert [entry["token_id"] for entry in others] == DAYS.prompt_ids[1:].tolist()
     assert [line[:5] for line in capsys.readouterr().out.splitlines()] == ["[1.1]", "[1.2]"]
 
 
@@ -198,3 +204,16 @@ def test_bad_input_is_one_line_and_no_traceback(
     assert len(errors) == 1
     assert said in errors[0]
     assert "Traceback" not in printed.err
+
+
+def test_a_biased_logit_is_never_sampled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, banned = tmp_path / "answers.jsonl", int(DAYS.answer_ids[0])
+
+    generate(
+        f"prompt={text_of(DAYS.prompt_ids)}", f"logit_bias={{{banned}:-100}}", f"output={output}"
+    )
+
+    (line,) = (json.loads(text) for text in output.read_text().splitlines())
+    assert banned not in line["token_ids"]

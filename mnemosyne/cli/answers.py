@@ -113,6 +113,8 @@ def write_answers(answers: Sequence[Answer], file: TextIO) -> None:
                 "error": sample.error,
                 "num_prompt_tokens": len(sample.prompt_token_ids),
                 "logprobs": sample.logprobs and [asdict(entry) for entry in sample.logprobs],
+                "prompt_logprobs": sample.prompt_logprobs
+                and [entry and asdict(entry) for entry in sample.prompt_logprobs],
                 "metrics": asdict(sample.metrics),
             }
             file.write(json.dumps(line) + "\n")

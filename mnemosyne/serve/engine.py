@@ -111,7 +111,10 @@ class Engine:
             None
             if tokenizer is None
             else TextStream(
-                tokenizer, stop=request.params.stop, min_tokens=request.params.min_tokens
+                tokenizer,
+                stop=request.params.stop,
+                min_tokens=request.params.min_tokens,
+                skip_special_tokens=request.params.skip_special_tokens,
             )
         )
         self._active[request.request_id] = Active(request, output, text)
