@@ -21,6 +21,7 @@ NOWHERE = Placement((), 1)  # of a request that waits
 # Cells of a prompt: its ``Urgency``, then priority and tokens of prompt and output together.
 ARRIVAL, DUE, TOTAL_S, DONE_S, PRIORITY, ROOM = range(6)
 NUM_CELLS = 6
+LAST = float(np.finfo(np.float64).max)  # the largest key: inf marks who is taken or left out
 
 
 @dataclass(slots=True, eq=False)
@@ -155,7 +156,8 @@ class Prompts:
         return float(self._columns()[ROOM].max())
 
     def _many_in_order(self, keys: np.ndarray, most_room: float) -> Iterator[Progress]:
-        """Prompts by their keys, class by class."""
+        """Prompts by their keys, class by class; each of them once, whatever the keys."""
+        np.fmin(keys, LAST, out=keys)
         classes = [self._items[0].request.priority]
         if self._is_mixed:
             classes = np.unique(self._columns()[PRIORITY]).tolist()
@@ -188,7 +190,12 @@ class Prompts:
 
 
 def _smallest_first(keys: np.ndarray, count: int) -> Iterator[int]:
-    """So many rows by their keys, equal ones as they stand; the keys are lost."""
+    """So many rows by their keys, equal ones as they stand; the keys are lost.
+
+    Args:
+        keys: below inf in at least ``count`` rows.
+        count: rows to give.
+    """
     for _ in range(min(count, FEW)):
         row = int(keys.argmin())
         yield row

@@ -15,6 +15,8 @@ from mnemosyne.schedule.prefill_table import PrefillTable
 from mnemosyne.schedule.prompts import NOWHERE, Progress, Prompts
 from mnemosyne.schedule.routing import NOTHING, Router
 
+FOREVER_S = 1e9  # three decades: later deadlines are no less urgent, and slack stays finite
+
 
 @dataclass(slots=True)
 class Claim:
@@ -69,7 +71,8 @@ class Waiting:
             alone_s = self._table.seconds(0, request.num_prompt_tokens)
             deadline_s = max(float(self._slo.ttft_min), self._slo.ttft_scale * alone_s)
         total_s = self._table.at(request.num_prompt_tokens)
-        prompt = Progress(arrival_s, arrival_s + deadline_s, total_s, 0.0, request, deadline_s)
+        due_s = arrival_s + min(deadline_s, FOREVER_S)
+        prompt = Progress(arrival_s, due_s, total_s, 0.0, request, deadline_s)
         self._prompts.add(prompt)
         self._most_room = max(self._most_room, request.max_tokens)
         self._is_settled = False

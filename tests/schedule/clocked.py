@@ -106,8 +106,9 @@ def serve(
     """Serve requests as they arrive, one step after the other, until nothing is left.
 
     Raises:
-        AssertionError: if a token is computed twice or out of order, if the scheduler has nothing
-            to do while requests wait, or if it is not done after ``max_steps``.
+        AssertionError: if a token is computed twice or out of order, if a request is twice in a
+            step, if the scheduler has nothing to do while requests wait, or if it is not done
+            after ``max_steps``.
     """
     run, now_s = Run(), 0.0
     coming = sorted(requests, key=lambda request: request.arrival_s)
@@ -122,6 +123,8 @@ def serve(
                 return run
             now_s = coming[0].arrival_s
             continue
+        ids = [chunk.request_id for chunk in plan.chunks]
+        assert len(ids) == len(set(ids)), "a request has one chunk in a step"
         run.plans.append(plan)
         run.started_s.append(now_s)
         run.admitted += [admission.request_id for admission in plan.admitted]

@@ -22,7 +22,7 @@ requests = st.lists(
             "num_prompt_tokens": st.one_of(st.integers(1, 60), st.integers(200, 900)),
             "max_tokens": st.integers(1, 8),
             "arrival_s": st.floats(0, 3),
-            "deadline_s": st.none() | st.floats(0.01, 20),
+            "deadline_s": st.none() | st.floats(0.01, 20) | st.sampled_from([1e-300, 1e300, 1e308]),
             "priority": st.integers(0, 2),
         }
     ),

@@ -12,6 +12,7 @@ from mnemosyne.schedule.policy import POLICIES, Urgency, relative_slack
 from mnemosyne.schedule.routing import Router
 from mnemosyne.schedule.scheduler import Scheduler
 from mnemosyne.schedule.work import StepWork, WorkModel
+from tests.schedule.clocked import Rates, make_request, make_scheduler, serve
 
 
 class MillisecondPerToken:
@@ -149,3 +150,15 @@ def test_a_lower_priority_number_goes_first_under_every_policy():
         scheduler.add(_request(1, 300, deadline_s=1000.0, arrival_s=5.0))
 
         assert list(_sizes(scheduler.plan(5.0))) == [1]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("deadline_s", [1e300, np.finfo(np.float64).max, 5e-324])
+def test_many_with_a_deadline_beyond_all_measure_are_served_as_they_came(policy, deadline_s):
+    scheduler = make_scheduler(Rates(1e-6), policy=policy, max_sequences=64)
+    requests = [make_request(turn, 200, 3, deadline_s=deadline_s) for turn in range(40)]
+
+    run = serve(scheduler, requests, max_steps=200)
+
+    assert [chunk.request_id for chunk in run.plans[0].chunks] == list(range(40))
+    assert sorted(run.finished_s) == list(range(40))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import islice
 
+import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mnemosyne.schedule.policy import POLICIES
+from mnemosyne.schedule.policy import POLICIES, Policy
 from mnemosyne.schedule.prefill_table import PrefillTable
 from mnemosyne.schedule.prompts import Progress, Prompts
 from tests.schedule.clocked import make_request
@@ -29,13 +31,13 @@ prompts = st.lists(
 )
 
 
-def _filled(fields: list[dict], policy: str) -> Prompts:
+def _filled(fields: list[dict], policy: Policy) -> Prompts:
     """Prompts named by their turns, without those that left."""
     table = PrefillTable(
         lambda start, size: size, lambda size: 1e-3 * size, min_chunk=1, max_chunk=8
     )
     table.extend(8)
-    waiting, everyone = Prompts(POLICIES[policy], table), []
+    waiting, everyone = Prompts(policy, table), []
     for turn, each in enumerate(fields):
         length = each["length"]
         request = make_request(
@@ -70,7 +72,7 @@ def _sorted(fields: list[dict], policy: str, turns: Iterable[int]) -> list[int]:
 @settings(max_examples=100, deadline=None)
 @given(fields=prompts, policy=st.sampled_from(sorted(POLICIES)), most_room=st.integers(2, 8))
 def test_the_order_is_that_of_a_plain_sort(fields, policy, most_room):
-    waiting = _filled(fields, policy)
+    waiting = _filled(fields, POLICIES[policy])
     staying = [turn for turn, each in enumerate(fields) if not each["leaves"]]
     factor = waiting.follow_table()
 
@@ -88,7 +90,7 @@ def test_the_order_is_that_of_a_plain_sort(fields, policy, most_room):
     taken=st.lists(st.integers(0, 20), max_size=20),
 )
 def test_the_order_stays_that_of_a_plain_sort_while_the_first_ones_leave(fields, policy, taken):
-    waiting = _filled(fields, policy)
+    waiting = _filled(fields, POLICIES[policy])
     left = [turn for turn, each in enumerate(fields) if not each["leaves"]]
 
     for count in taken:
@@ -99,3 +101,17 @@ def test_the_order_stays_that_of_a_plain_sort_while_the_first_ones_leave(fields,
         assert _turns(first) == left[:count]
         left = left[count:]
     assert len(waiting) == len(left)
+
+
+@pytest.mark.parametrize("odd", [np.inf, -np.inf, np.nan, np.finfo(np.float64).max])
+@pytest.mark.parametrize("count", [3, 20, 60])
+def test_each_prompt_comes_once_whatever_its_key(odd, count):
+    each = {"length": 2, "arrival_s": 0.0, "due_s": 1.0, "leaves": False}
+    fields = [each | {"priority": turn % 2, "length": 1 + turn % 4} for turn in range(count)]
+
+    waiting = _filled(fields, lambda urgency, now_s, factor: urgency.due_s * odd)
+    factor = waiting.follow_table()
+
+    assert sorted(_turns(waiting.in_order(NOW_S, factor))) == list(range(count))
+    small = [turn for turn in range(count) if fields[turn]["length"] < 3]
+    assert sorted(_turns(waiting.in_order(NOW_S, factor, 4))) == small
