@@ -7,14 +7,14 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from mnemosyne.attention import AttentionBackend, Avx512Backend, choose_backend
 from mnemosyne.cache.capacity import count_pages, describe_cache, tokens_per_group
-from mnemosyne.cache.pages import PagePool, bytes_per_token
+from mnemosyne.cache.pages import PagePool
 from mnemosyne.checkpoint import Checkpoint, Progress, find_checkpoint, weight_bytes
 from mnemosyne.config import CacheConfig, EngineConfig, MetricsConfig
 from mnemosyne.kernels.cpu.memory import keep_freed
@@ -92,11 +92,14 @@ def build_rank(
     if device.type == "cpu":
         keep_freed()
     spec = checkpoint.spec
-    dtype = getattr(torch, spec.dtype if config.dtype == "auto" else config.dtype)
+    local = spec.local(config.mesh)
+    if config.dtype != "auto":
+        local = replace(local, dtype=config.dtype)
+    dtype = getattr(torch, local.dtype)
     backend = _backend(config, device, dtype, spec.head_dim)
     mesh = init_mesh(config.mesh, device.type)
     decoder = checkpoint.decoder(mesh, dtype)
-    token_bytes = _token_bytes(decoder, dtype)
+    token_bytes = local.kv_bytes_per_token(len(decoder.layers))
     num_pages = _count_pages(config.cache, decoder, token_bytes, device)
     intake = _intake(checkpoint)
     num_pages = min(gather_counts(num_pages, mesh))  # the driver hands them out to all ranks
@@ -107,7 +110,15 @@ def build_rank(
     if config.compile in ("layer", "step") and not _records(config, backend):
         model = _compile(decoder, config.compile, device, compiling)
     layers = _layer_shape(decoder, spec)
-    pool = _pool(decoder, config.cache, num_pages, dtype, device)
+    pool = PagePool(
+        num_pages=num_pages,
+        page_size=config.cache.page_size,
+        num_layers=len(decoder.layers),
+        num_kv_heads=local.num_kv_heads,
+        head_dim=local.head_dim,
+        dtype=dtype,
+        device=device,
+    )
     worker = Worker(
         model,
         layers,
@@ -223,15 +234,7 @@ def _find(config: EngineConfig) -> tuple[torch.device, Checkpoint]:
     device = choose_device(config.device, num_processes)
     check_world_size(config.mesh, num_processes)
     checkpoint = find_checkpoint(config.model)
-    spec = checkpoint.spec
-    check_mesh(
-        config.mesh,
-        num_layers=spec.num_layers,
-        num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads,
-        mlp_width=spec.mlp_width,
-        vocab_size=spec.vocab_size,
-    )
+    check_mesh(config.mesh, checkpoint.spec)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # Triton launches on the current one
     return device, checkpoint
@@ -308,33 +311,6 @@ def _compile(decoder: Decoder, mode: str, device: torch.device, progress: Progre
     model.warm_up(progress)
     log.info("compile=%s: ready in %.1f s", mode, time.perf_counter() - started_s)
     return model
-
-
-def _token_bytes(decoder: Decoder, dtype: torch.dtype) -> int:
-    return bytes_per_token(
-        num_layers=len(decoder.layers),
-        num_kv_heads=decoder.local_kv_heads,
-        head_dim=decoder.spec.head_dim,
-        dtype=dtype,
-    )
-
-
-def _pool(
-    decoder: Decoder,
-    config: CacheConfig,
-    num_pages: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> PagePool:
-    return PagePool(
-        num_pages=num_pages,
-        page_size=config.page_size,
-        num_layers=len(decoder.layers),
-        num_kv_heads=decoder.local_kv_heads,
-        head_dim=decoder.spec.head_dim,
-        dtype=dtype,
-        device=device,
-    )
 
 
 def _pipeline(

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from mnemosyne.cache.capacity import tokens_per_group
 from mnemosyne.cache.layout import pages_for
 from mnemosyne.config import MeshConfig
-from mnemosyne.config_simulate import ShapeConfig, SimulateConfig
+from mnemosyne.config_simulate import SimulateConfig
 from mnemosyne.metrics import StepRecord
-from mnemosyne.model_zoo.spec import ModelSpec, read_spec
 from mnemosyne.model_zoo.stages import cut_stages
 from mnemosyne.parallel.mesh import check_mesh
 from mnemosyne.request import RequestOutput
@@ -22,6 +20,7 @@ from mnemosyne.schedule.work import WorkModel
 from mnemosyne.serve.defaults import GenerationDefaults
 from mnemosyne.serve.engine import Engine
 from mnemosyne.serve.intake import Intake, refused_output
+from mnemosyne.shape import ModelShape
 from mnemosyne.simulate.cluster import SimulatedCluster
 from mnemosyne.simulate.cost import StepCost
 from mnemosyne.simulate.footprint import Footprint, footprint
@@ -64,7 +63,7 @@ class Simulation:
 
 def build_simulation(
     config: SimulateConfig,
-    shape: ShapeConfig,
+    shape: ModelShape,
     *,
     on_step: Callable[[StepRecord], None] | None = None,
 ) -> Simulation:
@@ -86,7 +85,7 @@ def build_simulation(
     memory = _memory(config, shape, stages)
     cost = StepCost(shape, config.hardware, config.efficiency, mesh, stages)
     cluster = SimulatedCluster(cost)
-    work_model = WorkModel(shape.windows or [None], mesh.kvp)
+    work_model = WorkModel(shape.windows, mesh.kvp)
     limits = Limits(
         num_pages=memory.num_pages,
         page_size=memory.page_size,
@@ -110,7 +109,7 @@ def build_simulation(
     return Simulation(engine, cluster, memory)
 
 
-def _intake(shape: ShapeConfig, model: str) -> Intake:
+def _intake(shape: ModelShape, model: str) -> Intake:
     """Prompts are counts of tokens here: nothing is tokenized."""
     return Intake(
         vocab_size=shape.vocab_size,
@@ -130,51 +129,17 @@ def _fitted(cost: StepCost, work_model: WorkModel, limits: Limits) -> LinearPred
     return predictor
 
 
-def stages_of(shape: ShapeConfig, mesh: MeshConfig) -> tuple[int, ...]:
+def stages_of(shape: ModelShape, mesh: MeshConfig) -> tuple[int, ...]:
     """Layers of each stage, as a real engine cuts them.
 
     Raises:
         ValueError: if the mesh cannot cut the model.
     """
-    check_mesh(
-        mesh,
-        num_layers=shape.num_layers,
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        mlp_width=shape.mlp_width,
-        vocab_size=shape.vocab_size,
-    )
+    check_mesh(mesh, shape)
     return tuple(len(layers) for layers in cut_stages(shape, mesh.pp))
 
 
-def shape_of_checkpoint(path: Path) -> ShapeConfig:
-    """The shape that the config.json of a checkpoint tells; no weight is read.
-
-    Raises:
-        ValueError: as ``read_spec`` does.
-    """
-    return shape_of(read_spec(path))
-
-
-def shape_of(spec: ModelSpec) -> ShapeConfig:
-    """What of a model a simulation needs."""
-    return ShapeConfig(
-        num_layers=spec.num_layers,
-        width=spec.width,
-        num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        mlp_width=spec.mlp_width,
-        vocab_size=spec.vocab_size,
-        tied=spec.tied,
-        qkv_bias=spec.qkv_bias,
-        qk_norm=spec.qk_norm,
-        windows=list(spec.windows) if any(spec.windows) else [],
-        dtype=spec.dtype,
-    )
-
-
-def _memory(config: SimulateConfig, shape: ShapeConfig, stages: tuple[int, ...]) -> Footprint:
+def _memory(config: SimulateConfig, shape: ModelShape, stages: tuple[int, ...]) -> Footprint:
     """Pages of each group, by the memory of the hardware or as asked.
 
     Raises:

@@ -13,7 +13,8 @@ from typing import Any
 SIZE_SUFFIXES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 DURATION_SUFFIXES = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "": 1.0}  # seconds
 Duration = float | int | str  # OmegaConf takes no whole number for a float of several types
-DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # of one element
+DTYPES = ("auto", *DTYPE_BYTES)
 ATTENTION_BACKENDS = ("auto", "reference", "flex", "triton", "cpu", "avx512", "amx")
 COMPILE_MODES = ("auto", "none", "layer", "step")
 FFN_LAYOUTS = ("tp", "wide")
@@ -81,6 +82,18 @@ def check_types(config: Any, section: str = "") -> None:
             raise ValueError(f"{section}{name} must be {words}, got {value!r}; see {kind.__name__}")
 
 
+def check_positive(config: object, names: tuple[str, ...], section: str, usual: str) -> None:
+    """Refuse a field that is not a positive finite number.
+
+    Raises:
+        ValueError: naming the first such field.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{section}{name} must be a positive number, got {value}; {usual}")
+
+
 @cache
 def _field_kinds(config: type) -> dict[str, tuple[tuple[type, ...], str]]:
     """Of each field: the classes that its value may have, and how to call them."""
@@ -118,6 +131,11 @@ class MeshConfig:
     @property
     def world_size(self) -> int:
         return self.pp * self.kvp * self.tp
+
+    @property
+    def ffn_degree(self) -> int:
+        """Ranks that share the MLP."""
+        return self.kvp * self.tp if self.ffn == "wide" else self.tp
 
 
 @dataclass(kw_only=True, slots=True)

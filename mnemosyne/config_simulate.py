@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mnemosyne.config import (
-    DTYPES,
     CacheConfig,
     Duration,
     MeshConfig,
     MetricsConfig,
     ScheduleConfig,
     SloConfig,
+    check_positive,
     check_types,
     parse_duration,
     parse_size,
@@ -19,18 +19,6 @@ from mnemosyne.config import (
 
 GPU_TARGET_TBT = 0.03  # seconds; what the paper promises
 GPU_MEMORY_SHARE = 0.9  # of what the weights leave; the rest is for activations and the allocator
-
-
-def check_positive(config: object, names: tuple[str, ...], section: str, usual: str) -> None:
-    """Refuse a field that is not a positive finite number.
-
-    Raises:
-        ValueError: naming the first such field.
-    """
-    for name in names:
-        value = getattr(config, name)
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{section}{name} must be a positive number, got {value}; {usual}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -78,41 +66,6 @@ class EfficiencyConfig:
             if value not in (0, "0"):
                 value = parse_duration(value, f"efficiency.{name}")
             setattr(self, name, float(value))
-
-
-@dataclass(kw_only=True, slots=True)
-class ShapeConfig:
-    """What of a decoder decides its bytes and operations; ``conf/shape`` has some by name."""
-
-    num_layers: int
-    width: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_width: int  # of one expert where there are several
-    vocab_size: int
-    tied: bool = False  # the head is the embedding
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    num_experts: int = 1
-    experts_per_token: int = 1
-    windows: list[int | None] = field(default_factory=list)  # per layer; empty: all see everything
-    dtype: str = "bfloat16"  # of weights and cache
-
-    def __post_init__(self) -> None:
-        check_types(self, "shape.")
-        sizes = ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
-        names = (*sizes, "vocab_size", "num_experts", "experts_per_token")
-        check_positive(self, names, "shape.", "the config.json of the model has it")
-        if self.experts_per_token > self.num_experts:
-            raise ValueError(
-                f"shape.experts_per_token must be at most shape.num_experts={self.num_experts}, "
-                f"got {self.experts_per_token}; lower it"
-            )
-        if self.dtype not in DTYPES[1:]:
-            raise ValueError(
-                f"shape.dtype must be one of {', '.join(DTYPES[1:])}, got {self.dtype!r}"
-            )
 
 
 @dataclass(kw_only=True, slots=True)

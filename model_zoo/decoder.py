@@ -54,8 +54,6 @@ class Decoder(nn.Module):
         self.dtype = dtype
         self.is_first = held[0] == 0
         self.is_last = held[-1] == every[-1]
-        # Of this rank: parallelize lowers them.
-        self.local_heads, self.local_kv_heads = spec.num_heads, spec.num_kv_heads
         # On the meta device modules initialise nothing: values come from a file or a seed.
         with torch.device("meta"):
             self._build(held)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from mnemosyne.model_zoo.decoder import Decoder
-from mnemosyne.parallel.mesh import Mesh, head_mesh, local_kv_heads
+from mnemosyne.parallel.mesh import Mesh, head_mesh
 from mnemosyne.parallel.styles import (
     ColumnParallel,
     RowParallel,
@@ -61,8 +61,6 @@ def parallelize(decoder: Decoder, mesh: Mesh) -> None:
                 parallelize_module(layer, axes[axis], plan)
     if tp.device_mesh is None:
         return
-    decoder.local_heads = spec.num_heads // tp.degree
-    decoder.local_kv_heads = local_kv_heads(spec.num_kv_heads, tp.degree)
     # A tied head uses the words that the embedding holds.
     if decoder.embed is not None:
         decoder.embed = VocabParallelEmbedding(decoder.embed, tp)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+from mnemosyne.config import DTYPE_BYTES
 from mnemosyne.model_zoo.config import NEUTRAL, Config, Family, read_config
 from mnemosyne.model_zoo.llama import llama
 from mnemosyne.model_zoo.mistral import mistral
 from mnemosyne.model_zoo.qwen import qwen2, qwen3
 from mnemosyne.model_zoo.rope import RopeSpec, read_rope
+from mnemosyne.shape import ModelShape
 
 FAMILIES: dict[str, tuple[str, Callable[[Config], Family]]] = {
     "LlamaForCausalLM": ("llama", llama),
@@ -18,52 +20,27 @@ FAMILIES: dict[str, tuple[str, Callable[[Config], Family]]] = {
     "Qwen2ForCausalLM": ("qwen2", qwen2),
     "Qwen3ForCausalLM": ("qwen3", qwen3),
 }
-DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSpec:
-    """Sizes and switches of a decoder: RMSNorm, rotary attention, SwiGLU, in that order."""
+class ModelSpec(ModelShape):
+    """A shape and the switches of its mathematics: RMSNorm, rotary attention, SwiGLU."""
 
     family: str  # llama, mistral, qwen2 or qwen3
-    vocab_size: int
-    width: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_width: int
     norm_eps: float
     rope: RopeSpec
-    tied: bool  # the head is the embedding
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False  # RMSNorm over each head of q and k, before the rotation
-    windows: tuple[int | None, ...]  # per layer: w sees keys above p - w, None all up to p
     max_positions: int  # prompt and output together
-    dtype: str  # of the checkpoint, by its torch name
 
     def __post_init__(self) -> None:
-        _require(
-            self.num_heads % self.num_kv_heads == 0,
-            "num_heads",
-            f"be a multiple of num_kv_heads {self.num_kv_heads}",
-            self.num_heads,
-        )
-        _require(self.head_dim % 2 == 0, "head_dim", "be even", self.head_dim)
-        _require(self.rope.dim == self.head_dim, "rope.dim", "be head_dim", self.rope.dim)
-        _require(
-            len(self.windows) == self.num_layers,
-            "windows",
-            f"hold one entry for each of {self.num_layers} layers",
-            self.windows,
-        )
+        ModelShape.__post_init__(self)
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, got {self.head_dim}; correct config.json")
+        assert self.rope.dim == self.head_dim, "every dim of a head is rotated"
 
-
-def _require(holds: bool, name: str, rule: str, value: object) -> None:
-    if not holds:
-        raise ValueError(f"{name} must {rule}, got {value!r}; correct config.json")
+    @property
+    def shape(self) -> ModelShape:
+        """The sizes alone."""
+        return ModelShape(**{f.name: getattr(self, f.name) for f in fields(ModelShape)})
 
 
 def read_spec(path: Path | str) -> ModelSpec:
@@ -133,7 +110,7 @@ def _family(config: Config) -> tuple[str, Family]:
 def _dtype(config: Config) -> str:
     """The dtype of the weights; float32 where the file is silent, as its readers assume."""
     name = config.value("dtype") or config.value("torch_dtype") or "float32"
-    config.require(name in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", name)
+    config.require(name in DTYPE_BYTES, "dtype", f"be one of {', '.join(DTYPE_BYTES)}", name)
     return str(name)
 
 

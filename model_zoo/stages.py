@@ -6,7 +6,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate, combinations, pairwise
 from math import inf
-from typing import Protocol
+
+from mnemosyne.shape import ModelShape
 
 # Of the rows of a typical step, those that need logits: a chunk of prefill has one at most, so
 # that the head, as large as it may be, weighs little beside the layers.
@@ -14,37 +15,19 @@ LOGIT_SHARE = 1 / 16
 TIE = 1e-9  # relative; the same sum in another order
 
 
-class Sizes(Protocol):
-    """What of a model decides the cuts; a ``ModelSpec`` has it, and a shape without a model."""
-
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def mlp_width(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-
-
-def cut_stages(spec: Sizes, pp: int, *, head_layers: float | None = None) -> list[range]:
+def cut_stages(shape: ModelShape, pp: int) -> list[range]:
     """The layers of each stage of a model.
 
+    The head counts as layers: its weights against those of a layer, times ``LOGIT_SHARE``.
+
     Args:
-        spec: the model.
+        shape: the model.
         pp: stages, at most as many as layers.
-        head_layers: time of the head, in layers; None takes the number of its weights against
-            those of a layer, times ``LOGIT_SHARE``.
     """
-    if head_layers is None:
-        heads = 2 * spec.num_heads + 2 * spec.num_kv_heads
-        layer_width = heads * spec.head_dim + 3 * spec.mlp_width
-        head_layers = LOGIT_SHARE * spec.vocab_size / layer_width
-    return stage_layers([1.0] * spec.num_layers, pp, last_extra=head_layers)
+    heads = 2 * shape.num_heads + 2 * shape.num_kv_heads
+    layer_width = heads * shape.head_dim + 3 * shape.mlp_width
+    head_layers = LOGIT_SHARE * shape.vocab_size / layer_width
+    return stage_layers([1.0] * shape.num_layers, pp, last_extra=head_layers)
 
 
 def stage_layers(times: Sequence[float], pp: int, *, last_extra: float = 0.0) -> list[range]:

@@ -45,7 +45,10 @@ _DEMO = Rule(
     ("cli", "llm", "request", "config", "metrics", "plot", "model_zoo.haystack"), ("rich",)
 )
 _SIMULATED = Rule(
-    ("cli", "build_simulated", "simulate", "config", "config_simulate", "metrics", "plot"),
+    (
+        *("cli", "build_simulated", "simulate", "config", "config_simulate", "metrics", "plot"),
+        "shape",
+    ),
     ("rich",),
 )
 _CORE = ("torch", "numpy", "safetensors", "tokenizers", "jinja2")
@@ -73,7 +76,7 @@ TABLE = {
         ),
         ("hydra", "omegaconf", "rich"),
     ),
-    "cli.shapes": Rule(_SIMULATED.rooms, ("omegaconf",)),
+    "cli.shapes": Rule((*_SIMULATED.rooms, "model_zoo.spec"), ("omegaconf",)),
     "cli.simulate": _SIMULATED,
     "cli.plan": _SIMULATED,
     "cli.demo": _DEMO,
@@ -116,11 +119,12 @@ TABLE = {
     "build_simulated": Rule(
         (
             *("cache", "config", "config_simulate", "metrics", "request", "schedule", "serve"),
-            *("simulate", "model_zoo.spec", "model_zoo.stages", "parallel.mesh"),
+            *("shape", "simulate", "model_zoo.stages", "parallel.mesh"),
         )
     ),
     "plot": Rule(("metrics",), ("matplotlib", "numpy")),
     "config": Rule(),
+    "shape": Rule(("config",)),
     "config_bench": Rule(("config",)),
     "config_simulate": Rule(("config",)),
     "request": Rule(("config",), ("numpy",)),
@@ -128,7 +132,7 @@ TABLE = {
     "schedule": Rule(("request", "config", "cache.allocator", "cache.layout"), ("numpy",)),
     "simulate": Rule(
         (
-            *("schedule", "metrics", "config", "config_simulate", "request"),
+            *("schedule", "metrics", "config", "config_simulate", "request", "shape"),
             *("cache.allocator", "cache.layout"),
         ),
         ("numpy",),
@@ -139,7 +143,7 @@ TABLE = {
     ),
     "cache.capacity": Rule(("config", "cache.pages", "cache.layout"), ("torch",)),
     "kernels": Rule((), ("torch", "triton")),
-    "parallel": Rule(("config", "kernels"), ("torch", "numpy", "msgspec")),
+    "parallel": Rule(("config", "kernels", "shape"), ("torch", "numpy", "msgspec")),
     # plans travel, and they are free of torch
     "parallel.codec": Rule(
         ("schedule.plan", "request", "cache.layout"), ("msgspec", "numpy"), itself=False
@@ -149,7 +153,7 @@ TABLE = {
     ),
     "attention": Rule(("cache", "kernels", "parallel", "config"), ("torch", "numpy")),
     "model_zoo": Rule(
-        ("attention", "kernels", "parallel", "config"),
+        ("attention", "kernels", "parallel", "config", "shape"),
         ("torch", "numpy", "safetensors", "tokenizers"),
     ),
     "runtime": Rule(

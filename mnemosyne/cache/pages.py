@@ -71,13 +71,6 @@ class PagePool:
             pool.index_fill_(1, slots.to(pool.device), 0)
 
 
-def bytes_per_token(
-    *, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
-) -> int:
-    """Bytes of K and V that one token takes on this rank."""
-    return 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize
-
-
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on the device."""
     if device.type == "cuda":

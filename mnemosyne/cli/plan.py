@@ -15,8 +15,8 @@ from mnemosyne.build_simulated import stages_of
 from mnemosyne.cli.shapes import calibrated, find_shape
 from mnemosyne.cli.simulate import write_json
 from mnemosyne.config import MeshConfig
-from mnemosyne.config_simulate import PlanConfig, ShapeConfig
-from mnemosyne.simulate.footprint import kv_bytes_per_token
+from mnemosyne.config_simulate import PlanConfig
+from mnemosyne.shape import ModelShape
 from mnemosyne.simulate.planner import (
     Rank,
     Remedy,
@@ -60,9 +60,9 @@ def plan(config: PlanConfig) -> int:
     return FAILED
 
 
-def print_plan(config: PlanConfig, shape: ShapeConfig, verdicts: list[Verdict]) -> None:
+def print_plan(config: PlanConfig, shape: ModelShape, verdicts: list[Verdict]) -> None:
     """The table that a person reads."""
-    whole = kv_bytes_per_token(shape, MeshConfig(), shape.num_layers)
+    whole = shape.kv_bytes_per_token()
     print(
         f"{config.model} on {config.gpus} {config.hardware.name}: prompts of {config.context:,} "
         f"tokens, {config.output} out, TBT at most {_ms(float(config.slo.tbt))} ms, TTFT at most "
@@ -108,7 +108,7 @@ def why_nothing_fits(config: PlanConfig, verdicts: list[Verdict], changes: list[
 
 
 def as_json(
-    config: PlanConfig, shape: ShapeConfig, verdicts: list[Verdict], changes: list[Remedy]
+    config: PlanConfig, shape: ModelShape, verdicts: list[Verdict], changes: list[Remedy]
 ) -> dict[str, Any]:
     """Every layout and what was asked, as plain values; seconds, bytes, tokens."""
     rows = []
@@ -123,13 +123,13 @@ def as_json(
         "gpus": config.gpus,
         "context": config.context,
         "slo": asdict(config.slo),
-        "kv_bytes_per_token": kv_bytes_per_token(shape, MeshConfig(), shape.num_layers),
+        "kv_bytes_per_token": shape.kv_bytes_per_token(),
         "layouts": rows,
         "changes": [asdict(change) for change in changes],
     }
 
 
-def draw_plot(config: PlanConfig, shape: ShapeConfig, verdicts: list[Verdict]) -> None:
+def draw_plot(config: PlanConfig, shape: ModelShape, verdicts: list[Verdict]) -> None:
     """TTFT against TBT of the best layouts, if matplotlib is there."""
     if find_spec("matplotlib") is None:
         print("no plot: matplotlib is not installed; pip install 'mnemosyne[plots]'")

@@ -6,13 +6,14 @@ import sys
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
 from mnemosyne.cli.arguments import nearest
-from mnemosyne.config_simulate import PlanConfig, ShapeConfig, SimulateConfig
+from mnemosyne.config_simulate import PlanConfig, SimulateConfig
 from mnemosyne.metrics import read_steps
+from mnemosyne.shape import ModelShape
 from mnemosyne.simulate.fit import fit_efficiency
 
 Config = TypeVar("Config", SimulateConfig, PlanConfig)
@@ -28,7 +29,7 @@ def shape_names() -> list[str]:
     )
 
 
-def find_shape(model: str) -> ShapeConfig:
+def find_shape(model: str) -> ModelShape:
     """The shape that ``model=`` names; a folder is a checkpoint, of which only config.json is read.
 
     Raises:
@@ -37,10 +38,8 @@ def find_shape(model: str) -> ShapeConfig:
     names = shape_names()
     if model in names:
         text = (resources.files("mnemosyne.conf") / "shape" / f"{model}.yaml").read_text("utf-8")
-        shape = OmegaConf.merge(OmegaConf.structured(ShapeConfig), OmegaConf.create(text))
-        found = OmegaConf.to_object(shape)
-        assert isinstance(found, ShapeConfig), "merged into its dataclass"
-        return found
+        sizes: Any = OmegaConf.to_container(OmegaConf.create(text))
+        return ModelShape(**sizes)
     path = Path(model).expanduser()
     if not path.is_dir():
         raise ValueError(
@@ -48,12 +47,12 @@ def find_shape(model: str) -> ShapeConfig:
             f"did you mean {nearest(model, names)}?"
         )
     # Imported late: it comes with torch.
-    from mnemosyne.build_simulated import shape_of_checkpoint
+    from mnemosyne.model_zoo.spec import read_spec
 
-    return shape_of_checkpoint(path)
+    return read_spec(path)
 
 
-def calibrated(config: Config, shape: ShapeConfig) -> Config:
+def calibrated(config: Config, shape: ModelShape) -> Config:
     """The config with its efficiencies fitted to the record that it names, if it names one.
 
     What was found is told on standard error, as keys that another command takes.

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mnemosyne.config import MeshConfig
 from mnemosyne.parallel.board import Board, open_board
+from mnemosyne.shape import ModelShape
 
 AXES = ("pp", "kvp", "tp")  # outermost first
 
@@ -165,15 +166,7 @@ def check_world_size(config: MeshConfig, world_size: int) -> None:
         )
 
 
-def check_mesh(
-    config: MeshConfig,
-    *,
-    num_layers: int,
-    num_heads: int,
-    num_kv_heads: int,
-    mlp_width: int,
-    vocab_size: int,
-) -> None:
+def check_mesh(config: MeshConfig, shape: ModelShape) -> None:
     """Refuse degrees that a model cannot be cut by; nothing is loaded for it.
 
     Heads and the MLP are cut into equal shards. Shards of the vocabulary are of
@@ -183,9 +176,10 @@ def check_mesh(
         ValueError: naming the degree and the number that it does not fit.
     """
     pp, tp = config.pp, config.tp
-    if pp > num_layers:
+    num_heads, num_kv_heads = shape.num_heads, shape.num_kv_heads
+    if pp > shape.num_layers:
         raise ValueError(
-            f"mesh.pp must be at most the number of layers, {num_layers}, got {pp}; "
+            f"mesh.pp must be at most the number of layers, {shape.num_layers}, got {pp}; "
             "a stage without a layer has nothing to do"
         )
     if num_heads % tp or (num_kv_heads % tp and tp % num_kv_heads):
@@ -198,22 +192,17 @@ def check_mesh(
             f"mesh.tp must divide the {num_heads} query heads, and divide the {num_kv_heads} KV "
             f"heads or be a multiple of them, got {tp}; use one of {', '.join(fitting)}"
         )
-    axes, degree = ("mesh.tp", tp) if config.ffn == "tp" else ("kvp x tp", config.kvp * tp)
-    if mlp_width % degree:
+    axes, degree = "mesh.tp" if config.ffn == "tp" else "kvp x tp", config.ffn_degree
+    if shape.mlp_width % degree:
         raise ValueError(
-            f"{axes} must divide the MLP width, {mlp_width}, with mesh.ffn={config.ffn}, "
+            f"{axes} must divide the MLP width, {shape.mlp_width}, with mesh.ffn={config.ffn}, "
             f"got {degree}; lower the degrees"
         )
-    if (tp - 1) * -(-vocab_size // tp) >= vocab_size:
+    if (tp - 1) * shape.local(config).vocab_size >= shape.vocab_size:
         raise ValueError(
-            f"mesh.tp must leave every rank some of the {vocab_size} words of the vocabulary, "
-            f"got {tp}; lower it"
+            f"mesh.tp must leave every rank some of the {shape.vocab_size} words of the "
+            f"vocabulary, got {tp}; lower it"
         )
-
-
-def local_kv_heads(num_kv_heads: int, tp: int) -> int:
-    """KV heads that one rank of tp holds: its share, or a copy of one."""
-    return max(1, num_kv_heads // tp)
 
 
 def _take_gpu() -> None:

@@ -11,15 +11,8 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 
 from mnemosyne.config import MeshConfig
-from mnemosyne.config_simulate import EfficiencyConfig, HardwareConfig, ShapeConfig
-from mnemosyne.simulate.footprint import (
-    DTYPE_BYTES,
-    attention_params,
-    expert_params,
-    ffn_degree,
-    kv_bytes_per_token,
-    vocabulary_params,
-)
+from mnemosyne.config_simulate import EfficiencyConfig, HardwareConfig
+from mnemosyne.shape import ModelShape
 from mnemosyne.simulate.hardware import Link, Machine
 
 LSE_BYTES = 4  # float32, beside the partial output of each head
@@ -116,7 +109,7 @@ class StepCost:
 
     def __init__(
         self,
-        shape: ShapeConfig,
+        shape: ModelShape,
         hardware: HardwareConfig,
         efficiency: EfficiencyConfig,
         mesh: MeshConfig,
@@ -127,22 +120,21 @@ class StepCost:
         self.stages = tuple(stages)
         self.rates = Rates.of(efficiency)
         self._machine = machine = Machine.of(hardware, mesh)
-        element = DTYPE_BYTES[shape.dtype]
+        local, element = shape.local(mesh), shape.weight_itemsize
         flop, byte = 1 / machine.flops_per_s, 1 / machine.bytes_per_s
-        projections, expert = attention_params(shape, mesh), expert_params(shape, mesh)
+        projections, expert = local.attention_params(), local.expert_params()
         # seconds at the peaks, per row or once per step
         self._projection_row = 2 * projections * flop
         self._projection_read = projections * element * byte
         self._mlp_row = 2 * shape.experts_per_token * expert * flop
         self._mlp_read = shape.num_experts * expert * element * byte
         self._missed = 1 - shape.experts_per_token / shape.num_experts
-        heads = shape.num_heads // mesh.tp
-        self._pair = 4 * heads * shape.head_dim * flop
-        self._key = kv_bytes_per_token(shape, mesh, 1) * byte
-        vocabulary = vocabulary_params(shape, mesh)
+        self._pair = 4 * local.num_heads * shape.head_dim * flop
+        self._key = local.kv_bytes_per_token(1) * byte
+        vocabulary = local.vocabulary_params()
         self._head_row, self._head_read = 2 * vocabulary * flop, vocabulary * element * byte
         self._row_bytes = shape.width * element
-        self._partial_bytes = heads * (shape.head_dim * element + LSE_BYTES)
+        self._partial_bytes = local.num_heads * (shape.head_dim * element + LSE_BYTES)
         self._is_wide = mesh.ffn == "wide" and mesh.kvp > 1
 
     def stage_s(self, loads: Sequence[GroupLoad]) -> list[float]:
@@ -187,7 +179,7 @@ class StepCost:
             read = self._mlp_read * (1 - self._missed**rows)  # experts that some row asks for
             self._add_product(terms, rows * self._mlp_row, read)
             link = self._machine.kvp if self._is_wide else self._machine.tp
-            self._add_all_reduce(terms, rows, ffn_degree(self.mesh), link)
+            self._add_all_reduce(terms, rows, self.mesh.ffn_degree, link)
             parts.append(terms)
         return parts
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from mnemosyne.config import MeshConfig
-from mnemosyne.config_simulate import EfficiencyConfig, HardwareConfig, ShapeConfig
+from mnemosyne.config_simulate import EfficiencyConfig, HardwareConfig
 from mnemosyne.metrics import StepRecord
 from mnemosyne.schedule.least_squares import nonnegative_least_squares
 from mnemosyne.schedule.plan import Chunk, Plan
+from mnemosyne.shape import ModelShape
 from mnemosyne.simulate.cluster import SimulatedCluster
 from mnemosyne.simulate.cost import GroupLoad, Rates, StepCost
 
@@ -44,7 +45,7 @@ class Fit:
 
 def fit_efficiency(
     records: Sequence[StepRecord],
-    shape: ShapeConfig,
+    shape: ModelShape,
     hardware: HardwareConfig,
     start: EfficiencyConfig,
 ) -> Fit:

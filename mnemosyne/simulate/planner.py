@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from mnemosyne.config import MeshConfig
-from mnemosyne.config_simulate import PlanConfig, ShapeConfig
+from mnemosyne.config_simulate import PlanConfig
+from mnemosyne.shape import ModelShape
 from mnemosyne.simulate.cost import StepCost
 from mnemosyne.simulate.footprint import Footprint, footprint
 from mnemosyne.simulate.outlook import Outlook
 
-CutStages = Callable[[ShapeConfig, MeshConfig], tuple[int, ...]]  # ValueError: cannot be cut so
+CutStages = Callable[[ModelShape, MeshConfig], tuple[int, ...]]  # ValueError: cannot be cut so
 MOST_GPUS = 1024  # that a remedy asks for
 CHUNK = 32  # tokens; the least of a prompt that rides along with decodes
 
@@ -64,7 +65,7 @@ class Remedy:
     factor: float  # how much more of it is asked for, or how much less
 
 
-def plan_layouts(config: PlanConfig, shape: ShapeConfig, cut: CutStages) -> list[Verdict]:
+def plan_layouts(config: PlanConfig, shape: ModelShape, cut: CutStages) -> list[Verdict]:
     """Judge every layout whose replicas fill the GPUs.
 
     Args:
@@ -96,7 +97,7 @@ def layouts(gpus: int) -> Iterator[MeshConfig]:
                     yield MeshConfig(pp=world // tp // kvp, kvp=kvp, tp=tp, ffn=ffn)
 
 
-def judge(config: PlanConfig, shape: ShapeConfig, mesh: MeshConfig, cut: CutStages) -> Verdict:
+def judge(config: PlanConfig, shape: ModelShape, mesh: MeshConfig, cut: CutStages) -> Verdict:
     """What becomes of one layout."""
     replicas = config.gpus // mesh.world_size
     try:
@@ -134,7 +135,7 @@ def judge(config: PlanConfig, shape: ShapeConfig, mesh: MeshConfig, cut: CutStag
 
 
 def frontier(
-    config: PlanConfig, shape: ShapeConfig, verdict: Verdict, cut: CutStages
+    config: PlanConfig, shape: ModelShape, verdict: Verdict, cut: CutStages
 ) -> list[tuple[float, float]]:
     """TTFT and TBT of a layout as the budget of a step varies.
 
@@ -152,7 +153,7 @@ def frontier(
 
 
 def remedies(
-    config: PlanConfig, shape: ShapeConfig, cut: CutStages, verdicts: Sequence[Verdict]
+    config: PlanConfig, shape: ModelShape, cut: CutStages, verdicts: Sequence[Verdict]
 ) -> list[Remedy]:
     """Single changes after which some layout fits, the smallest first.
 
@@ -218,11 +219,11 @@ def _why_behind(verdict: Verdict, best: Verdict) -> str:
     return "larger TTFT" if verdict.ttft_s > best.ttft_s else "more ranks for the same"
 
 
-def _fits_somewhere(config: PlanConfig, shape: ShapeConfig, cut: CutStages) -> bool:
+def _fits_somewhere(config: PlanConfig, shape: ModelShape, cut: CutStages) -> bool:
     return any(judge(config, shape, m, cut).rank is Rank.FITS for m in layouts(config.gpus))
 
 
-def _largest_context(config: PlanConfig, shape: ShapeConfig, cut: CutStages) -> int | None:
+def _largest_context(config: PlanConfig, shape: ModelShape, cut: CutStages) -> int | None:
     """The longest prompt that fits somewhere, to a sixteenth; None below 1K."""
     low, high = 1024, int(config.context)
     one = replace(config, decodes=1)

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from mnemosyne.cache.pages import PagePool, bytes_per_token
+from mnemosyne.cache.pages import PagePool
 
 
 def _pool(dtype=torch.float32):
@@ -58,12 +58,6 @@ def test_a_pool_takes_no_memory_before_it_is_written():
 
     assert pool.k[0].numel() * 2 > 2**31
     assert _resident_kb() - resident_kb < 2**17
-
-
-def test_bytes_per_token_are_those_of_llama_3_8b():
-    found = bytes_per_token(num_layers=32, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16)
-
-    assert found == 131_072
 
 
 def _resident_kb() -> int:

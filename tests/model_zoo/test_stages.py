@@ -79,5 +79,5 @@ def test_the_head_weighs_little_unless_told_otherwise() -> None:
     spec = bench_spec()  # its head has the weights of 2.8 layers
 
     assert lengths(cut_stages(spec, 2)) == [2, 2]
-    assert lengths(cut_stages(spec, 2, head_layers=2.8)) == [3, 1]
+    assert lengths(stage_layers([1.0] * 4, 2, last_extra=2.8)) == [3, 1]
     assert cut_stages(spec, 1) == [range(4)]

@@ -27,7 +27,6 @@ class Seen:
     logits_TV: Tensor | None  # on the last stage
     num_bytes: int  # read of the files
     parameters: dict[str, Tensor]
-    local_heads: tuple[int, int]  # of queries, of keys and values
     layers: range
 
 
@@ -56,7 +55,6 @@ def _run(spec: ModelSpec, path: Path | None, config: MeshConfig, token_ids: list
         logits_TV=_logits(decoder, mesh, layers, token_ids),
         num_bytes=num_bytes,
         parameters={name: parameter.detach() for name, parameter in parameters.items()},
-        local_heads=(decoder.local_heads, decoder.local_kv_heads),
         layers=layers,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,17 +17,20 @@ from mnemosyne.parallel.collectives import (
     all_reduce_sum,
     gather_counts,
 )
-from mnemosyne.parallel.mesh import check_mesh, head_mesh, local_kv_heads
+from mnemosyne.parallel.mesh import check_mesh, head_mesh
+from mnemosyne.shape import ModelShape
 from tests.ranks import RankError, run_ranks
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
-SIZES: dict[str, int] = {
-    "num_layers": 3,
-    "num_heads": 12,
-    "num_kv_heads": 2,
-    "mlp_width": 48,
-    "vocab_size": 100,
-}
+SHAPE = ModelShape(
+    num_layers=3,
+    width=24,
+    num_heads=12,
+    num_kv_heads=2,
+    head_dim=2,
+    mlp_width=48,
+    vocab_size=100,
+)
 
 
 def describe(config: MeshConfig) -> dict[str, Any]:
@@ -135,14 +139,14 @@ def test_degrees_that_are_not_the_processes_are_refused() -> None:
 )
 def test_models_that_the_degrees_do_not_cut_are_refused(config: MeshConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_mesh(config, **SIZES)
+        check_mesh(config, SHAPE)
 
 
 def test_the_mlp_and_the_vocabulary_must_be_cut_as_well() -> None:
     with pytest.raises(ValueError, match=r"mesh.tp must divide the MLP width, 50, .* got 4"):
-        check_mesh(MeshConfig(tp=4), **SIZES | {"mlp_width": 50})
+        check_mesh(MeshConfig(tp=4), replace(SHAPE, mlp_width=50))
     with pytest.raises(ValueError, match="every rank some of the 5 words of the vocabulary, got 4"):
-        check_mesh(MeshConfig(tp=4), **SIZES | {"vocab_size": 5})
+        check_mesh(MeshConfig(tp=4), replace(SHAPE, vocab_size=5))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +155,7 @@ def test_the_mlp_and_the_vocabulary_must_be_cut_as_well() -> None:
     ids=str,
 )
 def test_models_that_the_degrees_cut_are_taken(config: MeshConfig) -> None:
-    check_mesh(config, **SIZES)
+    check_mesh(config, SHAPE)
 
 
 def held_head(config: MeshConfig) -> int:
@@ -160,4 +164,3 @@ def held_head(config: MeshConfig) -> int:
 
 def test_neighbours_share_a_kv_head_where_ranks_outnumber_them() -> None:
     assert run_ranks(held_head, 4, MeshConfig(tp=4)) == [0, 0, 1, 1]
-    assert [local_kv_heads(8, tp) for tp in (1, 2, 8, 16)] == [8, 4, 1, 1]

@@ -88,10 +88,8 @@ def test_loaded_parameters_are_plain_tensors_of_this_rank(
         assert all(type(p) is Tensor for p in seen.parameters.values())
         assert shapes["embed.weight"] == (48, 32)
         assert shapes["layers.0.mlp.down.weight"] == (32, 24)
-        assert seen.local_heads == (2, 1)
     for seen in cut[model, str(MeshConfig(kvp=2, tp=2, ffn="wide"))]:
         assert seen.parameters["layers.0.mlp.gate.weight"].shape == (12, 32)
-        assert seen.local_heads == (2, 1)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -103,7 +101,23 @@ def test_ranks_beyond_the_kv_heads_share_them_with_their_neighbours(
 
     for rank, seen in enumerate(cut[model, str(MeshConfig(tp=4))]):
         assert torch.equal(seen.parameters[name], heads[rank // 2])
-        assert seen.local_heads == (1, 1)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_local_shape_counts_what_each_rank_holds(
+    model: str, checkpoints: dict[str, Path], cut: dict[tuple[str, str], list[Seen]]
+) -> None:
+    spec = read_spec(checkpoints[model])
+
+    for mesh in MESHES:
+        local, counts = spec.local(mesh), []
+        for seen in cut[model, str(mesh)]:
+            held = {name: p for name, p in seen.parameters.items() if name.startswith("layers.")}
+            counts.append(sum(p.numel() for p in held.values()) / len(seen.layers))
+            wq, wk = (held[f"layers.{seen.layers[0]}.attn.{name}.weight"] for name in ("wq", "wk"))
+            assert len(wq) == local.num_heads * spec.head_dim
+            assert len(wk) == local.num_kv_heads * spec.head_dim
+        assert max(counts) == local.layer_params()  # the first rank alone adds biases after a sum
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(tp=2), MeshConfig(tp=4)], ids=str)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from mnemosyne import cli
-from mnemosyne.config_simulate import EfficiencyConfig, HardwareConfig, ShapeConfig, SimulateConfig
+from mnemosyne.config_simulate import EfficiencyConfig, HardwareConfig, SimulateConfig
+from mnemosyne.shape import ModelShape
 
 ROUND = HardwareConfig(
     name="round",
@@ -25,7 +26,7 @@ IDEAL = EfficiencyConfig(
     layer_overhead=0.0,
     step_overhead=0.0,
 )
-SMALL = ShapeConfig(
+SMALL = ModelShape(
     num_layers=4,
     width=256,
     num_heads=8,

@@ -74,7 +74,7 @@ def test_groups_attend_to_their_own_shard() -> None:
 
 
 def test_windowed_layers_see_and_read_less() -> None:
-    shape = replace(SMALL, windows=[None, 8, 8, 8])
+    shape = replace(SMALL, windows=(None, 8, 8, 8))
     cluster = SimulatedCluster(StepCost(shape, ROUND, IDEAL, MeshConfig(), [4]))
 
     (load,) = cluster.loads(_chunk_plan(0, 100, 4))

@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mnemosyne import cli
-from mnemosyne.build_simulated import build_simulation, shape_of_checkpoint, stages_of
+from mnemosyne.build_simulated import build_simulation, stages_of
 from mnemosyne.cli.shapes import find_shape
 from mnemosyne.config import MeshConfig
 from mnemosyne.config_simulate import PlanConfig
+from mnemosyne.model_zoo.spec import read_spec
 from mnemosyne.simulate.footprint import Footprint, activation_bytes, footprint
 from mnemosyne.simulate.outlook import Outlook
 from mnemosyne.simulate.planner import Rank, frontier, layouts, plan_layouts, remedies
@@ -82,7 +83,7 @@ def test_planned_bytes_are_those_that_the_engine_allocates(
 ) -> None:
     chunk, num_pages, mesh = 256, 128, MeshConfig()
     path = tiny_checkpoint(tmp_path / family, family=family, mlp_width=192, **options)
-    shape = shape_of_checkpoint(path)
+    shape = read_spec(path)
     stages = stages_of(shape, mesh)
     planned = footprint(
         shape,

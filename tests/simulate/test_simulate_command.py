@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from mnemosyne import cli
-from mnemosyne.build_simulated import shape_of, shape_of_checkpoint
 from mnemosyne.cli.shapes import find_shape, shape_names
 from mnemosyne.config import MeshConfig
 from mnemosyne.model_zoo.bench import bench_spec
 from mnemosyne.model_zoo.needle import write_needle
-from mnemosyne.simulate.footprint import kv_bytes_per_token, weight_bytes
+from mnemosyne.model_zoo.spec import read_spec
+from mnemosyne.simulate.footprint import weight_bytes
 from tests.simulate.machines import simulate_config
 
 SMALL_RUN = ["simulate", "model=bench", "workload.num_requests=20", "workload.long_max=256K"]
@@ -78,8 +78,8 @@ def test_what_is_wrong_is_said_in_one_line(
 def test_a_shape_by_name_is_that_of_the_model(tmp_path: Path) -> None:
     write_needle(tmp_path / "needle")
 
-    assert find_shape("needle") == shape_of_checkpoint(tmp_path / "needle")
-    assert find_shape("bench") == shape_of(bench_spec())
+    assert find_shape("needle") == read_spec(tmp_path / "needle").shape
+    assert find_shape("bench") == bench_spec().shape
 
 
 def test_all_shapes_and_all_hardware_can_be_used() -> None:
@@ -105,4 +105,4 @@ def test_a_shape_has_the_published_size(name: str, billions: float, kv_bytes: in
     shape, mesh = find_shape(name), MeshConfig()
 
     assert weight_bytes(shape, mesh, (shape.num_layers,)) / 2e9 == pytest.approx(billions, rel=2e-3)
-    assert kv_bytes_per_token(shape, mesh, shape.num_layers) == kv_bytes
+    assert shape.kv_bytes_per_token() == kv_bytes

@@ -11,11 +11,10 @@ import pytest
 from mnemosyne.config_simulate import (
     EfficiencyConfig,
     HardwareConfig,
-    ShapeConfig,
     WorkloadConfig,
 )
 from mnemosyne.simulate.workload import Arrival, as_row, draw, read_trace, write_trace
-from tests.simulate.machines import IDEAL, ROUND, SMALL
+from tests.simulate.machines import IDEAL, ROUND
 
 
 def test_a_drawn_workload_has_the_stated_quantiles_and_rate() -> None:
@@ -105,9 +104,6 @@ def test_a_trace_that_is_not_there_or_empty_is_refused(tmp_path: Path) -> None:
         (HardwareConfig, ROUND, {"memory_gb": -1.0}, "hardware.memory_gb must be a positive nu"),
         (EfficiencyConfig, IDEAL, {"kv": 1.2}, "efficiency.kv must lie in (0, 1], got 1.2"),
         (EfficiencyConfig, IDEAL, {"step_overhead": "-1s"}, "efficiency.step_overhead must be a"),
-        (ShapeConfig, SMALL, {"num_layers": 0}, "shape.num_layers must be a positive number"),
-        (ShapeConfig, SMALL, {"experts_per_token": 2}, "shape.experts_per_token must be at most"),
-        (ShapeConfig, SMALL, {"dtype": "int8"}, "shape.dtype must be one of float64"),
     ],
 )
 def test_a_value_outside_its_rule_is_refused_by_name(

@@ -14,7 +14,7 @@ import torch
 
 from mnemosyne.attention.triton import TritonBackend
 from mnemosyne.cache.layout import Placement, Shard, pages_for
-from mnemosyne.cache.pages import PagePool, bytes_per_token, free_memory
+from mnemosyne.cache.pages import PagePool, free_memory
 from mnemosyne.model_zoo.bench import bench_spec
 from mnemosyne.model_zoo.decoder import Decoder
 from mnemosyne.model_zoo.rope import RopeSpec
@@ -88,7 +88,7 @@ def spec_of(setting: Setting) -> ModelSpec:
 def pool_of(spec: ModelSpec, context: int, device: torch.device) -> tuple[PagePool, int]:
     """Random keys and values for a context, and how many layers have their own."""
     num_pages = pages_for(context + WARM_UPS + STEPS, PAGE_SIZE)
-    layer_bytes = (num_pages + 1) * PAGE_SIZE * _token_bytes(spec, 1)
+    layer_bytes = (num_pages + 1) * PAGE_SIZE * spec.kv_bytes_per_token(1)
     num_own = min(spec.num_layers, (free_memory(device) - SPARE_BYTES) // layer_bytes)
     assert num_own > 0, f"one layer's keys must fit: {layer_bytes} bytes"
     pool = PagePool(
@@ -111,7 +111,7 @@ def bytes_of(decoder: Decoder, spec: ModelSpec, context: int) -> int:
     weights = sum(parameter.nbytes for parameter in decoder.parameters())
     if decoder.embed is not None and not spec.tied:
         weights -= sum(parameter.nbytes for parameter in decoder.embed.parameters())
-    return weights + context * _token_bytes(spec, spec.num_layers)
+    return weights + context * spec.kv_bytes_per_token()
 
 
 def worker_of(
@@ -157,15 +157,6 @@ def entry_of(worker: Worker, context: int, amount: float, num_own: int) -> dict[
         times.append(time.perf_counter() - started_s)
     seconds = statistics.median(times[WARM_UPS:])
     return {"seconds": seconds, "GB_s": amount / seconds, "layers_with_own_cache": num_own}
-
-
-def _token_bytes(spec: ModelSpec, num_layers: int) -> int:
-    return bytes_per_token(
-        num_layers=num_layers,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        dtype=torch.bfloat16,
-    )
 
 
 def _dealt(tensors: Sequence[torch.Tensor], num_layers: int) -> list[torch.Tensor]:
