@@ -7,10 +7,10 @@ all of them read, and looks until the others have written.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import platform
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -38,9 +38,11 @@ class Board:
         memory: the same on every rank, zeros at first.
         degree: of the axis.
         index: of this rank.
+        axis: the name of the axis, for reports about a rank that waits here.
     """
 
-    def __init__(self, memory: mmap.mmap, degree: int, index: int) -> None:
+    def __init__(self, memory: mmap.mmap, degree: int, index: int, *, axis: str) -> None:
+        self.axis_name = axis
         self._counts = np.frombuffer(memory, np.int64, degree * LINE // 8)[:: LINE // 8]
         places = torch.frombuffer(memory, dtype=torch.uint8, offset=degree * LINE)
         self._places = places.view(2, degree, BOARD_BYTES)
@@ -82,7 +84,7 @@ class Board:
                 time.sleep(PAUSE_S)
 
 
-def open_board(group: ProcessGroup, *, ranks_on_host: int) -> Board | None:
+def open_board(group: ProcessGroup, *, axis: str, ranks_on_host: int) -> Board | None:
     """Memory that the ranks of a group share; all of them call it at once.
 
     None where they are not all on this host, where the ranks of a host outnumber its cores, so that
@@ -90,20 +92,21 @@ def open_board(group: ProcessGroup, *, ranks_on_host: int) -> Board | None:
 
     Args:
         group: of gloo.
+        axis: the name of the axis.
         ranks_on_host: how many ranks there are on this host, in all groups.
     """
     degree, index = dist.get_world_size(group), dist.get_rank(group)
     has_cores = ranks_on_host <= len(os.sched_getaffinity(0)) if _is_able() else False
-    path = _create(degree) if index == 0 and has_cores else None
-    words = [_host() if has_cores else f"none {index}", str(path or "")]
+    made = _create(degree) if index == 0 and has_cores else None
+    words = [_host() if has_cores else f"none {index}", "" if made is None else _describe(made)]
     names = _gather_names("\n".join(words), group)
     memory = _map(names[0][1]) if len({host for host, _ in names}) == 1 and names[0][1] else None
     is_open = _gather_names(f"{memory is not None}\n", group)
-    if path is not None:
-        path.unlink()  # it lives on while it is mapped, and is gone with the last rank
+    if made is not None:
+        os.close(made)  # the memory lives on while it is mapped
     if memory is None or not all(word == "True" for word, _ in is_open):
         return None
-    return Board(memory, degree, index)
+    return Board(memory, degree, index, axis=axis)
 
 
 def _is_able() -> bool:
@@ -118,23 +121,37 @@ def _host() -> str:
     return f"{platform.node()} {boot} {os.environ.get('GROUP_RANK', '')}"
 
 
-def _create(degree: int) -> Path | None:
-    folder, path = "/dev/shm" if os.path.isdir("/dev/shm") else None, None
+def _create(degree: int) -> int | None:
+    """Memory without a name, which no rank that is killed can leave behind: its descriptor."""
+    descriptor = None
     try:
-        handle, name = tempfile.mkstemp(prefix="mnemosyne-board-", dir=folder)
-        path = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, degree * (LINE + 2 * BOARD_BYTES))
+        descriptor = os.memfd_create("mnemosyne-board", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.fchmod(descriptor, 0o600)
+        os.posix_fallocate(descriptor, 0, degree * (LINE + 2 * BOARD_BYTES))
+        # memory that shrinks under a mapping kills whoever reads it
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     except OSError:  # no room: messages go the usual way
-        if path is not None:
-            path.unlink()
+        if descriptor is not None:
+            os.close(descriptor)
         return None
-    return path
+    return descriptor
 
 
-def _map(name: str) -> mmap.mmap | None:
+def _describe(descriptor: int) -> str:
+    """Where other processes of this user open the memory, and how they know it again."""
+    inode = os.fstat(descriptor).st_ino
+    return f"{os.getpid()} {descriptor} {inode}"
+
+
+def _map(words: str) -> mmap.mmap | None:
+    """The memory that ``_describe`` names; None if it is not there, not ours or another's."""
+    process, descriptor, inode = (int(word) for word in words.split())
     try:
-        with open(name, "r+b") as file:
+        with open(f"/proc/{process}/fd/{descriptor}", "r+b") as file:
+            found = os.fstat(file.fileno())
+            # in another space of process ids this is somebody else's file
+            if (found.st_ino, found.st_uid) != (inode, os.geteuid()):
+                return None
             return mmap.mmap(file.fileno(), 0)
     except OSError:
         return None

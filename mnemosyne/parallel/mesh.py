@@ -123,7 +123,9 @@ def axis_of(device_mesh: DeviceMesh) -> Axis:
 def _with_board(axis: Axis, device_type: str) -> Axis:
     if axis.group is None or device_type != "cpu":
         return axis
-    return replace(axis, board=open_board(axis.group, ranks_on_host=ranks_on_host()))
+    return replace(
+        axis, board=open_board(axis.group, axis=axis.name, ranks_on_host=ranks_on_host())
+    )
 
 
 def head_mesh(mesh: Mesh, num_kv_heads: int) -> DeviceMesh:

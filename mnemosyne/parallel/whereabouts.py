@@ -11,8 +11,9 @@ from types import FrameType
 from msgspec import Struct
 
 # Collectives are spelled in these alone; a thread inside one waits for other ranks.
+COLLECTIVES = ("mnemosyne.parallel.board", "mnemosyne.parallel.collectives")
 MEETING_PLACES = (
-    "mnemosyne.parallel.collectives",
+    *COLLECTIVES,
     "mnemosyne.parallel.control",
     "mnemosyne.parallel.pipeline",
     "mnemosyne.attention.kvp",
@@ -88,9 +89,11 @@ def locate(stack: Stack) -> tuple[str | None, str]:
     """The collective that a stack ends in, if it does, and the innermost line of the package.
 
     A function that computes inside a pipeline stage has collectives further out on its stack; only
-    the innermost frame of the package, or of torch.distributed, tells.
+    the innermost frame of the package, or of torch.distributed, tells. Collectives that are made of
+    others have the name of the outermost.
     """
-    place, collective = "", None
+    place, collective, axis = "", None, None
+    has_met = False
     for frame, line in stack:
         module = str(frame.f_globals.get("__name__", ""))
         name = frame.f_code.co_name
@@ -99,19 +102,22 @@ def locate(stack: Stack) -> tuple[str | None, str]:
         if module.startswith(DISTRIBUTED):
             collective = collective or name
         elif module.partition(".")[0] == PACKAGE and module != WATCHDOG:
+            if has_met and module not in COLLECTIVES:
+                break
             place = _place(frame, line)
-            if module in MEETING_PLACES:
-                axis = _axis(frame)
-                collective = f"{name.lstrip('_')} over {axis}" if axis else name
-            return collective, place
-    return collective, place
+            if module not in MEETING_PLACES:
+                break
+            has_met, collective, axis = True, name.lstrip("_"), _axis(frame) or axis
+            if module not in COLLECTIVES:
+                break
+    return f"{collective} over {axis}" if has_met and axis else collective, place
 
 
 def _axis(frame: FrameType) -> str | None:
     """The axis of the mesh that a function of a meeting place works on."""
     owner = frame.f_locals.get("self")
     axis = frame.f_locals.get("axis", getattr(owner, "_axis", None))
-    return getattr(axis, "name", None)
+    return getattr(axis, "name", None) or getattr(owner, "axis_name", None)
 
 
 def _place(frame: FrameType, line: int) -> str:

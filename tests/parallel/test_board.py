@@ -30,7 +30,7 @@ NUM_GATHERS = 200
 
 def make_boards(degree: int) -> list[Board]:
     memory = mmap.mmap(-1, degree * (LINE + 2 * BOARD_BYTES))
-    return [Board(memory, degree, index) for index in range(degree)]
+    return [Board(memory, degree, index, axis="tp") for index in range(degree)]
 
 
 @pytest.mark.parametrize("degree", [2, 3])
@@ -74,17 +74,18 @@ def gather_and_look(config: MeshConfig) -> dict[str, Any]:
     assert axis.group is not None
     sizes = (1, BOARD_BYTES // 4, BOARD_BYTES // 4 + 1)  # the last one is too large for a board
     xs = [torch.arange(size, dtype=torch.float32) + axis.index for size in sizes]
-    crowded = open_board(axis.group, ranks_on_host=10_000)
+    crowded = open_board(axis.group, axis="tp", ranks_on_host=10_000)
     return {
         "has a board": axis.board is not None,
+        "in shared memory": os.listdir("/dev/shm"),
         "has one where ranks outnumber cores": crowded is not None,
         "gathered": [all_gather(x, axis)[:, -1].tolist() for x in xs],
         "summed": [all_reduce_sum(x.clone(), axis)[-1].item() for x in xs],
     }
 
 
-def test_ranks_of_one_host_share_a_board_and_leave_no_file() -> None:
-    before = set(Path("/dev/shm").glob("mnemosyne-board-*"))
+def test_ranks_of_one_host_share_a_board_that_has_no_file() -> None:
+    before = set(os.listdir("/dev/shm"))
 
     for found in run_ranks(gather_and_look, 2, MeshConfig(tp=2)):
         assert found["has a board"]
@@ -92,22 +93,42 @@ def test_ranks_of_one_host_share_a_board_and_leave_no_file() -> None:
         last = [0, BOARD_BYTES // 4 - 1, BOARD_BYTES // 4]
         assert found["gathered"] == [[value, value + 1] for value in last]
         assert found["summed"] == [2 * value + 1 for value in last]
+        assert {name for name in found["in shared memory"] if "mnemosyne" in name} <= before
 
-    assert set(Path("/dev/shm").glob("mnemosyne-board-*")) <= before
 
-
-def test_a_file_for_which_there_is_no_room_is_taken_away(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_memory_without_room_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_room(*arguments: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", no_room)
-    monkeypatch.setattr(os.path, "isdir", lambda path: False)
-    monkeypatch.setattr(board.tempfile, "tempdir", str(tmp_path))
+    before = os.listdir("/proc/self/fd")
 
     assert board._create(2) is None
-    assert list(tmp_path.iterdir()) == []
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_memory_is_for_its_user_alone_and_keeps_its_size() -> None:
+    made = board._create(2)
+    assert made is not None
+    try:
+        assert os.fstat(made).st_mode & 0o777 == 0o600
+        with pytest.raises(PermissionError):
+            os.ftruncate(made, 0)
+    finally:
+        os.close(made)
+
+
+def test_a_descriptor_that_leads_to_another_file_is_no_board(tmp_path: Path) -> None:
+    made = board._create(2)
+    assert made is not None
+    words = board._describe(made)
+    assert board._map(words) is not None
+
+    with open(tmp_path / "other", "wb") as other:
+        os.dup2(other.fileno(), made)  # as in another space of process ids
+        assert board._map(words) is None
+    os.close(made)
+    assert board._map(words) is None
 
 
 def look_without_room(config: MeshConfig) -> tuple[bool, list[float]]:

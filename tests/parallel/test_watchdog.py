@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from mnemosyne.parallel.address import default_store
+from mnemosyne.parallel.board import open_board
 from mnemosyne.parallel.collectives import all_reduce_sum
 from mnemosyne.parallel.mesh import Axis
 from mnemosyne.parallel.watchdog import UNKNOWN_STEP_S, Watchdog, step_limit
@@ -28,11 +30,16 @@ LIMIT_S = 2.0
 Act = Callable[[int, int], None]  # what a rank does in a step before it meets the others
 
 
-def work(folder: Path, act: Act) -> None:
+def work(folder: Path, act: Act, has_board: bool = False) -> None:
     """Meet in one step after another until something happens."""
     rank = int(os.environ["RANK"])
     with joined(folder, rank) as watchdog:
-        axis = Axis("tp", WORLD_SIZE, rank, dist.group.WORLD)
+        world = dist.group.WORLD
+        assert world is not None
+        # as on a host with a core for each rank, whatever this one has
+        board = open_board(world, axis="tp", ranks_on_host=1) if has_board else None
+        assert has_board == (board is not None)
+        axis = Axis("tp", WORLD_SIZE, rank, world, board=board)
         for step in itertools.count():
             with watchdog.watch(f"step {step}", limit_s=LIMIT_S):
                 act(rank, step)
@@ -119,8 +126,20 @@ def test_an_exception_on_one_rank_is_what_all_report(tmp_path: Path) -> None:
     assert said in (tmp_path / "0.end").read_text()
 
 
-def test_a_stuck_rank_is_found_among_those_that_wait_for_it(tmp_path: Path) -> None:
-    with start_ranks(work, WORLD_SIZE, tmp_path, sleep_on_rank_2) as ranks:
+@pytest.mark.parametrize(
+    "has_board",
+    [
+        False,
+        pytest.param(
+            True,
+            marks=pytest.mark.skipif(platform.machine() != "x86_64", reason="boards need x86-64"),
+        ),
+    ],
+)
+def test_a_stuck_rank_is_found_among_those_that_wait_for_it(
+    has_board: bool, tmp_path: Path
+) -> None:
+    with start_ranks(work, WORLD_SIZE, tmp_path, sleep_on_rank_2, has_board) as ranks:
         wait_until_ready(ranks, tmp_path)
         wait_until(
             lambda: not any(process.is_alive() for process in ranks.processes), LIMIT_S + GONE_S
@@ -130,6 +149,9 @@ def test_a_stuck_rank_is_found_among_those_that_wait_for_it(tmp_path: Path) -> N
     for line in last_lines(tmp_path).values():
         assert line.startswith("rank 2 (pp0/kvp0/tp2) is stuck in step 5 (test_watchdog.py:")
         assert f"the limit was {LIMIT_S} s" in line
+        assert line.count("is stuck") == 1
+    waiting = {rank: line for rank, line in last_lines(tmp_path).items() if rank != 2}
+    assert all("was in step 5, all_reduce_sum over tp (" in line for line in waiting.values())
 
 
 def end_in_turn(folder: Path) -> bool:
