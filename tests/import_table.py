@@ -67,6 +67,12 @@ TABLE = {
         ("numpy",),
     ),
     "__main__": Rule(("cli",)),
+    # what the process runs on; every room but the kernels may ask
+    "machine": Rule(),
+    "memory_limits": Rule(),
+    "kept": Rule(("machine",)),
+    "device": Rule((), ("torch",)),
+    "step_times": Rule(("machine", "schedule"), ("numpy", "torch")),
     # design.md gives it build and config; what it serves with is the offline API beside build
     "cli": Rule(
         (
@@ -81,9 +87,9 @@ TABLE = {
     "cli.plan": _SIMULATED,
     "cli.demo": _DEMO,
     "cli.demo_view": _DEMO,
-    "cli.bench": Rule(("bench", "checkpoint", "config", "config_bench"), ("rich",)),
+    "cli.bench": Rule(("bench", "checkpoint", "config", "config_bench", "machine"), ("rich",)),
     # `mnemosyne bench`: the engines run in processes of their own
-    "bench": Rule(("config_bench",), ("numpy", "rich")),
+    "bench": Rule(("config_bench", "machine"), ("numpy", "rich")),
     "bench.picture": Rule(("bench.compare", "bench.report"), ("matplotlib",), itself=False),
     # programs for other interpreters, which have none of our rooms
     "bench.peers": Rule((), ("numpy", "torch"), itself=False),
@@ -98,7 +104,9 @@ TABLE = {
         ("numpy", "torch"),
         itself=False,
     ),
-    "checkpoint": Rule(("model_zoo", "parallel", "runtime", "serve"), ("torch",)),
+    "checkpoint": Rule(
+        ("kept", "machine", "model_zoo", "parallel", "runtime", "serve"), ("torch",)
+    ),
     "build": Rule(
         (
             *(
@@ -112,6 +120,7 @@ TABLE = {
                 "kernels",
             ),
             *("parallel", "runtime", "serve", "simulate", "model_zoo"),
+            *("device", "step_times"),
         ),
         _CORE,
     ),
@@ -129,7 +138,9 @@ TABLE = {
     "config_simulate": Rule(("config",)),
     "request": Rule(("config",), ("numpy",)),
     "metrics": Rule(("config",), ("numpy",)),
-    "schedule": Rule(("request", "config", "cache.allocator", "cache.layout"), ("numpy",)),
+    "schedule": Rule(
+        ("request", "config", "cache.allocator", "cache.layout", "kept", "machine"), ("numpy",)
+    ),
     "simulate": Rule(
         (
             *("schedule", "metrics", "config", "config_simulate", "request", "shape"),
@@ -139,7 +150,8 @@ TABLE = {
     ),
     "cache": _PAGELESS,
     "cache.pages": Rule(
-        ("config", "kernels", "cache.allocator", "cache.layout"), ("torch", "numpy")
+        ("config", "kernels", "memory_limits", "cache.allocator", "cache.layout"),
+        ("torch", "numpy"),
     ),
     "cache.capacity": Rule(("config", "cache.pages", "cache.layout"), ("torch",)),
     "kernels": Rule((), ("torch", "triton")),
@@ -157,7 +169,10 @@ TABLE = {
         ("torch", "numpy", "safetensors", "tokenizers"),
     ),
     "runtime": Rule(
-        ("request", "schedule.plan", "cache", "attention", "parallel", "config", "kernels.cpu"),
+        (
+            *("request", "schedule.plan", "cache", "attention", "parallel", "config"),
+            *("kernels.cpu", "machine"),
+        ),
         ("torch", "numpy", "safetensors"),
     ),
     "serve": Rule(

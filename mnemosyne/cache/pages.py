@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mnemosyne import memory_limits
 from mnemosyne.kernels.cpu import rows
 from mnemosyne.kernels.cpu.memory import huge_zeros
 
@@ -75,15 +76,13 @@ def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as lines:
-            fields = dict(line.split(":", 1) for line in lines)
-    except FileNotFoundError as error:
+    num_bytes = memory_limits.free_memory()
+    if num_bytes is None:
         raise ValueError(
             "cache.max_tokens must be set on this system, which does not tell its free memory; "
             "write cache.max_tokens=1M"
-        ) from error
-    return int(fields["MemAvailable"].split()[0]) * 1024
+        )
+    return num_bytes
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
