@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mnemosyne.bench.compare import Result, agreement
+from mnemosyne.machine import num_cores, processor_name
 
 OURS = "mnemosyne"
 # What a table shows of each number: its name, its digits, whether less is better.
@@ -83,13 +82,7 @@ def write(path: Path, settings: dict[str, Any], results: Sequence[Result]) -> No
 
 def machine() -> dict[str, Any]:
     """What a reader of the numbers wants to know of the processor."""
-    model = platform.processor()
-    if os.path.exists("/proc/cpuinfo"):
-        names = [
-            line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-        ]
-        model = names[0].partition(":")[2].strip() if names else model
-    return {"processor": model, "cores": len(os.sched_getaffinity(0))}
+    return {"processor": processor_name(), "cores": num_cores()}
 
 
 def print_table(results: Sequence[Result], console: Console) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from mnemosyne.bench.start import PROMPT, start_ours, start_peer
 from mnemosyne.checkpoint import path_on_disk
 from mnemosyne.config import EngineConfig
 from mnemosyne.config_bench import BenchConfig
+from mnemosyne.machine import num_cores
 
 PAGES_EACH = 2  # pages that a request may take beyond its tokens
 
@@ -130,7 +130,7 @@ def engine_settings(config: BenchConfig, cases: Sequence[Case], model: str) -> d
     return {
         "model": model,
         "dtype": config.dtype,
-        "threads": config.threads or len(os.sched_getaffinity(0)),
+        "threads": config.threads or num_cores(),
         "chunk": config.peer_chunk,
         "max_tokens": room + pages,
         "max_length": longest,
