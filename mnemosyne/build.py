@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-import platform
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
@@ -17,6 +14,7 @@ from mnemosyne.cache.capacity import count_pages, describe_cache, tokens_per_gro
 from mnemosyne.cache.pages import PagePool
 from mnemosyne.checkpoint import Checkpoint, Progress, find_checkpoint, weight_bytes
 from mnemosyne.config import CacheConfig, EngineConfig, MetricsConfig
+from mnemosyne.device import choose_device
 from mnemosyne.kernels.cpu.memory import keep_freed
 from mnemosyne.metrics import StepRecord
 from mnemosyne.model_zoo.decoder import Decoder
@@ -42,18 +40,16 @@ from mnemosyne.runtime.graphs import (
 )
 from mnemosyne.runtime.step import LayerShape, Model
 from mnemosyne.runtime.worker import Worker
-from mnemosyne.schedule.calibrate import Limits, calibrate
+from mnemosyne.schedule.calibrate import Limits
 from mnemosyne.schedule.plan import Executor
-from mnemosyne.schedule.predictor import LinearPredictor, Predictor, fit_error
-from mnemosyne.schedule.saved_fits import fits_folder, load_fit, save_fit
+from mnemosyne.schedule.predictor import LinearPredictor, Predictor
 from mnemosyne.schedule.scheduler import build_scheduler
-from mnemosyne.schedule.work import StepWork, WorkModel
+from mnemosyne.schedule.work import WorkModel
 from mnemosyne.serve.engine import Engine
 from mnemosyne.serve.intake import Intake
+from mnemosyne.step_times import describe_machine, fit_step_times
 
 log = logging.getLogger(__name__)
-
-DISTURBED_FIT = 0.25  # median error of a fit on its own sweep beyond which it is not kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +170,14 @@ def build_engine(
     if predictor is None:
         predictor = LinearPredictor()
         if config.schedule.is_adaptive:
-            _fit(predictor, executor, work_model, config, rank)
+            fit_step_times(
+                predictor,
+                executor,
+                work_model,
+                _limits(config, rank),
+                _fit_key(config, rank),
+                is_kept=config.schedule.saved_fit,
+            )
     scheduler = build_scheduler(
         config.schedule,
         config.slo,
@@ -193,39 +196,6 @@ def describe_reads(num_bytes: Sequence[int]) -> str:
     """One line: how much of the weights each rank read."""
     sizes = ", ".join(f"{count / 1e6:,.1f}" for count in num_bytes)
     return f"weights read: {sizes} MB" + (" by rank" if len(num_bytes) > 1 else "")
-
-
-def choose_device(name: str, num_processes: int = 1) -> torch.device:
-    """The device by name; ``"auto"`` is cuda where there is one, else cpu.
-
-    Args:
-        name: as the user wrote it.
-        num_processes: of this run; of several, each takes a GPU by its rank on the host.
-
-    Raises:
-        ValueError: if the name is no device, or the device is not there, or not for all processes.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(
-            f"device must be auto, cpu, cuda or cuda:INDEX, got {name!r}; use auto"
-        ) from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:INDEX, got {name!r}; use auto")
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(
-            f"device must be there, got {name!r} where torch sees {count} GPUs; use device=cpu"
-        )
-    if device.type == "cuda" and device.index is not None and num_processes > 1:
-        raise ValueError(
-            f"device must not be one GPU for {num_processes} processes, got {name!r}; use "
-            "device=cuda, and each takes the GPU of its LOCAL_RANK"
-        )
-    return device
 
 
 def _find(config: EngineConfig) -> tuple[torch.device, Checkpoint]:
@@ -328,71 +298,26 @@ def _trace(config: MetricsConfig, mesh: Mesh, device: torch.device) -> Trace | N
     return Trace(mesh.rank, mesh.label, synchronize=synchronize)
 
 
-def _fit(
-    predictor: LinearPredictor,
-    executor: Executor,
-    work_model: WorkModel,
-    config: EngineConfig,
-    rank: Rank,
-) -> None:
-    limits = Limits(
+def _limits(config: EngineConfig, rank: Rank) -> Limits:
+    """What the steps of a sweep may use."""
+    return Limits(
         num_pages=rank.num_pages,
         page_size=config.cache.page_size,
         max_positions=rank.checkpoint.spec.max_positions,
         vocab_size=rank.checkpoint.spec.vocab_size,
         step_s=2 * float(config.schedule.target_tbt),
     )
-    started_s = time.perf_counter()
-    measure = partial(calibrate, executor, work_model, limits, clock=time.perf_counter)
-    folder, key = fits_folder(), _fit_key(config, rank)
-    rows = load_fit(folder, key) if config.schedule.saved_fit else None
-    if rows is not None:
-        predictor.fit_rows(rows)
-        if _still_holds(predictor, measure(is_probe=True)):
-            log.info("step times of an earlier start, in %.1f s", time.perf_counter() - started_s)
-            return
-    samples = measure()
-    if samples:
-        predictor.fit(samples)
-        error = fit_error(predictor, samples)
-        if error > DISTURBED_FIT:
-            log.warning(
-                "step times do not fit what a step does (median error %.0f%%), as on a busy "
-                "machine; they are corrected as steps run, and measured again at the next start",
-                100 * error,
-            )
-        elif config.schedule.saved_fit:
-            save_fit(folder, key, predictor.samples)
-    seconds = time.perf_counter() - started_s
-    log.info("step times fitted from %d steps in %.1f s", len(samples), seconds)
-
-
-def _still_holds(predictor: LinearPredictor, probes: list[tuple[StepWork, float]]) -> bool:
-    """Whether a fit is right within a factor of two, which is what online correction is for."""
-    errors = [seconds / predictor.predict(work) for work, seconds in probes]
-    return all(0.5 <= error <= 2.0 for error in errors)
 
 
 def _fit_key(config: EngineConfig, rank: Rank) -> dict[str, str]:
-    """All that step times depend on, for a fit to be found again."""
+    """All that the time of a step depends on, the machine apart, for a fit to be found again."""
     keys = rank.worker.pool.k[0]
     return {
         "model": repr(rank.checkpoint.spec),
-        "hardware": _hardware(keys.device),
         "layout": repr(config.mesh),
         "dtype": str(keys.dtype),
         "backend": rank.backend,
         "compile": config.compile,
         "pages": f"{config.cache.page_size} tokens",
-        "torch": torch.__version__,
+        **describe_machine(keys.device),
     }
-
-
-def _hardware(device: torch.device) -> str:
-    """The processor that computes, and how much of it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
-        name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads"

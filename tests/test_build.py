@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnemosyne.build import _still_holds, build_engine, build_rank, choose_device, describe_reads
+from mnemosyne.build import build_engine, build_rank, describe_reads
 from mnemosyne.config import CacheConfig, EngineConfig, ScheduleConfig
+from mnemosyne.device import choose_device
 from mnemosyne.schedule.predictor import LinearPredictor
-from mnemosyne.schedule.saved_fits import fits_folder
-from mnemosyne.schedule.work import StepWork
 from tests.engines import greedy, open_tiny, worker_of
 from tests.model_zoo.tiny import tiny_checkpoint
 
@@ -64,49 +63,6 @@ def test_adaptive_chunks_are_fitted_to_the_machine_and_fixed_ones_are_not(
     assert predictors[8].coefficients == ()
     assert sum(predictors["adaptive"].coefficients) > 0
     assert sum("step times fitted" in record.getMessage() for record in caplog.records) == 1
-
-
-def test_the_second_start_takes_the_fit_of_the_first_if_its_probes_still_hold(
-    checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caplog.set_level(logging.INFO, logger="mnemosyne")
-    monkeypatch.setattr("mnemosyne.build._still_holds", lambda predictor, probes: len(probes) <= 2)
-    monkeypatch.setattr("mnemosyne.build.fit_error", lambda predictor, samples: 0.0)
-    coefficients = []
-    for _ in range(2):
-        engine = build_engine(build_rank(config(checkpoint)), config(checkpoint, "adaptive"))
-        coefficients.append(engine.scheduler.predictor.coefficients)
-
-    said = [record.getMessage() for record in caplog.records]
-    assert coefficients[0] == coefficients[1]
-    assert ["of an earlier start" in line for line in said if "step times" in line] == [False, True]
-
-
-def test_a_fit_that_misses_its_own_sweep_is_said_and_not_kept(
-    checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caplog.set_level(logging.INFO, logger="mnemosyne")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(checkpoint.parent / "disturbed"))
-    monkeypatch.setattr("mnemosyne.build._still_holds", lambda predictor, probes: True)
-    monkeypatch.setattr("mnemosyne.build.fit_error", lambda predictor, samples: 0.6)
-    for _ in range(2):
-        build_engine(build_rank(config(checkpoint)), config(checkpoint, "adaptive"))
-
-    said = [record.getMessage() for record in caplog.records]
-    assert sum("median error 60%" in line for line in said) == 2
-    assert not any("of an earlier start" in line for line in said)
-    assert not list(fits_folder().glob("*"))
-
-
-@pytest.mark.parametrize(("factor", "is_measured"), [(1.0, False), (5.0, True), (0.1, True)])
-def test_a_fit_that_no_longer_holds_is_made_again(factor: float, is_measured: bool) -> None:
-    predictor = LinearPredictor()
-    works = [StepWork(num_tokens=tokens, num_sequences=1) for tokens in (1, 100, 1000)]
-    predictor.fit([(work, 1e-3 * work.num_tokens) for work in works])
-
-    probes = [(works[1], factor * 0.1)]
-
-    assert _still_holds(predictor, probes) is not is_measured
 
 
 def test_a_predictor_of_ones_own_is_not_fitted(checkpoint: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from mnemosyne.schedule.plan import Admission, Chunk, Executor, Plan
 from mnemosyne.schedule.work import StepWork, WorkModel
 
 Shape = tuple[tuple[int, int, bool], ...]  # (context, tokens, is_decode) of each chunk
+Sample = tuple[StepWork, float]  # what a step has to do, and the seconds that it took
 
 CHUNK_SWEEP = ((0, 32), (0, 128), (0, 512), (0, 2048), (0, 8192))  # (context, tokens)
 CONTEXT_SWEEP = ((4096, 32), (4096, 256), (32768, 32), (32768, 128), (32768, 512))
@@ -41,8 +42,32 @@ def calibrate(
     *,
     clock: Callable[[], float],
     is_probe: bool = False,
-) -> list[tuple[StepWork, float]]:
+) -> list[Sample]:
     """Time synthetic steps on an idle executor.
+
+    Args:
+        executor: as for ``sweep``, and so are the others.
+        work_model: counts the work of each step.
+        limits: the size of cache, model and step.
+        clock: seconds.
+        is_probe: a few small steps only, to check what an earlier sweep found.
+
+    Returns:
+        ``(work, seconds)`` of each step that fits; none if the cache is tiny.
+    """
+    families = [[shape] for shape in PROBE] if is_probe else list(_families())
+    return list(_sweep(executor, work_model, limits, clock, families, {}).values())
+
+
+def sweep(
+    executor: Executor,
+    work_model: WorkModel,
+    limits: Limits,
+    *,
+    clock: Callable[[], float],
+    known: Mapping[Shape, float],
+) -> dict[Shape, Sample]:
+    """Time those synthetic steps that an earlier sweep did not reach, on an idle executor.
 
     The first run of each step does not count. Of those that follow the fastest does: whatever else
     the machine was busy with can only have made the others slower. A step that takes long runs
@@ -53,22 +78,34 @@ def calibrate(
     Args:
         executor: idle, with an empty cache.
         work_model: counts the work of each step.
-        limits: the size of cache, model and step.
+        limits: the size of cache, model and step; they bound the range of the sweep.
         clock: seconds.
-        is_probe: a few small steps only, to check what an earlier sweep found.
+        known: seconds of steps that were timed before, within whatever limits.
 
     Returns:
-        ``(work, seconds)`` of each step that fits; none if the cache is tiny.
+        Work and seconds of each new step that fits; none if the cache is tiny.
     """
-    samples: list[tuple[StepWork, float]] = []
-    families = [[shape] for shape in PROBE] if is_probe else _families()
+    return _sweep(executor, work_model, limits, clock, list(_families()), known)
+
+
+def _sweep(
+    executor: Executor,
+    work_model: WorkModel,
+    limits: Limits,
+    clock: Callable[[], float],
+    families: Sequence[Sequence[Shape]],
+    known: Mapping[Shape, float],
+) -> dict[Shape, Sample]:
+    samples: dict[Shape, Sample] = {}
     for family in families:
         for shape in family:
             plans = _plans(shape, limits)
             if plans is None:
                 continue
-            seconds = _fastest(executor, plans, clock)
-            samples.append((_work(work_model, plans), seconds))
+            seconds = known.get(shape)
+            if seconds is None:
+                seconds = _fastest(executor, plans, clock)
+                samples[shape] = _work(work_model, plans), seconds
             if seconds > limits.step_s:
                 break
     return samples
