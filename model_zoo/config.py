@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import reprlib
 from collections.abc import Mapping
-from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
+
+from mnemosyne.files import is_there, printable, read_object, shown
 
 # Bookkeeping, training, generation defaults (read elsewhere): none of it enters the forward pass.
 NEUTRAL = frozenset(
     """
-    _attn_implementation_autoset _commit_hash _name_or_path attention_dropout attn_implementation
-    bos_token_id chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype
-    early_stopping eos_token_id exponential_decay_length_penalty finetuning_task
+    _attn_implementation_autoset _commit_hash _model_name_or_path _name_or_path attention_dropout
+    attn_implementation bos_token_id chunk_size_feed_forward cls_token_id decoder_start_token_id
+    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task
     forced_bos_token_id forced_eos_token_id id2label initializer_range is_llama_config label2id
-    length_penalty max_length max_new_tokens max_sequence_length min_length min_p model_max_length
-    no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
-    output_attentions output_hidden_states output_scores pad_token_id prefix problem_type
-    repetition_penalty return_dict return_dict_in_generate sep_token_id task_specific_params
-    temperature tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
-    transformers_version typical_p unsloth_fixed unsloth_version use_cache
+    length_penalty mask_token_id max_length max_new_tokens max_sequence_length min_length min_p
+    model_max_length no_repeat_ngram_size num_beam_groups num_beams num_labels
+    num_return_sequences output_attentions output_hidden_states output_router_logits output_scores
+    pad_token_id prefix problem_type remove_invalid_values repetition_penalty residual_dropout
+    return_dict return_dict_in_generate router_aux_loss_coef router_jitter_noise sep_token_id
+    task_specific_params temperature tokenizer_class top_k top_p torch_dtype torchscript
+    transformers.js_config transformers_version typical_p unk_token_id unsloth_fixed
+    unsloth_version use_cache
     """.split()  # noqa: SIM905  # a name per line would bury the code
 )
+MAX_SIZE = 2**40  # of any count: positions are the largest, and products of two stay below int64
+MAX_LAYERS = 10_000  # some ten times what any published model has
+MAX_NUMBER = 1e30  # products of two stay finite
+MIN_NUMBER = 1e-30
 
 
 class Family(NamedTuple):
@@ -53,20 +59,31 @@ class Config:
         self._read.add(name)
         return self._entries.get(name, absent)
 
-    def integer(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+    def integer(
+        self, name: str, default: int | None = None, *, least: int = 1, most: int = MAX_SIZE
+    ) -> int:
         """A whole number; ``default`` stands in for absent and null, and None makes it required."""
         value = self.value(name)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             self.refuse(name, f"be a whole number >= {least}", value)
+        self.require(value <= most, name, f"be at most {most:,}", value)
         return value
 
-    def number(self, name: str, default: float | None = None) -> float:
-        """A positive finite number; ``default`` as for ``integer``."""
+    def number(
+        self,
+        name: str,
+        default: float | None = None,
+        *,
+        least: float = MIN_NUMBER,
+        most: float = MAX_NUMBER,
+    ) -> float:
+        """A positive number; ``default`` as for ``integer``."""
         value = self.value(name)
         value = default if value is None else value
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < inf:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
             self.refuse(name, "be a positive number", value)
+        self.require(least <= value <= most, name, f"lie in [{least:g}, {most:g}]", value)
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
@@ -94,8 +111,8 @@ class Config:
     def refuse(self, name: str, rule: str, value: object, remedy: str = "") -> NoReturn:
         """Raise ValueError worded *name* must *rule*, got *value*; *remedy*."""
         remedy = remedy or "correct the file or use another model"
-        shown = reprlib.repr(value)
-        raise ValueError(f"{self._section}{name} in config.json must {rule}, got {shown}; {remedy}")
+        where = f"{self._section}{printable(name)} in config.json"
+        raise ValueError(f"{where} must {rule}, got {shown(value)}; {remedy}")
 
     def refuse_rest(self, neutral: frozenset[str] = frozenset()) -> None:
         """Refuse every entry that nobody read, is not neutral and is not null, false or empty."""
@@ -110,27 +127,34 @@ class Config:
             )
 
 
+def num_layers(config: Config) -> int:
+    """How many layers the model has; the first thing that a family asks."""
+    return config.integer("num_hidden_layers", most=MAX_LAYERS)
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The entries of ``path/config.json``.
 
     Raises:
-        ValueError: if the path does not exist, is not a checkpoint directory, or the file is not
-            a JSON object.
+        ValueError: if the path does not exist, is not a checkpoint directory, or the file cannot
+            be read as ``files.read_object`` does.
     """
-    if not path.exists():
-        raise ValueError(f"model must be a path that exists, got {str(path)!r}; check the spelling")
-    file = path / "config.json"
-    if not file.is_file():
+    if not _exists(path):
         raise ValueError(
-            f"model must be a Hugging Face checkpoint, a directory with config.json, "
-            f"got {str(path)!r}, which is not a checkpoint; point at the directory of the model"
+            f"model must be a path that exists, got {shown(str(path), 400)}; check the spelling"
         )
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    file = path / "config.json"
+    if not path.is_dir() or not is_there(file):
         raise ValueError(
-            f"{file} must be valid JSON, got an error: {error}; download the file again"
-        ) from error
-    if not isinstance(entries, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {reprlib.repr(entries)}; replace it")
-    return entries
+            f"model must be a Hugging Face checkpoint, a directory with config.json, got "
+            f"{shown(str(path), 400)}, which is not a checkpoint; point at the directory of the "
+            "model"
+        )
+    return read_object(file)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, a folder that is closed to us
+        return False

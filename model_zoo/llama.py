@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mnemosyne.model_zoo.config import Config, Family
+from mnemosyne.model_zoo.config import Config, Family, num_layers
 
 
 def llama(config: Config) -> Family:
@@ -16,7 +16,7 @@ def llama(config: Config) -> Family:
     config.require(pieces == 1, "pretraining_tp", "be 1", pieces)
     bias = config.flag("attention_bias", False)
     return Family(
-        windows=(None,) * config.integer("num_hidden_layers"),
+        windows=(None,) * num_layers(config),
         qkv_bias=bias,
         o_bias=bias,
         mlp_bias=config.flag("mlp_bias", False),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mnemosyne.model_zoo.config import Config, Family
+from mnemosyne.model_zoo.config import Config, Family, num_layers
 
 
 def mistral(config: Config) -> Family:
@@ -10,4 +10,4 @@ def mistral(config: Config) -> Family:
     window = config.value("sliding_window", absent=4096)
     if window is not None:
         window = config.integer("sliding_window", 4096)
-    return Family(windows=(window,) * config.integer("num_hidden_layers"))
+    return Family(windows=(window,) * num_layers(config))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mnemosyne.model_zoo.config import Config, Family
+from mnemosyne.model_zoo.config import Config, Family, num_layers
 
 
 def qwen2(config: Config) -> Family:
@@ -22,7 +22,7 @@ def _windows(config: Config) -> tuple[int | None, ...]:
     Raises:
         ValueError: for an unknown kind of layer, or sliding layers without a window.
     """
-    num_layers = config.integer("num_hidden_layers")
+    count = num_layers(config)
     used = config.flag("use_sliding_window", False)
     width = config.integer("sliding_window", 4096)
     if config.value("sliding_window", absent=width) is None:
@@ -30,11 +30,11 @@ def _windows(config: Config) -> tuple[int | None, ...]:
     num_full = config.integer("max_window_layers", 28, least=0)
     kinds = config.value("layer_types")
     if kinds is None:
-        return tuple(width if used and i >= num_full else None for i in range(num_layers))
+        return tuple(width if used and i >= num_full else None for i in range(count))
     config.require(
-        isinstance(kinds, list) and len(kinds) == num_layers,
+        isinstance(kinds, list) and len(kinds) == count,
         "layer_types",
-        f"name the kind of each of {num_layers} layers",
+        f"name the kind of each of {count} layers",
         kinds,
     )
     for kind in kinds:

@@ -11,6 +11,8 @@ from torch import Tensor
 from mnemosyne.kernels.cpu import rows
 from mnemosyne.model_zoo.config import Config
 
+MAX_RATIO = 1e6  # of a factor or a number of turns
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeSpec:
@@ -48,7 +50,7 @@ def read_rope(config: Config, head_dim: int, max_positions: int) -> RopeSpec:
         config.value("rope_scaling"),
         "keep rope_parameters alone",
     )
-    theta = config.number("rope_theta", 10_000.0)
+    theta = _theta(config, 10_000.0)
     for part in (config, new or old or Config({})):
         rotated = part.number("partial_rotary_factor", 1.0)
         part.require(rotated == 1, "partial_rotary_factor", "be 1", rotated)
@@ -60,36 +62,47 @@ def read_rope(config: Config, head_dim: int, max_positions: int) -> RopeSpec:
         "be default, linear, llama3 or yarn",
         kind,
     )
-    spec = RopeSpec(kind=kind, theta=rope.number("rope_theta", theta), dim=head_dim)
+    spec = RopeSpec(kind=kind, theta=_theta(rope, theta), dim=head_dim)
     if kind != "default":
         spec = _read_stretch(config, rope, spec, max_positions)
     rope.refuse_rest()
     return spec
 
 
+def _theta(config: Config, default: float) -> float:
+    theta = config.number("rope_theta", default)
+    config.require(theta > 1, "rope_theta", "be above 1", theta)  # yarn divides by its logarithm
+    return theta
+
+
+def _ratio(rope: Config, name: str, default: float | None = None) -> float:
+    """A factor or a number of turns, in a range that keeps all that is made of it finite."""
+    return rope.number(name, default, least=1 / MAX_RATIO, most=MAX_RATIO)
+
+
 def _read_stretch(config: Config, rope: Config, spec: RopeSpec, max_positions: int) -> RopeSpec:
     """Add the fields of the kinds that stretch positions."""
     if spec.kind == "linear":
-        return replace(spec, factor=rope.number("factor"))
+        return replace(spec, factor=_ratio(rope, "factor"))
     original = rope.integer("original_max_position_embeddings", max_positions)
     original = config.integer("original_max_position_embeddings", original)
     if spec.kind == "llama3":
-        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+        low, high = _ratio(rope, "low_freq_factor"), _ratio(rope, "high_freq_factor")
         rope.require(high > low, "high_freq_factor", f"be above low_freq_factor {low}", high)
         return replace(
             spec,
-            factor=rope.number("factor"),
+            factor=_ratio(rope, "factor"),
             original_max_positions=original,
             low_freq_factor=low,
             high_freq_factor=high,
         )
-    factor = rope.number("factor", max_positions / original)
+    factor = _ratio(rope, "factor", max_positions / original)
     return replace(
         spec,
         factor=factor,
         original_max_positions=original,
-        beta_fast=rope.number("beta_fast", 32.0),
-        beta_slow=rope.number("beta_slow", 1.0),
+        beta_fast=_ratio(rope, "beta_fast", 32.0),
+        beta_slow=_ratio(rope, "beta_slow", 1.0),
         truncate=rope.flag("truncate", True),
         attention_factor=_attention_factor(rope, factor),
     )
@@ -101,9 +114,9 @@ def _attention_factor(rope: Config, factor: float) -> float:
     log_factor = math.log(max(factor, 1.0))
     gain = 0.1 * log_factor + 1.0
     if mscale and mscale_all_dim:
-        scales = rope.number("mscale"), rope.number("mscale_all_dim")
+        scales = _ratio(rope, "mscale"), _ratio(rope, "mscale_all_dim")
         gain = (0.1 * scales[0] * log_factor + 1.0) / (0.1 * scales[1] * log_factor + 1.0)
-    return rope.number("attention_factor", gain)
+    return _ratio(rope, "attention_factor", gain)
 
 
 def inverse_frequencies(rope: RopeSpec, device: torch.device | str | None = None) -> Tensor:

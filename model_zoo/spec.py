@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from mnemosyne.config import DTYPE_BYTES
-from mnemosyne.model_zoo.config import NEUTRAL, Config, Family, read_config
+from mnemosyne.model_zoo.config import NEUTRAL, Config, Family, num_layers, read_config
 from mnemosyne.model_zoo.llama import llama
 from mnemosyne.model_zoo.mistral import mistral
 from mnemosyne.model_zoo.qwen import qwen2, qwen3
@@ -20,6 +20,8 @@ FAMILIES: dict[str, tuple[str, Callable[[Config], Family]]] = {
     "Qwen2ForCausalLM": ("qwen2", qwen2),
     "Qwen3ForCausalLM": ("qwen3", qwen3),
 }
+# Some ten times what any published model has, so that absurd values are refused by their name.
+MAX_VOCAB, MAX_WIDTH, MAX_HEADS = 2**24, 2**20, 2**14
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,20 +59,21 @@ def read_spec(path: Path | str) -> ModelSpec:
     name, family = _family(config)
     activation = config.value("hidden_act", absent="silu")
     config.require(activation in ("silu", "swish"), "hidden_act", "be silu", activation)
-    width, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    head_dim = config.integer("head_dim", family.head_dim or width // num_heads)
+    width = config.integer("hidden_size", most=MAX_WIDTH)
+    num_heads = config.integer("num_attention_heads", most=MAX_HEADS)
+    head_dim = config.integer("head_dim", family.head_dim or width // num_heads, most=MAX_WIDTH)
     max_positions = config.integer("max_position_embeddings")
     rope = read_rope(config, head_dim, max_positions)
     spec = ModelSpec(
         family=name,
-        vocab_size=config.integer("vocab_size"),
+        vocab_size=config.integer("vocab_size", most=MAX_VOCAB),
         width=width,
-        num_layers=config.integer("num_hidden_layers"),
+        num_layers=num_layers(config),
         num_heads=num_heads,
-        num_kv_heads=config.integer("num_key_value_heads", num_heads),
+        num_kv_heads=config.integer("num_key_value_heads", num_heads, most=MAX_HEADS),
         head_dim=head_dim,
-        mlp_width=config.integer("intermediate_size"),
-        norm_eps=config.number("rms_norm_eps", 1e-6),
+        mlp_width=config.integer("intermediate_size", most=MAX_WIDTH),
+        norm_eps=config.number("rms_norm_eps", 1e-6, most=1.0),
         rope=rope,
         tied=config.flag("tie_word_embeddings", False),
         qkv_bias=family.qkv_bias,
@@ -87,14 +90,14 @@ def read_spec(path: Path | str) -> ModelSpec:
 
 def _family(config: Config) -> tuple[str, Family]:
     """The family by ``architectures``, or by ``model_type`` where the file names none."""
-    by_type = {model_type: name for name, (model_type, _) in FAMILIES.items()}
     model_type = config.value("model_type")
-    architectures = config.value("architectures") or [by_type.get(model_type, model_type)]
+    named = [name for name, (known_type, _) in FAMILIES.items() if known_type == model_type]
+    architectures = config.value("architectures") or named or [model_type]
     known = ", ".join(FAMILIES)
     config.require(
         isinstance(architectures, list)
         and len(architectures) == 1
-        and architectures[0] in FAMILIES,
+        and architectures[0] in list(FAMILIES),  # a list compares: entries may be no keys
         "architectures",
         f"be one of {known}",
         architectures,

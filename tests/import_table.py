@@ -105,7 +105,7 @@ TABLE = {
         itself=False,
     ),
     "checkpoint": Rule(
-        ("kept", "machine", "model_zoo", "parallel", "runtime", "serve"), ("torch",)
+        ("files", "kept", "machine", "model_zoo", "parallel", "runtime", "serve"), ("torch",)
     ),
     "build": Rule(
         (
@@ -134,6 +134,7 @@ TABLE = {
     "plot": Rule(("metrics",), ("matplotlib", "numpy")),
     "config": Rule(),
     "shape": Rule(("config",)),
+    "files": Rule(),
     "config_bench": Rule(("config",)),
     "config_simulate": Rule(("config",)),
     "request": Rule(("config",), ("numpy",)),
@@ -165,18 +166,18 @@ TABLE = {
     ),
     "attention": Rule(("cache", "kernels", "parallel", "config"), ("torch", "numpy")),
     "model_zoo": Rule(
-        ("attention", "kernels", "parallel", "config", "shape"),
+        ("attention", "kernels", "parallel", "config", "files", "shape"),
         ("torch", "numpy", "safetensors", "tokenizers"),
     ),
     "runtime": Rule(
         (
-            *("request", "schedule.plan", "cache", "attention", "parallel", "config"),
+            *("request", "schedule.plan", "cache", "attention", "parallel", "config", "files"),
             *("kernels.cpu", "machine"),
         ),
         ("torch", "numpy", "safetensors"),
     ),
     "serve": Rule(
-        ("schedule", "runtime", "request", "metrics", "config"),
+        ("schedule", "runtime", "request", "metrics", "config", "files"),
         (
             *("torch", "numpy", "tokenizers", "jinja2", "rich", "zmq", "msgspec"),
             *("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"),

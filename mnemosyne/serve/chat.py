@@ -14,7 +14,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mnemosyne.serve.defaults import read_object
+from mnemosyne.files import is_there, printable, read_object, read_text, shown
 
 Message = Mapping[str, Any]  # role, content and whatever else the template reads
 
@@ -45,9 +45,9 @@ class ChatTemplate:
         path = Path(path)
         config = read_object(path / "tokenizer_config.json")
         files = {file.stem: file for file in path.glob("additional_chat_templates/*.jinja")}
-        if (path / "chat_template.jinja").is_file():
+        if is_there(path / "chat_template.jinja"):
             files["default"] = path / "chat_template.jinja"
-        sources = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+        sources = {name: read_text(file) for name, file in files.items() if is_there(file)}
         if not sources:
             sources = _named(config.get("chat_template"), path / "tokenizer_config.json")
         variables = _special_tokens(read_object(path / "special_tokens_map.json"))
@@ -155,8 +155,8 @@ def _named(value: object, file: Path) -> dict[str, str]:
         named = {"": None}
     if not all(isinstance(text, str) for text in (*named, *named.values())):
         raise ValueError(
-            f"chat_template in {file} must be a string or a list of objects with name and "
-            f"template, got {value!r:.60}; correct the file"
+            f"chat_template in {printable(file)} must be a string or a list of objects with name "
+            f"and template, got {shown(value)}; correct the file"
         )
     return named
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import inf
 from pathlib import Path
 from typing import Any
 
+from mnemosyne.files import printable, read_object, shown
 from mnemosyne.request import SamplingParams
+
+MAX_ID = 2**31  # of tokens; more than any vocabulary
+MAX_RATIO = 1e6  # of a temperature or a penalty
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,12 +45,12 @@ class GenerationDefaults:
         do_sample = generation.get("do_sample") or False
         if not isinstance(do_sample, bool):
             raise _error(file, "do_sample", "be true or false", do_sample)
-        temperature = _number(file, generation, "temperature", 1.0, 0, inf)
-        top_k = _number(file, generation, "top_k", 0, 0, inf)
+        temperature = _number(file, generation, "temperature", 1.0, MAX_RATIO)
+        top_k = _number(file, generation, "top_k", 0, MAX_ID)
         if top_k != int(top_k):
             raise _error(file, "top_k", "be a whole number", top_k)
-        top_p = _number(file, generation, "top_p", 1.0, 0, 1)
-        penalty = _number(file, generation, "repetition_penalty", 1.0, 0, inf)
+        top_p = _number(file, generation, "top_p", 1.0, 1)
+        penalty = _number(file, generation, "repetition_penalty", 1.0, MAX_RATIO)
         for name, value in (("top_p", top_p), ("repetition_penalty", penalty)):
             if value == 0:
                 raise _error(file, name, "be above 0", value)
@@ -70,45 +72,28 @@ class GenerationDefaults:
         return replace(params, **unset)
 
 
-def read_object(file: Path) -> dict[str, Any]:
-    """The entries of a JSON file; none if there is no such file.
-
-    Raises:
-        ValueError: if the file holds anything but a JSON object.
-    """
-    if not file.is_file():
-        return {}
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} must be valid JSON, got an error: {error}; replace it") from error
-    if not isinstance(entries, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {entries!r:.40}; replace it")
-    return entries
-
-
 def _token_ids(file: Path, value: object) -> tuple[int, ...]:
     if value is None:
         return ()
     ids = value if isinstance(value, list) else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < MAX_ID for i in ids):
         raise _error(file, "eos_token_id", "be a token id or a list of them", value)
     return tuple(ids)
 
 
 def _number(
-    file: Path, entries: Mapping[str, Any], name: str, default: float, low: float, high: float
+    file: Path, entries: Mapping[str, Any], name: str, default: float, high: float
 ) -> float:
-    """A number in [low, high]; ``default`` for absent and null."""
+    """A number in [0, high]; ``default`` for absent and null."""
     value = entries.get(name)
     if value is None:
         return default
-    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
-        raise _error(file, name, f"be a number in [{low}, {high}]", value)
-    if value == inf:
-        raise _error(file, name, "be finite", value)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= high:
+        raise _error(file, name, f"be a number in [0, {high}]", value)
     return float(value)
 
 
 def _error(file: Path, name: str, rule: str, value: object) -> ValueError:
-    return ValueError(f"{name} in {file} must {rule}, got {value!r}; correct the file")
+    return ValueError(
+        f"{name} in {printable(file)} must {rule}, got {shown(value)}; correct the file"
+    )

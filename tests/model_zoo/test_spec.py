@@ -192,7 +192,7 @@ def test_unknown_entries_that_say_nothing_are_harmless(tmp_path: Path) -> None:
         (LLAMA_3_8B, {"num_key_value_heads": 5}, "num_heads must be a multiple .* got 32"),
         (LLAMA_3_8B, {"head_dim": 63}, "head_dim must be even, got 63"),
         (LLAMA_3_8B, {"rms_norm_eps": -1.0}, "rms_norm_eps .* positive number, got -1"),
-        (LLAMA_3_8B, {"rms_norm_eps": float("nan")}, "rms_norm_eps .* positive number, got nan"),
+        (LLAMA_3_8B, {"rms_norm_eps": float("nan")}, "rms_norm_eps .* must be finite .* got nan"),
         (LLAMA_3_8B, {"attention_bias": "yes"}, "attention_bias .* true or false, got 'yes'"),
         (LLAMA_3_8B, {"model_type": "mistral"}, "model_type .* must be llama"),
         (MISTRAL_NEMO, {"attention_bias": True}, "attention_bias .* absent"),
@@ -213,6 +213,71 @@ def test_what_changes_the_mathematics_is_refused_by_name(
         read(tmp_path, base, **changes)
 
     assert "; " in str(raised.value)  # a remedy follows
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"num_hidden_layers": 10**5}, "num_hidden_layers"),
+        ({"num_hidden_layers": 10**30}, "num_hidden_layers"),
+        ({"vocab_size": 2**63}, "vocab_size"),
+        ({"hidden_size": 10**30}, "hidden_size"),
+        ({"intermediate_size": 10**9}, "intermediate_size"),
+        ({"num_attention_heads": 10**6}, "num_attention_heads"),
+        ({"num_key_value_heads": 10**6}, "num_key_value_heads"),
+        ({"head_dim": 10**9}, "head_dim"),
+        ({"max_position_embeddings": 10**18}, "max_position_embeddings"),
+        ({"rms_norm_eps": 10**39}, "rms_norm_eps"),
+        ({"rms_norm_eps": 1e-300}, "rms_norm_eps"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
+        ({"rope_theta": 10**400}, "rope_theta"),
+        ({"rope_theta": 1.0}, "rope_theta"),
+        ({"architectures": [["LlamaForCausalLM"]]}, "architectures"),
+        ({"architectures": None, "model_type": ["llama"]}, "architectures"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 1e39}}, "rope_scaling.factor"),
+        ({"rope_scaling": {**YARN, "beta_fast": 1e30}}, "rope_scaling.beta_fast"),
+        ({"rope_scaling": {**YARN, "beta_slow": 1e-30}}, "rope_scaling.beta_slow"),
+        ({"rope_scaling": {**YARN, "rope_theta": 1.0}}, "rope_scaling.rope_theta"),
+        ({"rope_scaling": {**YARN, "attention_factor": 1e39}}, "rope_scaling.attention_factor"),
+    ],
+    ids=str,
+)
+def test_absurd_values_are_refused_by_the_name_of_their_entry(
+    tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"^{re.escape(named)} in .*config\.json must ") as caught:
+        read(tmp_path, LLAMA_3_8B, **changes)
+
+    assert len(str(caught.value)) < 400
+
+
+def test_names_of_entries_are_shown_harmlessly(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="absent or null") as caught:
+        read(tmp_path, LLAMA_3_8B, **{"\x1b[2J\n" + "a" * 10_000: "\x1b[31m"})
+
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
+
+
+def test_bookkeeping_of_older_full_dumps_is_neutral(tmp_path: Path) -> None:
+    dumped = {
+        "cls_token_id": 1,
+        "unk_token_id": 0,
+        "sep_token_id": 2,
+        "_model_name_or_path": "somewhere/else",
+        "encoder_no_repeat_ngram_size": 0,
+        "remove_invalid_values": True,
+        "output_router_logits": True,
+        "router_aux_loss_coef": 0.001,
+        "is_encoder_decoder": False,
+        "bad_words_ids": None,
+        "pruned_heads": {},
+    }
+
+    assert read(tmp_path, LLAMA_3_8B, **dumped) == read(tmp_path, LLAMA_3_8B)
 
 
 LLAMA3_ROPE = LLAMA_3_2_1B["rope_scaling"]
@@ -291,7 +356,9 @@ def test_what_is_not_a_checkpoint_directory_is_refused(tmp_path: Path, name: str
 def test_a_config_that_is_not_json_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_bytes(content)
 
-    with pytest.raises(ValueError, match=r"config\.json must (be valid JSON|hold a JSON object)"):
+    with pytest.raises(
+        ValueError, match=r"config\.json must (be valid JSON|be UTF-8|hold a JSON obj)"
+    ):
         read_spec(tmp_path)
 
 

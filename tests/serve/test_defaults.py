@@ -77,7 +77,7 @@ def test_values_of_the_request_win(tmp_path: Path) -> None:
         ({"eos_token_id": [2, -1]}, "eos_token_id in .* must be a token id or a list"),
         ({"eos_token_id": True}, "eos_token_id in .* must be a token id or a list"),
         ({"temperature": -1}, "temperature in .* must be a number"),
-        ({"temperature": float("nan")}, "temperature in .* must be a number"),
+        ({"temperature": float("nan")}, "temperature in .* must be finite"),
         ({"temperature": float("inf")}, "temperature in .* must be finite"),
         ({"top_p": 0}, "top_p in .* must be above 0"),
         ({"top_p": 1.5}, "top_p in .* must be a number in"),
