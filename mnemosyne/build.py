@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mnemosyne.attention import AttentionBackend, Avx512Backend, choose_backend
+from mnemosyne.attention import AttentionBackend, NativeBackend, choose_backend
 from mnemosyne.cache.capacity import count_pages, describe_cache, tokens_per_group
 from mnemosyne.cache.pages import PagePool
 from mnemosyne.checkpoint import Checkpoint, Progress, find_checkpoint, weight_bytes
@@ -231,7 +231,7 @@ def _graphs(
     if _replays(config, pool.k[0].device):
         return capture_decodes(model, layers, pool, backend)
     if _records(config, backend):
-        assert isinstance(backend, Avx512Backend)
+        assert isinstance(backend, NativeBackend)
         return record_decodes(model, layers, pool, backend)
     return None
 
@@ -245,7 +245,7 @@ def _records(config: EngineConfig, backend: AttentionBackend) -> bool:
     is_wanted = config.compile == "step" or (
         config.compile == "auto" and config.mesh.world_size == 1
     )
-    return is_wanted and isinstance(backend, Avx512Backend)
+    return is_wanted and isinstance(backend, NativeBackend)
 
 
 def _count_pages(

@@ -69,7 +69,7 @@ def gate(x_TE: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
     layers = gate, up
     if not all(linear.is_fast_for(x_TE, layer.weight) for layer in layers):
         return F.silu(gate(x_TE)) * up(x_TE)  # no name: what the gate gave is freed at once
-    if torch.compiler.is_compiling() and not linear.has_tiles():
+    if torch.compiler.is_compiling() and not linear.has_amx():
         gate_TF, up_TF = multiply_each(x_TE, layers)  # the compiler fuses the rest for many rows
         return F.silu(gate_TF) * up_TF
     return linear.gated(x_TE, *((layer.weight, layer.bias) for layer in layers))

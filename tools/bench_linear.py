@@ -29,8 +29,8 @@ NUM_BYTES = 138_412_032  # of weights: 12 of 5632 x 1024
 Product = Callable[[Tensor, Tensor], object]
 
 
-def ours(has_tiles: bool, is_gated: bool, x_TE: Tensor, weight_NE: Tensor) -> object:
-    with patch.object(linear, "has_tiles", lambda: has_tiles):
+def ours(has_amx: bool, is_gated: bool, x_TE: Tensor, weight_NE: Tensor) -> object:
+    with patch.object(linear, "has_amx", lambda: has_amx):
         if not is_gated:
             return linear.linear(x_TE, [(weight_NE, None)])
         gate, up = weight_NE.chunk(2)
@@ -53,7 +53,7 @@ def products(num_rows: int, is_gated: bool) -> dict[str, Product]:
     found: dict[str, Product] = {"torch": partial(of_torch, is_gated), "read": read}
     if linear.can_run() and num_rows <= 2 * linear.FEW_ROWS:
         found["avx512"] = partial(ours, False, is_gated)
-    if linear.has_tiles():
+    if linear.has_amx():
         found["amx"] = partial(ours, True, is_gated)
     return dict(sorted(found.items()))
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mnemosyne.kernels.cpu.library import load_library
+from mnemosyne.kernels.cpu.processor import InstructionSet
 from mnemosyne.kernels.cpu.tape import launch
 
 _NUMBERS = (
@@ -41,7 +41,7 @@ def paged_attention(
     page_size: int,
     window: int | None,
     scale: float,
-    instructions: str,
+    instructions: InstructionSet,
     is_covered: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention of packed rows over the pages of their sequences, all in one call.
@@ -59,7 +59,7 @@ def paged_attention(
         page_size: slots per page.
         window: keys a row sees, itself included; None: all before it.
         scale: factor on the scores, above 0.
-        instructions: ``avx512`` or ``amx``, which round differently.
+        instructions: those that compute; sets round differently.
         is_covered: whether every row is in a segment.
 
     Returns:
@@ -103,14 +103,14 @@ def paged_attention(
 
 
 @cache
-def compile_attention(head_dim: int, instructions: str) -> Any:
+def compile_attention(head_dim: int, instructions: InstructionSet) -> Any:
     """The C function for one head dim, a multiple of 32; compiled if it never was.
 
     Args:
         head_dim: D.
-        instructions: ``avx512`` or ``amx``; the processor has them, and tiles are allowed.
+        instructions: a set that runs here.
     """
     assert head_dim % 32 == 0
-    operator = load_library(f"attention_{instructions}", HEAD_DIM=head_dim).paged_attention
+    operator = instructions.load(instructions.attention, HEAD_DIM=head_dim).paged_attention
     operator.argtypes, operator.restype = [ctypes.c_void_p], None
     return operator

@@ -16,11 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mnemosyne.kernels.cpu.library import (
-    load_library,
-    what_is_missing,
-    what_is_missing_for_tiles,
-)
+from mnemosyne.kernels.cpu.processor import AMX, AVX512
 from mnemosyne.kernels.cpu.tape import launch
 
 FEW_ROWS = 64  # up to which the product by AVX-512 is faster than torch's
@@ -53,7 +49,7 @@ def is_fast_for(x_TE: Tensor, weight_NE: Tensor) -> bool:
 
 
 def _is_faster(num_rows: int) -> bool:
-    return num_rows <= FEW_ROWS or has_tiles()
+    return num_rows <= FEW_ROWS or has_amx()
 
 
 def linear(x_TE: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
@@ -84,7 +80,7 @@ def _linear(x_TE: Tensor, layers: Sequence[Layer]) -> Tensor:
     """What ``linear`` gives, one layer after another in one dimension."""
     num_rows = _check(x_TE, layers)
     y = x_TE.new_empty(num_rows * sum(len(weight) for weight, _ in layers))
-    _launch(compile_linear(has_tiles()).linear, x_TE, layers, y)
+    _launch(compile_linear(has_amx()).linear, x_TE, layers, y)
     return y
 
 
@@ -104,7 +100,7 @@ def gated(x_TE: Tensor, gate: Layer, up: Layer) -> Tensor:
     num_rows = _check(x_TE, (gate, up))
     assert gate[0].shape == up[0].shape
     y_TF = x_TE.new_empty(num_rows, len(gate[0]))
-    _launch(compile_linear(has_tiles()).gated, x_TE, (gate, up), y_TF)
+    _launch(compile_linear(has_amx()).gated, x_TE, (gate, up), y_TF)
     return y_TF
 
 
@@ -148,12 +144,12 @@ def _array(*fields: int) -> Any:
 
 def can_run() -> bool:
     """Whether the kernels run here; a graph takes the answer of the time when it is made."""
-    return what_is_missing() is None
+    return AVX512.why_not() is None
 
 
-def has_tiles() -> bool:
+def has_amx() -> bool:
     """Whether the kernels are those of AMX; a graph takes the answer as that of ``can_run``."""
-    return what_is_missing_for_tiles() is None
+    return AMX.why_not() is None
 
 
 torch.library.define(
@@ -205,9 +201,10 @@ def _gated_shape(
 
 
 @cache
-def compile_linear(has_tiles: bool) -> Any:
+def compile_linear(has_amx: bool) -> Any:
     """The C functions, of AMX or of AVX-512; compiled if they never were on this machine."""
-    library = load_library("linear_amx" if has_tiles else "linear")
+    instructions = AMX if has_amx else AVX512
+    library = instructions.load(instructions.linear)
     library.linear.argtypes = library.gated.argtypes = [ctypes.c_void_p]
     library.linear.restype = library.gated.restype = None
     return library

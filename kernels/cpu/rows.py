@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mnemosyne.kernels.cpu.library import load_library, what_is_missing
+from mnemosyne.kernels.cpu.processor import AVX512
 from mnemosyne.kernels.cpu.tape import launch
 
 FEW_ELEMENTS = 1 << 16  # up to which starting other threads takes longer than one alone
@@ -71,7 +71,7 @@ def can_take(x: Tensor) -> bool:
 
 def can_run(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether the kernels can run where a tensor is, for a model in a dtype."""
-    return dtype == torch.bfloat16 and x.device.type == "cpu" and what_is_missing() is None
+    return dtype == torch.bfloat16 and x.device.type == "cpu" and AVX512.why_not() is None
 
 
 def _num_threads(num_elements: int) -> int:
@@ -264,7 +264,7 @@ def write(k_TKD: Tensor, v_TKD: Tensor, slots_T: Tensor, k_KSD: Tensor, v_KSD: T
 @cache
 def compile_rows() -> Any:
     """The C functions; compiled if they never were on this machine."""
-    library = load_library("rows")
+    library = AVX512.load(AVX512.rows)
     for name in ("look_up", "angles", "rms_norm", "rotate", "add", "write"):
         kernel = getattr(library, name)
         kernel.argtypes, kernel.restype = [ctypes.c_void_p], None

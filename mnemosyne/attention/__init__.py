@@ -26,26 +26,25 @@ from importlib.util import find_spec
 
 import torch
 
-from mnemosyne.attention.amx import AmxBackend, why_not_amx
-from mnemosyne.attention.avx512 import Avx512Backend, why_not_avx512
 from mnemosyne.attention.by_kind import ByKind
 from mnemosyne.attention.cpu import CPU_DTYPES, CpuBackend
 from mnemosyne.attention.flex import FLEX_DTYPES, FlexBackend
 from mnemosyne.attention.lse import merge_partials
 from mnemosyne.attention.measured import measured_on, usual_on_gpu
+from mnemosyne.attention.native import NativeBackend, why_not_native
 from mnemosyne.attention.reference import ReferenceBackend
 from mnemosyne.attention.segments import Attend, AttentionBackend, AttentionBatch, Segment
+from mnemosyne.kernels.cpu.processor import INSTRUCTION_SETS, InstructionSet
 
 __all__ = [
     "BACKENDS",
-    "AmxBackend",
     "Attend",
     "AttentionBackend",
     "AttentionBatch",
-    "Avx512Backend",
     "ByKind",
     "CpuBackend",
     "FlexBackend",
+    "NativeBackend",
     "ReferenceBackend",
     "Segment",
     "choose_backend",
@@ -83,8 +82,9 @@ def choose_backend(
     if name == "reference":
         _require(name, "dtype", dtype.is_floating_point, "a floating one", dtype)
         return ReferenceBackend()
-    if name in ("amx", "avx512"):
-        return _kernel_on_cpu(name, device, dtype, head_dim)
+    for instructions in INSTRUCTION_SETS:
+        if name == instructions.name:
+            return _native_backend(instructions, device, dtype, head_dim)
     if name == "cpu":
         _require(name, "device", device.type == "cpu", "cpu", device)
         _require(name, "dtype", dtype in CPU_DTYPES, f"one of {CPU_DTYPES}", dtype)
@@ -99,13 +99,7 @@ def choose_backend(
 def _usual(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
     """The backend that ``auto`` takes."""
     if device.type == "cpu":
-        name = "cpu"
-        if (why_not := why_not_avx512(dtype, head_dim)) is None:
-            why_not_tiles = why_not_amx(dtype, head_dim)
-            name = "avx512" if why_not_tiles else "amx"
-            log.info("attention is %s: %s", name, why_not_tiles or "this processor has AMX")
-        elif dtype == torch.bfloat16:
-            log.warning("attention is cpu, not the faster avx512: %s", why_not)
+        name = _usual_on_cpu(dtype, head_dim)
         return choose_backend(name, device=device, dtype=dtype, head_dim=head_dim)
     _require("auto", "device", device.type == "cuda", "cpu or cuda", device)
     kinds, why = usual_on_gpu(measured_on(device), dtype)
@@ -119,17 +113,26 @@ def _usual(device: torch.device, dtype: torch.dtype, head_dim: int) -> Attention
     return decode if decode.name == chunk.name else ByKind(decode, chunk)
 
 
-def _kernel_on_cpu(
-    name: str, device: torch.device, dtype: torch.dtype, head_dim: int
-) -> Avx512Backend:
+def _usual_on_cpu(dtype: torch.dtype, head_dim: int) -> str:
+    why_not = None
+    for instructions in INSTRUCTION_SETS:
+        passed_over, why_not = why_not, why_not_native(instructions, dtype, head_dim)
+        if why_not is None:
+            log.info("attention is %s: %s", instructions.name, passed_over or "it runs here")
+            return instructions.name
+    if dtype == torch.bfloat16:
+        log.warning("attention is cpu, not the faster %s: %s", INSTRUCTION_SETS[-1].name, why_not)
+    return "cpu"
+
+
+def _native_backend(
+    instructions: InstructionSet, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> NativeBackend:
+    name = instructions.name
     _require(name, "device", device.type == "cpu", "cpu", device)
-    if (why_not := why_not_avx512(dtype, head_dim)) is not None:
-        raise ValueError(f"attention={name} must be able to run, but {why_not}; use cpu")
-    if name == "avx512":
-        return Avx512Backend(head_dim)
-    if (why_not := why_not_amx(dtype, head_dim)) is not None:
-        raise ValueError(f"attention=amx must be able to run, but {why_not}; use avx512")
-    return AmxBackend(head_dim)
+    if (why_not := why_not_native(instructions, dtype, head_dim)) is not None:
+        raise ValueError(f"attention={name} must be able to run, but {why_not}; use attention=cpu")
+    return NativeBackend(instructions, head_dim)
 
 
 def _triton_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:

@@ -77,7 +77,7 @@ class CompiledModel:
     ) -> None:
         self._model = model
         self._layers = model.decoder_layers()
-        for ask in (linear.can_run, linear.has_tiles):  # they ask the compiler and the disk
+        for ask in (linear.can_run, linear.has_amx):  # they ask the compiler and the disk
             torch.compiler.assume_constant_result(ask)
         # one graph serves all layers, and what they hold is not checked at every call
         assert all(_shapes(layer) == _shapes(self._layers[0]) for layer in self._layers)

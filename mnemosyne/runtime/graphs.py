@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from mnemosyne.attention.avx512 import Avx512Backend, FixedAvx512
 from mnemosyne.attention.by_kind import ByKind
+from mnemosyne.attention.native import FixedNative, NativeBackend
 from mnemosyne.attention.segments import AttentionBackend, AttentionBatch
 from mnemosyne.cache.pages import PagePool
 from mnemosyne.kernels.cpu.tape import Memory, Tape
@@ -158,7 +158,7 @@ def record_decodes(
     model: Model,
     layers: LayerShape,
     pool: PagePool,
-    backend: Avx512Backend,
+    backend: NativeBackend,
     *,
     rows: Sequence[int] = GRAPH_ROWS,
 ) -> DecodeGraphs:
@@ -177,7 +177,7 @@ def record_decodes(
         model,
         layers,
         pool,
-        backend_for=lambda num_rows: FixedAvx512(
+        backend_for=lambda num_rows: FixedNative(
             backend, num_rows=num_rows, page_size=pool.page_size, max_pages=pool.num_pages
         ),
         new_graph=lambda: Tape(memory),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import doctest
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mnemosyne import attention
-from mnemosyne.attention import amx, avx512, choose_backend
-from mnemosyne.kernels.cpu.library import what_is_missing, what_is_missing_for_tiles
+from mnemosyne.attention import choose_backend
+from mnemosyne.kernels.cpu import processor
+from mnemosyne.kernels.cpu.processor import AMX, AVX512
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -22,8 +25,8 @@ def test_a_named_backend_is_the_one_given(name: str) -> None:
 def test_auto_goes_by_the_device() -> None:
     assert choose_backend("auto", device=CPU, dtype=torch.float32, head_dim=64).name == "cpu"
     usual = "amx"
-    if what_is_missing_for_tiles():
-        usual = "cpu" if what_is_missing() else "avx512"
+    if AMX.why_not():
+        usual = "cpu" if AVX512.why_not() else "avx512"
     assert choose_backend("auto", device=CPU, dtype=torch.bfloat16, head_dim=64).name == usual
     assert choose_backend("auto", device=CPU, dtype=torch.bfloat16, head_dim=48).name == "cpu"
     assert choose_backend("auto", device=CUDA, dtype=torch.float32, head_dim=64).name == "triton"
@@ -49,7 +52,7 @@ def test_a_backend_that_cannot_run_there_is_refused() -> None:
         choose_backend("amx", device=CPU, dtype=torch.float32, head_dim=64)
     with pytest.raises(ValueError, match="device must be cpu for attention=amx, got cuda"):
         choose_backend("amx", device=CUDA, dtype=torch.bfloat16, head_dim=64)
-    with pytest.raises(ValueError, match="multiples of 32 up to 256, not 48; use cpu"):
+    with pytest.raises(ValueError, match="multiples of 32 up to 256, not 48; use attention=cpu"):
         choose_backend("avx512", device=CPU, dtype=torch.bfloat16, head_dim=48)
     with pytest.raises(ValueError, match="device must be cpu or cuda for attention=auto, got mps"):
         choose_backend("auto", device=torch.device("mps"), dtype=torch.float32, head_dim=64)
@@ -75,10 +78,20 @@ def test_a_dtype_that_the_backend_lacks_is_refused(name: str) -> None:
         choose_backend("reference", device=CPU, dtype=torch.int8, head_dim=64)
 
 
+@pytest.fixture
+def _asks_again() -> Iterator[None]:
+    """What a test makes up of the machine is not remembered."""
+    processor._why_not.cache_clear()
+    yield
+    processor._why_not.cache_clear()
+
+
+@pytest.mark.skipif(AVX512.why_not() is not None, reason=str(AVX512.why_not()))
+@pytest.mark.usefixtures("_asks_again")
 def test_auto_says_what_it_could_not_choose(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(avx512, "what_is_missing", lambda: "there is no C++ compiler")
+    monkeypatch.setattr(processor, "find_compiler", lambda: None)
 
     backend = choose_backend("auto", device=CPU, dtype=torch.bfloat16, head_dim=64)
 
@@ -86,18 +99,21 @@ def test_auto_says_what_it_could_not_choose(
     assert "not the faster avx512: there is no C++ compiler" in caplog.text
 
 
-@pytest.mark.skipif(what_is_missing() is not None, reason=str(what_is_missing()))
+@pytest.mark.skipif(AVX512.why_not() is not None, reason=str(AVX512.why_not()))
 def test_auto_does_without_amx_and_a_name_does_not(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    monkeypatch.setattr(amx, "what_is_missing_for_tiles", lambda: "the system does not let it")
+    refusing = replace(AMX, flags=(), permission=lambda: "the system does not let it")
+    monkeypatch.setattr(attention, "INSTRUCTION_SETS", (refusing, AVX512))
 
     backend = choose_backend("auto", device=CPU, dtype=torch.bfloat16, head_dim=64)
 
     assert backend.name == "avx512"
     assert "attention is avx512: the system does not let it" in caplog.text
-    with pytest.raises(ValueError, match=r"amx must be able to run, but the system .*; use avx512"):
+    with pytest.raises(
+        ValueError, match=r"amx must be able to run, but the system .*; use attention=cpu"
+    ):
         choose_backend("amx", device=CPU, dtype=torch.bfloat16, head_dim=64)
 
 

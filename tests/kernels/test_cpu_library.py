@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from mnemosyne import attention
 from mnemosyne.attention import choose_backend
-from mnemosyne.kernels.cpu import library
+from mnemosyne.kernels.cpu import library, processor
+from mnemosyne.kernels.cpu.processor import AMX, AVX512
 
-pytestmark = pytest.mark.skipif(
-    library.what_is_missing() is not None, reason=str(library.what_is_missing())
-)
+pytestmark = pytest.mark.skipif(AVX512.why_not() is not None, reason=str(AVX512.why_not()))
 
 
-CACHED = (
-    library.what_is_missing,
-    library.what_is_missing_for_tiles,
-    library.load_library,
-    library._compiler,
-)
+CACHED = (processor._why_not, library.load_library, library.find_compiler)
 
 
 @pytest.fixture(autouse=True)
@@ -67,27 +63,36 @@ def test_auto_does_without_a_folder_that_cannot_be_made(
 
 
 def test_auto_takes_the_kernels_where_they_can_be_built() -> None:
-    usual = "avx512" if library.what_is_missing_for_tiles() else "amx"
+    usual = "avx512" if AMX.why_not() else "amx"
 
     assert usual_backend() == usual
 
 
-@pytest.mark.skipif(
-    library.what_is_missing_for_tiles() is not None, reason=str(library.what_is_missing_for_tiles())
-)
-def test_auto_does_without_tiles_that_the_system_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "_allow_tiles", lambda: False)
+def test_amx_is_not_used_where_the_system_refuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = replace(AMX, flags=(), permission=lambda: "the system does not let it")
+    monkeypatch.setattr(attention, "INSTRUCTION_SETS", (refused, AVX512))
 
     assert usual_backend() == "avx512"
 
-    with pytest.raises(ValueError, match="the system does not let this process use AMX"):
+    with pytest.raises(ValueError, match="amx must be able to run, but the system does not let it"):
         choose_backend("amx", device=torch.device("cpu"), dtype=torch.bfloat16, head_dim=64)
 
 
-def test_auto_does_without_tiles_on_a_processor_that_has_none(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(library, "TILES", ("amx_of_tomorrow",))
+def test_a_set_that_the_processor_lacks_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = replace(AMX, flags=("amx_of_tomorrow",))
+    monkeypatch.setattr(attention, "INSTRUCTION_SETS", (lacking, AVX512))
 
     assert usual_backend() == "avx512"
-    assert library.what_is_missing_for_tiles() == "this processor lacks amx_of_tomorrow"
+    assert lacking.why_not() == "this processor lacks amx_of_tomorrow"
+
+
+def test_a_set_of_another_architecture_is_passed_over() -> None:
+    elsewhere = replace(AVX512, machine="aarch64")
+
+    assert elsewhere.why_not() == "they run on Linux aarch64, this is Linux x86_64"
+
+
+def test_a_set_needs_what_the_set_it_extends_needs() -> None:
+    lacking = replace(AVX512, flags=("avx_of_tomorrow",))
+
+    assert replace(AMX, extends=lacking).why_not() == "this processor lacks avx_of_tomorrow"

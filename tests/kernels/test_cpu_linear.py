@@ -8,21 +8,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mnemosyne.kernels.cpu import linear as module
-from mnemosyne.kernels.cpu.library import what_is_missing, what_is_missing_for_tiles
 from mnemosyne.kernels.cpu.linear import FEW_ROWS, gated, is_fast_for
 from mnemosyne.kernels.cpu.linear import linear as linear_each
+from mnemosyne.kernels.cpu.processor import AMX, AVX512
 from mnemosyne.model_zoo import layers as zoo
 from tests.attention.cases import assert_no_worse_than_eager
 
-pytestmark = pytest.mark.skipif(what_is_missing() is not None, reason=str(what_is_missing()))
+pytestmark = pytest.mark.skipif(AVX512.why_not() is not None, reason=str(AVX512.why_not()))
 
 
 @pytest.fixture(params=["avx512", "amx"], autouse=True)
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which of the two computes."""
-    if request.param == "amx" and (missing := what_is_missing_for_tiles()) is not None:
-        pytest.skip(missing)
-    monkeypatch.setattr(module, "has_tiles", lambda: request.param == "amx")
+    if request.param == "amx" and (why_not := AMX.why_not()) is not None:
+        pytest.skip(why_not)
+    monkeypatch.setattr(module, "has_amx", lambda: request.param == "amx")
     return str(request.param)
 
 
@@ -94,7 +94,7 @@ def test_the_operator_of_a_gate_takes_any_number_of_rows(num_rows: int, kernel: 
 def test_a_compiled_mlp_has_the_bits_of_an_eager_one(kernel: str) -> None:
     if kernel == "avx512":
         pytest.skip("there the compiler fuses the gate, which rounds what it lets through")
-    for ask in (module.can_run, module.has_tiles):
+    for ask in (module.can_run, module.has_amx):
         torch.compiler.assume_constant_result(ask)
     gate, up = (zoo.Linear(64, 96, bias=False, dtype=torch.bfloat16) for _ in range(2))
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mnemosyne.kernels.cpu import rows
-from mnemosyne.kernels.cpu.library import what_is_missing
+from mnemosyne.kernels.cpu.processor import AVX512
 from tests.attention.cases import assert_no_worse_than_eager
 
-pytestmark = pytest.mark.skipif(what_is_missing() is not None, reason=str(what_is_missing()))
+pytestmark = pytest.mark.skipif(AVX512.why_not() is not None, reason=str(AVX512.why_not()))
 
 
 def randn(*shape: int) -> Tensor:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from mnemosyne.kernels.cpu import linear, rows
-from mnemosyne.kernels.cpu.library import what_is_missing
+from mnemosyne.kernels.cpu.processor import AVX512
 from mnemosyne.kernels.cpu.tape import Memory, Tape
 
-pytestmark = pytest.mark.skipif(what_is_missing() is not None, reason=str(what_is_missing()))
+pytestmark = pytest.mark.skipif(AVX512.why_not() is not None, reason=str(AVX512.why_not()))
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from mnemosyne.attention import Avx512Backend
-from mnemosyne.kernels.cpu.library import what_is_missing, what_is_missing_for_tiles
+from mnemosyne.attention import NativeBackend
+from mnemosyne.kernels.cpu.processor import AMX, AVX512
 from mnemosyne.kernels.cpu.tape import Tape
 from mnemosyne.llm import LLM
 from mnemosyne.runtime.graphs import DecodeGraphs, record_decodes
@@ -22,7 +22,7 @@ from tests.engines import greedy, random_prompts, worker_of
 from tests.model_zoo.tiny import tiny_checkpoint
 
 pytestmark = [
-    pytest.mark.skipif(what_is_missing() is not None, reason=str(what_is_missing())),
+    pytest.mark.skipif(AVX512.why_not() is not None, reason=str(AVX512.why_not())),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),
 ]
 
@@ -39,7 +39,7 @@ def open_bfloat16(
         dtype="bfloat16",
         attention=attention,
         compile=compile,
-        schedule={"chunk": 64},
+        schedule={"chunk": 48},  # no more rows than FEW_ROWS: the products are ours
         cache={"max_tokens": 2048, "page_size": 16},
         **options,
     )
@@ -50,7 +50,7 @@ def write_checkpoint(path: Path, family: str = "llama", **options: Any) -> Path:
 
 
 def graphs_of(worker: Worker) -> DecodeGraphs:
-    assert isinstance(worker._backend, Avx512Backend)
+    assert isinstance(worker._backend, NativeBackend)
     return record_decodes(
         *(worker._model, worker._layers, worker._pool, worker._backend), rows=(1, 2, 4)
     )
@@ -62,8 +62,8 @@ def graphs_of(worker: Worker) -> DecodeGraphs:
 def test_replayed_steps_have_the_bits_of_computed_ones(
     family: str, attention: str, tmp_path: Path
 ) -> None:
-    if attention == "amx" and (missing := what_is_missing_for_tiles()) is not None:
-        pytest.skip(missing)
+    if attention == "amx" and (why_not := AMX.why_not()) is not None:
+        pytest.skip(why_not)
     window = 24 if family == "mistral" else None
     with open_bfloat16(
         write_checkpoint(tmp_path / "tiny", family, window=window), attention

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from mnemosyne.attention import AmxBackend, Avx512Backend, ReferenceBackend
-from mnemosyne.attention.avx512 import FixedAvx512
-from mnemosyne.kernels.cpu.library import (
-    load_library,
-    what_is_missing,
-    what_is_missing_for_tiles,
-)
+from mnemosyne.attention import NativeBackend, ReferenceBackend
+from mnemosyne.attention.native import FixedNative
+from mnemosyne.kernels.cpu.library import load_library
+from mnemosyne.kernels.cpu.processor import AVX512, INSTRUCTION_SETS
 from tests.attention.cases import (
     LAYOUTS,
     WINDOWS,
@@ -33,14 +31,17 @@ HEADS = (  # K, G, D
 LONG = [Rows(1, 16500), Rows(70, 8150), Rows(3, 20000)]  # beyond two partial results
 REFERENCE = ReferenceBackend()
 
-pytestmark = pytest.mark.skipif(what_is_missing() is not None, reason=str(what_is_missing()))
+pytestmark = pytest.mark.skipif(AVX512.why_not() is not None, reason=str(AVX512.why_not()))
 
 
-@pytest.fixture(params=["avx512", "amx"])
-def backend(request: pytest.FixtureRequest) -> type[Avx512Backend]:
-    if request.param == "amx" and (missing := what_is_missing_for_tiles()) is not None:
-        pytest.skip(missing)
-    return {"avx512": Avx512Backend, "amx": AmxBackend}[request.param]
+Backend = Callable[[int], NativeBackend]  # from its head dim
+
+
+@pytest.fixture(params=INSTRUCTION_SETS, ids=lambda instructions: instructions.name)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    if (why_not := request.param.why_not()) is not None:
+        pytest.skip(why_not)
+    return partial(NativeBackend, request.param)
 
 
 def make_long(head_dim: int = 64) -> Case:
@@ -48,9 +49,7 @@ def make_long(head_dim: int = 64) -> Case:
     return make_case(LONG, heads=heads, layout="shuffled", page_size=64, num_pages=800)
 
 
-def assert_within_budget(
-    backend: type[Avx512Backend], case: Case, window: int | None = None
-) -> None:
+def assert_within_budget(backend: Backend, case: Case, window: int | None = None) -> None:
     """The error of a case in bfloat16 is within that of eager torch."""
     out, lse = case.attend(backend(case.q_THD.shape[-1]), window, return_lse=True)
 
@@ -68,29 +67,25 @@ def assert_within_budget(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("heads", HEADS)
 def test_a_mixed_batch_is_no_worse_than_eager(
-    backend: type[Avx512Backend], heads: tuple[int, int, int], layout: str, window: int | None
+    backend: Backend, heads: tuple[int, int, int], layout: str, window: int | None
 ) -> None:
     assert_within_budget(backend, make_case(heads=heads, layout=layout).to(torch.bfloat16), window)
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 256])
-def test_any_page_size_is_no_worse_than_eager(backend: type[Avx512Backend], page_size: int) -> None:
+def test_any_page_size_is_no_worse_than_eager(backend: Backend, page_size: int) -> None:
     case = make_case(heads=(2, 2, 64), page_size=page_size, num_pages=30 + 4096 // page_size)
 
     assert_within_budget(backend, case.to(torch.bfloat16), window=40)
 
 
 @pytest.mark.parametrize("window", [None, 9000])
-def test_long_contexts_are_no_worse_than_eager(
-    backend: type[Avx512Backend], window: int | None
-) -> None:
+def test_long_contexts_are_no_worse_than_eager(backend: Backend, window: int | None) -> None:
     assert_within_budget(backend, make_long().to(torch.bfloat16), window)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_slots_that_no_row_may_see_do_not_matter(
-    backend: type[Avx512Backend], window: int | None
-) -> None:
+def test_slots_that_no_row_may_see_do_not_matter(backend: Backend, window: int | None) -> None:
     case = make_case(heads=(2, 2, 64)).to(torch.bfloat16)
     k_KSD, v_KSD = (seen_only(case, pool, window) for pool in (case.k_KSD, case.v_KSD))
     unseen = Case(case.batch, case.q_THD, k_KSD, v_KSD, case.scale)
@@ -106,7 +101,7 @@ def test_slots_that_no_row_may_see_do_not_matter(
     ("head_dim", "window"), [(64, None), (64, 9000), (32, None), (96, None), (128, 9000)]
 )
 def test_a_row_has_the_same_bits_in_any_chunk_company_and_number_of_threads(
-    backend: type[Avx512Backend],
+    backend: Backend,
     head_dim: int,
     window: int | None,
     monkeypatch: pytest.MonkeyPatch,
@@ -136,7 +131,7 @@ def test_a_row_has_the_same_bits_in_any_chunk_company_and_number_of_threads(
 
 
 def test_pages_far_apart_in_a_large_pool_are_found(
-    backend: type[Avx512Backend],
+    backend: Backend,
 ) -> None:
     """Element offsets pass 2^31: the pool is declared, and only a few pages of it are written."""
     num_slots, head_dim = (1 << 31) // 64 + 4096, 64
@@ -162,10 +157,10 @@ def test_a_library_is_compiled_once_and_kept(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     load_library.cache_clear()
 
-    first = load_library("attention_avx512", HEAD_DIM=32)
+    first = AVX512.load("attention_avx512", HEAD_DIM=32)
     load_library.cache_clear()
     monkeypatch.setattr("mnemosyne.kernels.cpu.library._compile", pytest.fail)
-    second = load_library("attention_avx512", HEAD_DIM=32)
+    second = AVX512.load("attention_avx512", HEAD_DIM=32)
 
     assert first._name == second._name
     assert first._name.startswith(str(tmp_path))
@@ -182,7 +177,7 @@ def _poisoned() -> Iterator[None]:
 @pytest.mark.usefixtures("_poisoned")
 @pytest.mark.parametrize("window", [None, 50])
 def test_tables_that_stay_in_place_serve_steps_of_any_lengths(
-    backend: type[Avx512Backend], window: int | None
+    backend: Backend, window: int | None
 ) -> None:
     ragged = (Rows(1, 1200), Rows(1, 0), Rows(1, 30, key_stop=0), Rows(1, 90, first_key=64))
     layouts = (ragged, ragged[::-1], ragged[1:2], [Rows(1, 9000)] * 5)
@@ -191,7 +186,7 @@ def test_tables_that_stay_in_place_serve_steps_of_any_lengths(
         for seed, rows in enumerate(layouts)
     ]
     num_rows, page_size = 12, steps[0].batch.page_size
-    fixed = FixedAvx512(backend(32), num_rows=num_rows, page_size=page_size, max_pages=3000)
+    fixed = FixedNative(backend(32), num_rows=num_rows, page_size=page_size, max_pages=3000)
     tables = set()
 
     for step in steps:

@@ -1,4 +1,4 @@
-"""Attention on CPUs with AVX-512 BF16: one call of a C++ kernel for all rows of a step."""
+"""Attention by the C++ kernels: one call for all rows of a step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from mnemosyne.attention.segments import AttentionBatch
 from mnemosyne.cache.layout import pages_for
 from mnemosyne.kernels.cpu.attention import SEGMENT_FIELDS, compile_attention, paged_attention
-from mnemosyne.kernels.cpu.library import what_is_missing
+from mnemosyne.kernels.cpu.processor import InstructionSet
 
 HEAD_DIMS = range(32, 257, 32)  # of which the kernel reads whole vectors
 
@@ -27,7 +27,7 @@ class _Table:
     is_covered: bool  # whether each row of the step is in a segment
 
 
-class Avx512Backend:
+class NativeBackend:
     """Flash attention in bfloat16, page tables read in place, statistics in float32.
 
     Rows of all requests are computed in one call. The bits of a row do not depend on the chunk it
@@ -36,13 +36,14 @@ class Avx512Backend:
     of a segment may see are never read.
 
     Args:
+        instructions: a set that runs here; sets round differently.
         head_dim: D; its kernel is compiled on this machine's first use of it, in seconds.
     """
 
-    name = "avx512"
-
-    def __init__(self, head_dim: int) -> None:
-        compile_attention(head_dim, self.name)  # now, rather than in somebody's first step
+    def __init__(self, instructions: InstructionSet, head_dim: int) -> None:
+        self.name = instructions.name
+        self._instructions = instructions
+        compile_attention(head_dim, instructions)  # now, rather than in somebody's first step
 
     def prepare(self, batch: AttentionBatch, window: int | None, device: torch.device) -> _Table:
         """Lay the segments out as a table (see ``AttentionBackend``)."""
@@ -73,14 +74,14 @@ class Avx512Backend:
             page_size=prepared.page_size,
             window=prepared.window,
             scale=scale,
-            instructions=self.name,
+            instructions=self._instructions,
             is_covered=prepared.is_covered,
         )
         return out_THD, lse_TH if return_lse else None
 
 
-class FixedAvx512:
-    """``Avx512Backend`` or ``AmxBackend`` for steps of a fixed number of one-row sequences.
+class FixedNative:
+    """``NativeBackend`` for steps of a fixed number of one-row sequences.
 
     The kernel finds every step in the same tables: ``prepare`` copies the step there, and has
     whoever repeats the calls of ``attend`` compute it. Rows of no sequence see no key.
@@ -93,7 +94,7 @@ class FixedAvx512:
     """
 
     def __init__(
-        self, backend: Avx512Backend, *, num_rows: int, page_size: int, max_pages: int
+        self, backend: NativeBackend, *, num_rows: int, page_size: int, max_pages: int
     ) -> None:
         self.name = backend.name
         self._backend = backend
@@ -154,10 +155,10 @@ def _lay_out(batch: AttentionBatch) -> tuple[np.ndarray, np.ndarray]:
     return segments, np.concatenate(pages)
 
 
-def why_not_avx512(dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why this backend cannot serve a model here, None if it can."""
+def why_not_native(instructions: InstructionSet, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the kernels of a set cannot serve a model here, None if they can."""
     if dtype != torch.bfloat16:
         return f"it computes in bfloat16, not {dtype}"
     if head_dim not in HEAD_DIMS:
         return f"it takes head dims that are multiples of 32 up to 256, not {head_dim}"
-    return what_is_missing()
+    return instructions.why_not()

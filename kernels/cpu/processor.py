@@ -1,0 +1,110 @@
+"""Instruction sets that the C++ kernels are written for, as values: what each takes to run."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Self
+
+from mnemosyne.kernels.cpu.library import (
+    find_compiler,
+    library_folder,
+    load_library,
+    processor_flags,
+)
+
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA = 158, 0x1023, 18  # of Linux on x86_64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class InstructionSet:
+    """Instructions of a processor, and the kernels written for them.
+
+    Compared by identity: each set exists once, and kernels are cached by it.
+    """
+
+    name: str
+    machine: str  # as the system calls the architecture
+    flags: tuple[str, ...]  # that /proc/cpuinfo must list
+    compiler_flags: tuple[str, ...]
+    linear: str  # source of the products
+    attention: str  # source of attention
+    rows: str  # source of all else
+    extends: Self | None = None  # a set whose requirements are this one's too
+    permission: Callable[[], str | None] | None = None  # asks the system; why it refuses
+
+    def why_not(self) -> str | None:
+        """Why these kernels cannot run here, None if they can; the first call may compile."""
+        return _why_not(self)
+
+    def load(self, source: str, **constants: int) -> ctypes.CDLL:
+        """The library of one source (see ``load_library``)."""
+        return load_library(source, self.compiler_flags, **constants)
+
+
+@cache
+def _why_not(instructions: InstructionSet) -> str | None:
+    if instructions.extends is not None and (why_not := instructions.extends.why_not()) is not None:
+        return why_not
+    if platform.system() != "Linux" or platform.machine() != instructions.machine:
+        here = f"{platform.system()} {platform.machine()}"
+        return f"they run on Linux {instructions.machine}, this is {here}"
+    lacking = [flag for flag in instructions.flags if flag not in processor_flags()]
+    if lacking:
+        return f"this processor lacks {', '.join(lacking)}"
+    if instructions.permission is not None and (why_not := instructions.permission()) is not None:
+        return why_not
+    return _why_not_built(instructions)
+
+
+def _why_not_built(instructions: InstructionSet) -> str | None:
+    """Why the kernels cannot be compiled or kept; one of them is tried."""
+    compiler = find_compiler()
+    if compiler is None:
+        return "there is no C++ compiler; install g++"
+    try:
+        instructions.load(instructions.linear)
+    except RuntimeError as error:  # a compiler older than the processor, most likely
+        return f"{compiler} cannot build them, see below; install g++ 11 or newer\n{error}"
+    except OSError as error:
+        return f"a library cannot be kept in {library_folder()} ({error}); make it writable"
+    return None
+
+
+def allow_amx() -> str | None:
+    """Ask for the registers of AMX, for all threads of this process; why it is refused."""
+    granted = ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA) == 0
+    if granted:
+        return None
+    return "the system does not let this process use AMX; it takes Linux 5.16 or newer"
+
+
+AVX512 = InstructionSet(
+    name="avx512",
+    machine="x86_64",
+    flags=("avx512f", "avx512bw", "avx512vl", "avx512_bf16"),
+    compiler_flags=("-march=native",),
+    linear="linear",
+    attention="attention_avx512",
+    rows="rows",
+)
+AMX = InstructionSet(
+    name="amx",
+    machine="x86_64",
+    flags=("amx_tile", "amx_bf16"),
+    compiler_flags=("-march=native",),
+    linear="linear_amx",
+    attention="attention_amx",
+    rows="rows",
+    extends=AVX512,
+    permission=allow_amx,
+)
+INSTRUCTION_SETS = (AMX, AVX512)  # the fastest first
+
+
+def best_instructions() -> InstructionSet | None:
+    """The fastest set that runs here, if any does."""
+    return next((each for each in INSTRUCTION_SETS if each.why_not() is None), None)
