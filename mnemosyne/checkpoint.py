@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from mnemosyne.model_zoo.decoder import Decoder
 from mnemosyne.model_zoo.needle import write_needle
 from mnemosyne.model_zoo.spec import ModelSpec, read_spec
 from mnemosyne.model_zoo.stages import cut_stages
+from mnemosyne.model_zoo.tensors import tensor_shapes
 from mnemosyne.parallel.mesh import Mesh
 from mnemosyne.parallel.shards import held_slices
+from mnemosyne.runtime.headers import check_tensors, head_differs, read_headers
 from mnemosyne.runtime.weights import load_weights
 from mnemosyne.serve.defaults import GenerationDefaults
 from mnemosyne.serve.tokenizer import Tokenizer
@@ -24,6 +27,8 @@ from mnemosyne.serve.tokenizer import Tokenizer
 Progress = Callable[[int, int], None]  # how much is done (bytes of weights, say), how much in all
 
 BENCH_SEED = 0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,8 @@ def find_checkpoint(name: str) -> Checkpoint:
     """A directory, "needle" (written to the user's cache folder if need be) or "bench".
 
     Raises:
-        ValueError: if it is no checkpoint, or one that is not supported.
+        ValueError: if it is no checkpoint, one that is not supported, or one whose weights are
+            not those that its config.json describes; no weight is read but a head to compare.
     """
     if name == "bench":
         return Checkpoint(name, bench_spec(), None)
@@ -80,7 +86,17 @@ def find_checkpoint(name: str) -> Checkpoint:
         path = write_needle(_made_models() / "needle")
     else:
         path = Path(os.path.expanduser(name))
-    return Checkpoint(name, read_spec(path), path)
+    return Checkpoint(name, _checked(path), path)
+
+
+def _checked(path: Path) -> ModelSpec:
+    """The spec of a directory, once the headers of its weights agree with it."""
+    spec, headers = read_spec(path), read_headers(path)
+    if spec.tied and head_differs(headers):
+        log.warning("tie_word_embeddings is true, but the stored head differs: it is used")
+        spec = replace(spec, tied=False)
+    check_tensors(path, headers, tensor_shapes(spec))
+    return spec
 
 
 def path_on_disk(name: str, dtype: str) -> Path:

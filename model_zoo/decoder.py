@@ -9,6 +9,7 @@ from mnemosyne.attention.segments import Attend
 from mnemosyne.model_zoo.layers import DecoderLayer, Embedding, Linear, Unembed, norm
 from mnemosyne.model_zoo.rope import rotary_cos_sin
 from mnemosyne.model_zoo.spec import ModelSpec
+from mnemosyne.model_zoo.tensors import tensor_shapes
 
 HUGGING_FACE_MODULES = {
     "attn_norm": "input_layernorm",
@@ -121,9 +122,7 @@ class Decoder(nn.Module):
 
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor of the whole model, whichever layers are held here."""
-        whole = Decoder(self.spec, dtype=self.dtype, device="meta")
-        names = whole.checkpoint_names()
-        return {names[ours]: tuple(p.shape) for ours, p in whole.named_parameters()}
+        return tensor_shapes(self.spec)
 
     def _checkpoint_name(self, name: str) -> str:
         module, _, kind = name.rpartition(".")

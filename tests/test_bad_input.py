@@ -184,8 +184,10 @@ def test_an_option_that_cannot_be_met_is_refused(
         assert part in said
 
 
-def test_options_are_refused_before_weights_are_read(checkpoint: Path) -> None:
-    truncate(checkpoint)
+def test_options_are_refused_before_weights_are_read(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mnemosyne.checkpoint.load_weights", None)
 
     assert "must fit the memory of cpu" in refusal(checkpoint, cache={"max_tokens": "1000G"})
     assert "number of processes" in refusal(checkpoint, mesh={"tp": 2})
