@@ -115,6 +115,8 @@ class MeshConfig:
     kvp: int = 1  # shards of the KV cache
     tp: int = 1  # shards of heads and MLP width
     ffn: str = "tp"  # what shards the MLP: tp, or "wide" for kvp and tp together
+    # a file with the key that tells ranks from strangers; several hosts need one
+    key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_types(self, "mesh.")

@@ -15,6 +15,7 @@ from mnemosyne.parallel.control import (
     Outputs,
     Stop,
 )
+from mnemosyne.parallel.keys import MeshKey
 from mnemosyne.parallel.trace import gather_traces, write_trace
 from mnemosyne.parallel.watchdog import Watchdog
 from mnemosyne.request import RequestOutput
@@ -29,12 +30,13 @@ class Driver:
 
     Args:
         rank: what this process holds; every rank opens its end at the same time.
+        key: of the mesh, from a file; None: a new one, for ranks of one host.
     """
 
-    def __init__(self, rank: Rank) -> None:
+    def __init__(self, rank: Rank, key: MeshKey | None = None) -> None:
         self._rank = rank
-        self._channel = DriverChannel(default_store(), rank.mesh.world_size)
-        self._watchdog = _watchdog(rank)
+        self._channel = DriverChannel(default_store(), rank.mesh.world_size, key=key)
+        self._watchdog = _watchdog(rank, key)
         self.send_plan = self._channel.send_plan
         self.recv_result = self._channel.recv_result
         self.watch_step = self._watchdog.watch_step
@@ -76,12 +78,13 @@ class Follower:
 
     Args:
         rank: what this process holds.
+        key: of the mesh, from a file; None: that of rank 0, which is on this host.
     """
 
-    def __init__(self, rank: Rank) -> None:
+    def __init__(self, rank: Rank, key: MeshKey | None = None) -> None:
         self._rank = rank
-        self._channel = FollowerChannel(default_store(), rank.mesh.rank)
-        self._watchdog = _watchdog(rank)
+        self._channel = FollowerChannel(default_store(), rank.mesh.rank, key=key)
+        self._watchdog = _watchdog(rank, key)
         self._is_stopped = False
         self.follow_call()
 
@@ -150,6 +153,7 @@ def finish_trace(rank: Rank) -> None:
         write_trace(rank.metrics.trace, dumps)
 
 
-def _watchdog(rank: Rank) -> Watchdog:
+def _watchdog(rank: Rank, key: MeshKey | None) -> Watchdog:
     mesh = rank.mesh
-    return Watchdog(default_store(), rank=mesh.rank, world_size=mesh.world_size, label=mesh.label)
+    sizes = {"rank": mesh.rank, "world_size": mesh.world_size}
+    return Watchdog(default_store(), **sizes, label=mesh.label, key=key)

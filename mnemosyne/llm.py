@@ -21,6 +21,7 @@ from mnemosyne.config import (
     SloConfig,
 )
 from mnemosyne.metrics import StepLog, StepRecord
+from mnemosyne.parallel.keys import MeshKey, mesh_key
 from mnemosyne.parallel.trace import Trace, claim_trace, write_trace
 from mnemosyne.request import Piece, RequestOutput, SamplingParams
 from mnemosyne.schedule.predictor import Predictor
@@ -133,10 +134,11 @@ class LLM:
         self._driver: Driver | None = None
         self._follower: Follower | None = None
         try:
+            key = mesh_key(config.mesh.key) if config.mesh.world_size > 1 else None
             rank = build_rank(config, progress=progress, compiling=compiling)
             self._trace = rank.trace
             if rank.mesh.world_size > 1:
-                self._driver, self._follower = _join(rank)
+                self._driver, self._follower = _join(rank, key)
             if self._follower is None:
                 self._engine = build_engine(
                     rank, config, crew=self._driver, predictor=predictor, on_step=self._record
@@ -345,11 +347,11 @@ class LLM:
             raise
 
 
-def _join(rank: Rank) -> tuple[Driver | None, Follower | None]:
+def _join(rank: Rank, key: MeshKey | None) -> tuple[Driver | None, Follower | None]:
     """This rank's tie to the others of its mesh."""
     from mnemosyne.crew import Driver, Follower  # one process needs no channel
 
-    return (Driver(rank), None) if rank.mesh.rank == 0 else (None, Follower(rank))
+    return (Driver(rank, key), None) if rank.mesh.rank == 0 else (None, Follower(rank, key))
 
 
 def _typed(name: str, kind: type[Config], value: Config | Mapping[str, Any] | None) -> Config:

@@ -62,7 +62,7 @@ TABLE = {
     "llm": Rule(
         (
             *("build", "checkpoint", "config", "crew", "metrics", "request", "serve"),
-            *("parallel.trace", "schedule.predictor"),
+            *("parallel.keys", "parallel.trace", "schedule.predictor"),
         ),
         ("numpy",),
     ),
@@ -162,7 +162,9 @@ TABLE = {
         ("schedule.plan", "request", "cache.layout"), ("msgspec", "numpy"), itself=False
     ),
     "parallel.control": Rule(
-        ("parallel.address", "parallel.codec", "schedule.plan", "request"), ("zmq",), itself=False
+        ("parallel.address", "parallel.codec", "parallel.keys", "schedule.plan", "request"),
+        ("zmq",),
+        itself=False,
     ),
     "attention": Rule(("cache", "kernels", "parallel", "config"), ("torch", "numpy")),
     "model_zoo": Rule(

@@ -1,17 +1,24 @@
-"""Where rank 0 listens for the others; they learn it from the store of torch.distributed."""
+"""Where rank 0 listens for the others; they learn it from the store of torch.distributed.
+
+The store is open to strangers, so nothing is secret in it, and what it says is proved elsewhere.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-import secrets
 import socket
+import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from ipaddress import ip_address
 from typing import Protocol
 
 LOOPBACK = "127.0.0.1"
+INTERFACE = "GLOO_SOCKET_IFNAME"  # torch's own variable: the interface of the mesh
+SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
+MAX_HOST = 255  # characters
 
 
 class Store(Protocol):
@@ -29,38 +36,53 @@ class Store(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A port that rank 0 listens on, and the word that tells ranks from strangers."""
+    """A port that rank 0 listens on, and where ranks of its host get the key of the mesh."""
 
     host: str
     port: int
-    secret: str
+    desk: str = ""  # an abstract Unix socket; "": the key is in a file
+
+    def __post_init__(self) -> None:
+        is_host = isinstance(self.host, str) and 0 < len(self.host) <= MAX_HOST
+        is_port = type(self.port) is int and 0 < self.port < 2**16
+        if not (is_host and is_port and isinstance(self.desk, str) and len(self.desk) < 100):
+            raise ValueError("an address must have a host, a port and the name of a desk")
 
 
-@dataclass(frozen=True, slots=True)
-class Interface:
-    """Where to bind a socket, and what others call that place."""
-
-    bind: str
-    public: str
-
-
-def listening_interface(environment: Mapping[str, str] = os.environ) -> Interface:
-    """The interface of this host on which all other ranks reach it.
-
-    Loopback if every rank is on this host, else the one that leads to MASTER_ADDR.
+def is_on_one_host(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether all ranks share this host, as whoever started them says.
 
     Args:
         environment: as torchrun, or whoever started the ranks, has set it.
     """
-    master = environment.get("MASTER_ADDR", "localhost")
     world_size = environment.get("WORLD_SIZE", "1")
-    if environment.get("LOCAL_WORLD_SIZE") == world_size or master == "localhost":
-        return Interface(LOOPBACK, LOOPBACK)
-    if is_loopback(master):
-        return Interface(LOOPBACK, LOOPBACK)
-    own = _own_address(master)
-    # Some hosts know their own name as a loopback address; others resolve it to the real one.
-    return Interface("0.0.0.0", master) if is_loopback(own) else Interface(own, own)
+    master = environment.get("MASTER_ADDR", "localhost")
+    is_local = environment.get("LOCAL_WORLD_SIZE") == world_size
+    return is_local or master == "localhost" or is_loopback(master)
+
+
+def listening_host(environment: Mapping[str, str] = os.environ) -> str:
+    """The address of this host on which all other ranks, and as few others as can be, reach it.
+
+    Loopback if every rank is on this host, else that of the interface that
+    ``GLOO_SOCKET_IFNAME`` names, else of the one that leads to MASTER_ADDR.
+
+    Args:
+        environment: as torchrun, or whoever started the ranks, has set it.
+
+    Raises:
+        ValueError: if other hosts cannot reach this one there.
+    """
+    if is_on_one_host(environment):
+        return LOOPBACK
+    name = environment.get(INTERFACE, "").partition(",")[0]
+    own = _address_of(name) if name else _own_address(environment["MASTER_ADDR"])
+    if is_loopback(own):
+        raise ValueError(
+            f"the address of rank 0 must be one that other hosts reach, got {own}, to which this "
+            f"host resolves its own name; set {INTERFACE} to its interface, such as eth0"
+        )
+    return own
 
 
 def is_loopback(host: str) -> bool:
@@ -78,23 +100,27 @@ def default_store() -> Store:
     return _get_default_store()
 
 
-def announce(store: Store, service: str, host: str, port: int) -> Address:
+def announce(store: Store, service: str, address: Address) -> None:
     """Tell all ranks where rank 0 listens; ``find`` on each of them gives the same address.
 
     Args:
         store: shared by all ranks.
         service: what listens there; a rank may open it again and again.
-        host: as the other ranks see it.
-        port: the port, chosen by the system.
+        address: as the other ranks see it.
     """
-    address = Address(host, port, secrets.token_hex(16))
     store.set(_key(store, service, 0), json.dumps(asdict(address)))
-    return address
 
 
 def find(store: Store, service: str, rank: int) -> Address:
-    """Where rank 0 listens; waits, at most as long as the store does, until it says so."""
-    return Address(**json.loads(store.get(_key(store, service, rank))))
+    """Where rank 0 listens; waits, at most as long as the store does, until it says so.
+
+    Raises:
+        RuntimeError: if what stands in the store is no address.
+    """
+    try:
+        return Address(**json.loads(store.get(_key(store, service, rank))))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RuntimeError(f"the address of rank 0 in the store is damaged: {error}") from error
 
 
 def _key(store: Store, service: str, rank: int) -> str:
@@ -109,3 +135,21 @@ def _own_address(peer: str) -> str:
     with socket.socket(family, kind) as probe:
         probe.connect(target)
         return str(probe.getsockname()[0])
+
+
+def _address_of(interface: str) -> str:
+    """The IPv4 address of an interface.
+
+    Raises:
+        ValueError: if there is no such interface, or it has none.
+    """
+    request = struct.pack("256s", interface.encode()[:15])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)
+        except OSError as error:
+            raise ValueError(
+                f"{INTERFACE} must be an interface of this host with an IPv4 address, got "
+                f"{interface!r} ({error.strerror}); see ip address"
+            ) from error
+    return socket.inet_ntoa(answer[20:24])

@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import NoReturn
 
 from mnemosyne.parallel.address import Store
+from mnemosyne.parallel.keys import MeshKey
 from mnemosyne.parallel.links import Answer, Ask, Left, Verdict, Word, open_links
 from mnemosyne.parallel.signals import INTERRUPTED, TERMINATED, Signals
 from mnemosyne.parallel.trouble import CAUSES, Kind, Trouble, judge
@@ -65,6 +66,7 @@ class Watchdog:
         world_size: how many there are.
         label: what this one is called, "pp0/kvp0/tp0".
         timeout_s: how long to wait for the others.
+        key: of the mesh, from a file; None: a new one, for ranks of one host.
 
     Raises:
         RuntimeError: naming the ranks that did not come.
@@ -82,12 +84,13 @@ class Watchdog:
         world_size: int,
         label: str,
         timeout_s: float = CONNECT_S,
+        key: MeshKey | None = None,
     ) -> None:
         self.on_end: Callable[[str], None] | None = None  # told why, just before the end
         self._rank = rank
         self._label = label
         self._links = open_links(
-            store, rank=rank, world_size=world_size, label=label, timeout_s=timeout_s
+            store, rank=rank, world_size=world_size, label=label, timeout_s=timeout_s, key=key
         )
         self._task: Task | None = None
         self._reports: deque[Trouble] = deque()  # from this rank's own threads
