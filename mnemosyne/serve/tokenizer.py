@@ -74,8 +74,9 @@ class Tokenizer:
             raise ValueError(
                 f"prompt must be valid Unicode, got {error}; replace lone surrogates"
             ) from error
-        ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return np.array(ids, dtype=np.int64)
+        # a batch of one: unlike `encode`, it lets other threads run
+        (encoded,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return np.array(encoded.ids, dtype=np.int64)
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
         """Token ids to text; ids that are no tokens (padding of the vocabulary) give none.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -273,3 +275,25 @@ def test_a_model_without_chat_template_says_so(tmp_path: Path) -> None:
 def test_malformed_templates_are_refused(tmp_path: Path, template: object) -> None:
     with pytest.raises(ValueError, match=r"chat_template in .* must be a string or a list"):
         Tokenizer.from_dir(write_checkpoint(tmp_path, template))
+
+
+def test_other_threads_run_while_a_long_text_is_encoded() -> None:
+    tokenizer, ticks, is_over = Tokenizer(byte_level_bpe()), [], threading.Event()
+
+    def tick() -> None:
+        while not is_over.wait(0.001):
+            ticks.append(time.monotonic())
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    found = 0
+    for _ in range(20):  # a busy machine may not let it run at once
+        start_s = time.monotonic()
+        tokenizer.encode("the cat sat on the mat " * 40_000)
+        found = max(found, sum(start_s < tick_s < time.monotonic() for tick_s in ticks))
+        if found > 5:
+            break
+    is_over.set()
+    thread.join()
+
+    assert found > 5, "encoding holds every other thread"
