@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from math import inf
 
@@ -12,9 +13,12 @@ from torch import Tensor
 from mnemosyne.request import Logprobs, Sampled, SamplingParams
 from mnemosyne.runtime.truncation import largest, truncation_mask
 
+log = logging.getLogger(__name__)
+
 GROUP_SIZE = 128  # columns whose largest value is found first
 BLOCK_ELEMENTS = 2**20  # rows are sampled in blocks of about so many logits, to bound memory
 NOT_FINITE = "logits must be finite, got nan or inf; check the weights or use a wider dtype"
+CANNOT_SAMPLE = "sampling must work with the request's parameters, got"
 NOTHING_LEFT = (
     "sampling must leave a token to choose, got none; relax stop_token_ids under min_tokens, "
     "logit_bias or penalties"
@@ -50,6 +54,8 @@ class SamplerState:
         self._presence = params.presence_penalty
         self._frequency = params.frequency_penalty
         self._bias = dict(params.logit_bias)
+        self._bias_ids: Tensor | None = None  # made once, on the device of the logits
+        self._bias_values: Tensor | None = None
         ends = () if params.ignore_eos else tuple(end_token_ids)
         self._banned = sorted({*ends, *params.stop_token_ids})
         self._min_tokens = params.min_tokens
@@ -57,6 +63,7 @@ class SamplerState:
         penalised = self._repetition != 1 or self._counts_output
         self._always_adjusts = penalised or bool(self._bias)
         self._may_adjust = self._always_adjusts or bool(self._min_tokens and self._banned)
+        self.error: str | None = None  # why its rows cannot be sampled, if they cannot
         self._unseen: list[np.ndarray] = [prompt_ids] if self._repetition != 1 else []
         self._uncounted: list[int] = []
         self._seen_V: Tensor | None = None
@@ -94,14 +101,22 @@ class SamplerState:
             logits_V.copy_(torch.where(self._seen(logits_V), pushed_V, logits_V))
         if self._counts_output:
             count_V = self._count(logits_V)
-            logits_V.sub_(count_V * self._frequency + (count_V > 0) * self._presence)
+            # in the dtype of the logits: true times a number would be float32, and may be inf
+            occurs_V = (count_V > 0).to(logits_V.dtype)
+            logits_V.sub_(count_V * self._frequency + occurs_V * self._presence)
         if self._bias:
-            ids = torch.tensor(list(self._bias), device=logits_V.device)
-            biases = list(self._bias.values())
-            logits_V[ids] += torch.tensor(biases, dtype=logits_V.dtype, device=logits_V.device)
+            self._add_bias(logits_V)
         if self._bans_end:
             banned = [token_id for token_id in self._banned if token_id < len(logits_V)]
             logits_V[torch.tensor(banned, dtype=torch.int64, device=logits_V.device)] = -inf
+
+    def _add_bias(self, logits_V: Tensor) -> None:
+        if self._bias_ids is None or self._bias_values is None:
+            device = logits_V.device
+            self._bias_ids = torch.tensor(list(self._bias), device=device)
+            biases = list(self._bias.values())
+            self._bias_values = torch.tensor(biases, dtype=logits_V.dtype, device=device)
+        logits_V[self._bias_ids] += self._bias_values
 
     def uniform(self) -> float:
         """The random number in [0, 1) of the next output token.
@@ -169,9 +184,11 @@ def sample(logits_BV: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
     table = torch.stack([ids_B, is_finite_B.long(), has_choice_B.long()]).tolist()
     return [
         Sampled(token_id, logprobs)
-        if is_finite and has_choice
-        else Sampled(0, error=NOTHING_LEFT if is_finite else NOT_FINITE)
-        for token_id, is_finite, has_choice, logprobs in zip(*table, found, strict=True)
+        if is_finite and has_choice and state.error is None
+        else Sampled(0, error=state.error or (NOTHING_LEFT if is_finite else NOT_FINITE))
+        for token_id, is_finite, has_choice, logprobs, state in zip(
+            *table, found, states, strict=True
+        )
     ]
 
 
@@ -246,7 +263,7 @@ def probabilities(logits_BV: Tensor, states: Sequence[SamplerState]) -> Tensor:
     logits_BV = logits_BV.to(torch.float64, copy=True)
     for row_V, state in zip(logits_BV, states, strict=True):
         if state.adjusts:
-            state.adjust(row_V)
+            _adjust(row_V, state)
     temperature_B1 = _column([state.temperature or 1.0 for state in states], logits_BV)
     scaled_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature_B1
     kept_BV = truncation_mask(
@@ -257,6 +274,15 @@ def probabilities(logits_BV: Tensor, states: Sequence[SamplerState]) -> Tensor:
     )
     weight_BV = scaled_BV.exp().masked_fill_(~kept_BV, 0.0)
     return weight_BV / weight_BV.sum(-1, keepdim=True)
+
+
+def _adjust(logits_V: Tensor, state: SamplerState) -> None:
+    """Adjust one row; what fails there is the affair of its request alone."""
+    try:
+        state.adjust(logits_V)
+    except Exception as error:  # one request's own work
+        log.exception("a row cannot be sampled")
+        state.error = f"{CANNOT_SAMPLE} {type(error).__name__}: {error}; change its parameters"
 
 
 def _draw(logits_RV: Tensor, states: Sequence[SamplerState]) -> tuple[Tensor, Tensor]:

@@ -396,3 +396,40 @@ def test_cuda_draws_what_the_cpu_draws() -> None:
     on_cuda = sample(logits_BV.cuda(), [make_state(i, (1, 2), **p) for i, p in enumerate(params)])
 
     assert [entry.token_id for entry in on_cuda] == [entry.token_id for entry in on_cpu]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"presence_penalty": 1e39},
+        {"presence_penalty": -1e300, "frequency_penalty": 1e300, "logit_bias": {4: 1e300}},
+        {"repetition_penalty": 1e100, "temperature": 1e-300},
+        {"repetition_penalty": 1e-100, "logit_bias": {3: -1e300}},
+        {"temperature": 5e-324, "top_k": 2**63 - 1, "top_p": 5e-324, "min_p": 1.0},
+        {"temperature": 1.7e308, "min_p": 5e-324},
+        {"logprobs": 1000},
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parameters_at_their_limits_leave_a_token(
+    params: dict[str, Any], dtype: torch.dtype
+) -> None:
+    states = [make_state(output=(4, 5, 4), **params), make_state(output=(4,), temperature=0.0)]
+
+    drawn, plain = sample(make_logits(2, seed=1).to(dtype), states)
+
+    assert drawn.error is None
+    assert plain.error is None
+
+
+def test_a_row_that_cannot_be_sampled_fails_alone() -> None:
+    logits_BV = make_logits(2, seed=3)
+    states = [make_state(logit_bias={4: 1.0}), make_state(logit_bias={VOCAB_SIZE + 5: 1.0})]
+    alone = draw(logits_BV[:1], [make_state(logit_bias={4: 1.0})])
+
+    good, bad = sample(logits_BV, states)
+
+    assert [good.token_id] == alone
+    assert good.error is None
+    assert bad.error is not None
+    assert bad.error.startswith("sampling must work with the request's parameters, got IndexError")
