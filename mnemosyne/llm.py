@@ -23,10 +23,12 @@ from mnemosyne.config import (
 from mnemosyne.metrics import StepLog, StepRecord
 from mnemosyne.parallel.keys import MeshKey, mesh_key
 from mnemosyne.parallel.trace import Trace, claim_trace, write_trace
+from mnemosyne.plain import plain_list
 from mnemosyne.request import Piece, RequestOutput, SamplingParams
 from mnemosyne.schedule.predictor import Predictor
 from mnemosyne.serve.engine import Engine
-from mnemosyne.serve.intake import Prompt, list_prompts, refused_output
+from mnemosyne.serve.intake import refused_output
+from mnemosyne.serve.prompts import MAX_PROMPTS, Prompt, list_prompts
 from mnemosyne.serve.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -308,9 +310,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None,
     ) -> list[RequestOutput]:
         listed = list_prompts(prompts)
-        if params is None:
-            params = SamplingParams()
-        each = [params] * len(listed) if isinstance(params, SamplingParams) else list(params)
+        each = _each(params, len(listed))
         if len(each) != len(listed):
             raise ValueError(
                 f"params must be one SamplingParams or one per prompt, got {len(each)} for "
@@ -352,6 +352,15 @@ def _join(rank: Rank, key: MeshKey | None) -> tuple[Driver | None, Follower | No
     from mnemosyne.crew import Driver, Follower  # one process needs no channel
 
     return (Driver(rank, key), None) if rank.mesh.rank == 0 else (None, Follower(rank, key))
+
+
+def _each(
+    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+) -> list[SamplingParams]:
+    """The parameters of each prompt; whether they are right is asked with their prompt."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * num_prompts
+    return plain_list("params", params, limit=MAX_PROMPTS, of="SamplingParams")
 
 
 def _typed(name: str, kind: type[Config], value: Config | Mapping[str, Any] | None) -> Config:

@@ -5,14 +5,76 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mnemosyne.config import Duration, check_types, parse_duration
+from mnemosyne.config import Duration, parse_duration
+from mnemosyne.plain import (
+    Number,
+    Whole,
+    plain_flag,
+    plain_items,
+    plain_list,
+    plain_text,
+    refusal,
+)
 
 NUM_SEEDS = 2**63  # seeds are non-negative int64
+MAX_SAMPLES = 128  # of one prompt: they are all made between two steps
+MAX_STOPS = 256  # stop strings, each looked for in every piece of text
+MAX_STOP_CHARACTERS = 1024  # of one of them
+MAX_STOP_TOKENS = 1024
+MAX_BIASES = 65_536  # entries of logit_bias
+MIN_DEADLINE_S, MAX_DEADLINE_S = 1e-9, 1e9  # 1 ns and 32 years
+LARGEST = 1e300  # of a bias or penalty, so that their sums are finite in float64
+LARGEST_FACTOR = 1e100  # of the penalty that logits are multiplied by
+
+WHOLES = {
+    "max_tokens": Whole(low=1, rule="be >= 1", remedy="ask for a token"),
+    "min_tokens": Whole(rule="be >= 0", remedy="use 0 for no minimum"),
+    "top_k": Whole(low=-1, rule="be >= 0", remedy="0 keeps all, and so does -1"),
+    "seed": Whole(rule="lie in [0, 2**63)", remedy="use None for a random one"),
+    "n": Whole(
+        low=1, high=MAX_SAMPLES, rule=f"lie in [1, {MAX_SAMPLES}]", remedy="send the prompt again"
+    ),
+    "logprobs": Whole(high=1000, rule="lie in [0, 1000]", remedy="use None to turn it off"),
+    "prompt_logprobs": Whole(high=1000, rule="lie in [0, 1000]", remedy="use None to turn it off"),
+    "priority": Whole(low=-(2**63), rule="lie in [-2**63, 2**63)", remedy="0 is usual"),
+}
+NUMBERS = {
+    "temperature": Number(
+        low=0.0, high=math.inf, rule="be a finite number >= 0", remedy="use 0 for greedy"
+    ),
+    "top_p": Number(low=5e-324, high=1.0, rule="lie in (0, 1]", remedy="1 is off"),
+    "min_p": Number(low=0.0, high=1.0, rule="lie in [0, 1]", remedy="0 is off"),
+    "repetition_penalty": Number(
+        low=1 / LARGEST_FACTOR,
+        high=LARGEST_FACTOR,
+        rule="lie in [1e-100, 1e100]",
+        remedy="1 is off",
+    ),
+    "presence_penalty": Number(
+        low=-LARGEST, high=LARGEST, rule="lie in [-1e300, 1e300]", remedy="0 is off"
+    ),
+    "frequency_penalty": Number(
+        low=-LARGEST, high=LARGEST, rule="lie in [-1e300, 1e300]", remedy="0 is off"
+    ),
+}
+KINDS = WHOLES | NUMBERS
+TOKEN = Whole(low=-(2**63), rule="hold token ids", remedy="encode texts first")
+BIAS = Number(low=-LARGEST, high=LARGEST, rule="lie in [-1e300, 1e300]", remedy="use -100 to ban")
+# None turns these off, as it does in vLLM; of other fields it means "not set"
+OFF: dict[str, Any] = {
+    "min_tokens": 0,
+    "n": 1,
+    "min_p": 0.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "logit_bias": {},
+    "stop": (),
+    "stop_token_ids": (),
+}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -20,17 +82,24 @@ class SamplingParams:
     """How the tokens of one request are chosen and when they end.
 
     ``temperature`` 0 is greedy. ``None`` means "not set": end tokens and the sampling defaults of
-    a checkpoint's ``generation_config.json`` then apply where it has them (see ``resolved``).
+    a checkpoint's ``generation_config.json`` then apply where it has them.
+    Penalties, ``min_p``, ``logit_bias``, ``stop``, ``stop_token_ids``, ``min_tokens`` and ``n``
+    have no such default: None turns them off.
+
+    Numbers, lists and mappings of any library are accepted and become plain ones, here and again
+    when a prompt is accepted with them, so that what a client changes afterwards changes nothing.
     """
 
-    max_tokens: int = 16
+    # None: as many as the model and an empty cache hold after the prompt; they are all reserved,
+    # so such a request shares the cache with few others
+    max_tokens: int | None = 16
     min_tokens: int = 0  # no end token or stop string before this many tokens
     temperature: float | None = None  # 0 is greedy; unset: the model's default, else 0
     top_p: float | None = None  # in (0, 1]
-    top_k: int | None = None  # 0 keeps all
+    top_k: int | None = None  # 0 and -1 keep all
     min_p: float = 0.0  # keep tokens with p >= min_p * p_max
     seed: int | None = None  # unset: drawn once when the request is accepted
-    repetition_penalty: float | None = None  # > 0, over prompt and output; 1 is off
+    repetition_penalty: float | None = None  # over prompt and output; 1 is off
     presence_penalty: float = 0.0  # subtracted once for a token the output has
     frequency_penalty: float = 0.0  # subtracted per occurrence in the output
     logit_bias: Mapping[int, float] = field(default_factory=dict)
@@ -38,111 +107,92 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()  # besides the model's own end tokens
     ignore_eos: bool = False  # the model's own end tokens do not end the request
     skip_special_tokens: bool = True  # leave special tokens such as <|im_end|> out of the text
-    n: int = 1  # independent samples of the same prompt
+    n: int = 1  # independent samples of the same prompt, at most 128
     logprobs: int | None = None  # report the k most likely tokens of each output position
     prompt_logprobs: int | None = None  # the same for each prompt position but the first
     priority: int = 0  # a lower number is admitted and prefilled first, whatever the policy
-    # of the first token, from acceptance: seconds, or text such as 500ms; unset: by slo
+    # of the first token, from acceptance: seconds, or text such as 500ms; unset: by slo. One
+    # beyond 32 years counts as 32 years
     deadline: Duration | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            self.stop = (self.stop,)
-        check_types(self)
-        self._check_lengths()
-        self._check_numbers()
-        self._check_tokens()
-
-    def _check_lengths(self) -> None:
-        _require(self.max_tokens >= 1, "max_tokens", "be >= 1", self.max_tokens, "ask for a token")
-        _require(
-            0 <= self.min_tokens <= self.max_tokens,
-            "min_tokens",
-            f"lie in [0, max_tokens={self.max_tokens}]",
-            self.min_tokens,
-            "lower it or raise max_tokens",
-        )
-        _require(self.n >= 1, "n", "be >= 1", self.n, "ask for one sample")
-        for name in ("logprobs", "prompt_logprobs"):
+        """Make every value plain and bounded, or refuse it by name."""
+        for name, off in OFF.items():
+            if getattr(self, name) is None:
+                setattr(self, name, off)
+        for name, kind in KINDS.items():
             value = getattr(self, name)
-            _require(
-                value is None or 0 <= value <= 1000,
-                name,
-                "lie in [0, 1000]",
-                value,
-                "use None to turn it off",
-            )
-        _require(
-            all(isinstance(text, str) and text for text in self.stop),
-            "stop",
-            "hold non-empty strings",
-            list(self.stop),
-            "drop the empty ones",
-        )
-
-    def _check_numbers(self) -> None:
-        value = self.temperature
-        _require(
-            value is None or (math.isfinite(value) and value >= 0),
-            "temperature",
-            "be a finite number >= 0",
-            value,
-            "use 0 for greedy",
-        )
-        value = self.top_p
-        _require(value is None or 0 < value <= 1, "top_p", "lie in (0, 1]", value, "1 is off")
-        _require(
-            self.top_k is None or self.top_k >= 0, "top_k", "be >= 0", self.top_k, "0 keeps all"
-        )
-        _require(0 <= self.min_p <= 1, "min_p", "lie in [0, 1]", self.min_p, "0 is off")
-        value = self.repetition_penalty
-        _require(
-            value is None or (math.isfinite(value) and value > 0),
-            "repetition_penalty",
-            "be a finite number > 0",
-            value,
-            "1 is off",
-        )
-        for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            _require(math.isfinite(value), name, "be finite", value, "0 is off")
-        _require(
-            self.seed is None or 0 <= self.seed < NUM_SEEDS,
-            "seed",
-            "lie in [0, 2**63)",
-            self.seed,
-            "use None for a random one",
-        )
-        if self.deadline is not None:
-            self.deadline = parse_duration(self.deadline, "deadline")
-
-    def _check_tokens(self) -> None:
-        for name in ("logit_bias", "stop_token_ids"):
-            value = getattr(self, name)
-            _require(
-                all(isinstance(token, Integral) for token in value),
-                name,
-                "hold token ids",
-                value,
-                "encode texts first",
-            )
-        for token, bias in self.logit_bias.items():
-            _require(
-                _is_finite(bias),
-                f"logit_bias[{token}]",
-                "be finite",
-                bias,
-                "use -100 to ban",
+            if value is not None:
+                setattr(self, name, kind.plain(name, value))
+        self.top_k = 0 if self.top_k == -1 else self.top_k
+        for name in ("ignore_eos", "skip_special_tokens"):
+            setattr(self, name, plain_flag(name, getattr(self, name)))
+        self.stop = _plain_stops(self.stop)
+        self.stop_token_ids = _plain_tokens(self.stop_token_ids)
+        self.logit_bias = _plain_biases(self.logit_bias)
+        self.deadline = None if self.deadline is None else _plain_deadline(self.deadline)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise refusal(
+                "min_tokens",
+                f"lie in [0, max_tokens={self.max_tokens}]",
+                self.min_tokens,
+                "lower it or raise max_tokens",
             )
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
+def own_params(params: object) -> SamplingParams:
+    """A copy of what a client wrote, checked anew: the fields may have been changed since.
+
+    Raises:
+        ValueError: if they are no sampling parameters, or hold a value outside its rule.
+    """
+    try:
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"not {SamplingParams.__name__}")
+        values = {name: getattr(params, name) for name in SamplingParams.__dataclass_fields__}
+    except Exception as error:  # a field was deleted, or a class of the client's own
+        raise refusal(
+            "params", "be a SamplingParams", params, "write SamplingParams(max_tokens=16)"
+        ) from error
+    return SamplingParams(**values)
 
 
-def _require(holds: bool, name: str, rule: str, value: object, remedy: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must {rule}, got {value!r}; {remedy}")
+def _plain_stops(value: object) -> tuple[str, ...]:
+    texts = [value] if isinstance(value, str) else value
+    listed = plain_list("stop", texts, limit=MAX_STOPS, of="strings")
+    remedy = "drop the empty ones"
+    plain = (plain_text("stop", text, limit=MAX_STOP_CHARACTERS, remedy=remedy) for text in listed)
+    return tuple(dict.fromkeys(plain))
+
+
+def _plain_tokens(value: object) -> tuple[int, ...]:
+    name = "stop_token_ids"
+    listed = plain_list(name, value, limit=MAX_STOP_TOKENS, of="token ids")
+    return tuple(dict.fromkeys(TOKEN.plain(name, token) for token in listed))
+
+
+def _plain_biases(value: object) -> dict[int, float]:
+    items = plain_items("logit_bias", value, limit=MAX_BIASES, of="token ids to biases")
+    tokens = [TOKEN.plain("logit_bias", token) for token, _ in items]
+    biases = [bias for _, bias in items]
+    return {
+        token: BIAS.plain(f"logit_bias[{token}]", bias)
+        for token, bias in zip(tokens, biases, strict=True)
+    }
+
+
+def _plain_deadline(value: object) -> float:
+    rule = Number(
+        low=5e-324,
+        high=math.inf,
+        rule="be a positive time",
+        remedy="write 30ms, 60s or a number of seconds",
+    )
+    if isinstance(value, str):
+        seconds = parse_duration(value, "deadline")
+    else:
+        seconds = rule.plain("deadline", value)
+    return min(max(seconds, MIN_DEADLINE_S), MAX_DEADLINE_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +282,7 @@ class Request:
     max_tokens: int = field(init=False)  # of prompt and output together
 
     def __post_init__(self) -> None:
+        assert self.params.max_tokens is not None, "the intake resolves it"
         num_prompt_tokens = len(self.prompt_ids)
         object.__setattr__(self, "num_prompt_tokens", num_prompt_tokens)
         object.__setattr__(self, "max_tokens", num_prompt_tokens + self.params.max_tokens)

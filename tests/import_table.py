@@ -61,7 +61,7 @@ TABLE = {
     "crew": Rule(("build", "parallel", "request", "runtime", "serve"), ("torch",)),
     "llm": Rule(
         (
-            *("build", "checkpoint", "config", "crew", "metrics", "request", "serve"),
+            *("build", "checkpoint", "config", "crew", "metrics", "plain", "request", "serve"),
             *("parallel.keys", "parallel.trace", "schedule.predictor"),
         ),
         ("numpy",),
@@ -137,7 +137,8 @@ TABLE = {
     "files": Rule(),
     "config_bench": Rule(("config",)),
     "config_simulate": Rule(("config",)),
-    "request": Rule(("config",), ("numpy",)),
+    "plain": Rule((), ("numpy",)),
+    "request": Rule(("config", "plain"), ("numpy",)),
     "metrics": Rule(("config",), ("numpy",)),
     "schedule": Rule(
         ("request", "config", "cache.allocator", "cache.layout", "kept", "machine"), ("numpy",)
@@ -179,7 +180,7 @@ TABLE = {
         ("torch", "numpy", "safetensors"),
     ),
     "serve": Rule(
-        ("schedule", "runtime", "request", "metrics", "config", "files"),
+        ("schedule", "runtime", "request", "metrics", "config", "files", "plain"),
         (
             *("torch", "numpy", "tokenizers", "jinja2", "rich", "zmq", "msgspec"),
             *("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"),

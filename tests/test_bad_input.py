@@ -220,11 +220,23 @@ def test_the_cache_must_fit_beside_the_weights(
         ),
         ([-1, 3], greedy(2), f"prompt ids must lie in [0, {VOCAB_SIZE}), got -1 at index 0"),
         ([2**40], greedy(2), f"prompt ids must lie in [0, {VOCAB_SIZE}), got 1099511627776"),
-        ([0.5, 1.5], greedy(2), "prompt must be text or a flat list of integer ids, got float64"),
-        ([[1], [2, 3]], greedy(2), "prompt must be text or a flat list of integer ids, got object"),
-        ([True, False], greedy(2), "prompt must be text or a flat list of integer ids, got bool"),
-        (None, greedy(2), "prompt must be text or a flat list of integer ids, got object"),
-        (b"text", greedy(2), "prompt must be text or a flat list of integer ids, got |S4"),
+        (
+            [0.5, 1.5],
+            greedy(2),
+            "prompt must be text or a flat list of integer ids, got [0.5, 1.5]",
+        ),
+        (
+            [[1], [2, 3]],
+            greedy(2),
+            "prompt must be text or a flat list of integer ids, got [[1], [2, 3]]",
+        ),
+        (
+            [True, False],
+            greedy(2),
+            "prompt must be text or a flat list of integer ids, got [True, False]",
+        ),
+        (None, greedy(2), "prompt must be text or a flat list of integer ids, got None"),
+        (b"text", greedy(2), "prompt must be text or a flat list of integer ids, got b'text'"),
         ("some text", greedy(2), "which has no tokenizer.json, got text 'some text'; add the file"),
         (
             [1] * 1020,

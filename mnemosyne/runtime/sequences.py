@@ -25,6 +25,7 @@ class SequenceState:
 
     @classmethod
     def start(cls, admission: Admission) -> SequenceState:
+        assert admission.params.max_tokens is not None, "the intake resolves it"
         num_prompt_tokens = len(admission.prompt_ids)
         tokens = np.empty(num_prompt_tokens + admission.params.max_tokens, dtype=np.int64)
         tokens[:num_prompt_tokens] = admission.prompt_ids

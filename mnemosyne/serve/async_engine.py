@@ -13,7 +13,7 @@ from typing import Self
 
 from mnemosyne.request import Piece, SamplingParams
 from mnemosyne.serve.engine import Engine
-from mnemosyne.serve.intake import Prompt
+from mnemosyne.serve.prompts import Prompt
 
 log = logging.getLogger(__name__)
 

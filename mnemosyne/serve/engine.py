@@ -20,7 +20,8 @@ from mnemosyne.request import (
 )
 from mnemosyne.schedule.plan import Chunk, Executor, Plan, StepResult
 from mnemosyne.schedule.scheduler import Scheduler
-from mnemosyne.serve.intake import Intake, Prompt
+from mnemosyne.serve.intake import Intake
+from mnemosyne.serve.prompts import Prompt
 from mnemosyne.serve.stream import TextStream
 
 log = logging.getLogger(__name__)
@@ -87,9 +88,9 @@ class Engine:
         Raises:
             ValueError: if the prompt is refused; nothing else is affected.
         """
-        requests = self.intake.requests(prompt, params, self.clock())
-        for request in requests:
-            self.scheduler.check_fits(request)
+        capacity = self.scheduler.router.max_request_tokens()
+        requests = self.intake.requests(prompt, params, self.clock(), capacity)
+        self.scheduler.check_fits(requests[0])  # they are of one size
         return [self.accept(request) for request in requests]
 
     def accept(self, request: Request) -> RequestOutput:
@@ -222,13 +223,15 @@ class Engine:
 
     @staticmethod
     def _finish_reason(active: Active, token_id: int) -> str | None:
-        params, num_output = active.request.params, len(active.output.token_ids)
+        request, num_output = active.request, len(active.output.token_ids)
+        params = request.params
         is_end = token_id in params.stop_token_ids or (
-            not params.ignore_eos and token_id in active.request.end_token_ids
+            not params.ignore_eos and token_id in request.end_token_ids
         )
         if is_end and num_output >= params.min_tokens:
             return "stop"
-        return "length" if num_output >= params.max_tokens else None
+        is_full = request.num_prompt_tokens + num_output >= request.max_tokens
+        return "length" if is_full else None
 
     def _time_token(self, active: Active) -> None:
         now_s, metrics = self.clock(), active.output.metrics

@@ -1,11 +1,13 @@
-"""Prompts and parameters in, checked requests out. Nothing that is wrong passes this door."""
+"""Prompts and parameters in, checked requests out. Nothing that is wrong passes this door.
+
+What passes is plain, bounded and nobody else's: ids in an array of our own, parameters that a
+client cannot change any more, all of which ``parallel.codec`` can send.
+"""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from numbers import Integral
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,11 +17,14 @@ from mnemosyne.request import (
     RequestMetrics,
     RequestOutput,
     SamplingParams,
+    own_params,
 )
 from mnemosyne.serve.defaults import GenerationDefaults
+from mnemosyne.serve.prompts import Prompt, PromptIds, PromptReader, as_ids
 from mnemosyne.serve.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int] | np.ndarray
+MAX_SHOWN = 2**24  # ids of a refused prompt that its output repeats
+MAX_LOGPROBS = 2**22  # (token, log-probability) pairs that one request may bring: 0.5 GB
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,20 +46,46 @@ class Intake:
     model: str
     _next_id: int = 0
 
-    def requests(self, prompt: Prompt, params: SamplingParams, arrival_s: float) -> list[Request]:
+    def read(self, prompt: Prompt) -> PromptIds:
+        """The ids of a prompt, which ``requests`` takes as they are; any thread may ask.
+
+        Raises:
+            ValueError: as ``PromptReader.read`` does.
+        """
+        reader = PromptReader(
+            vocab_size=self.vocab_size,
+            max_positions=self.max_positions,
+            tokenizer=self.tokenizer,
+            model=self.model,
+        )
+        return reader.read(prompt)
+
+    def requests(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        arrival_s: float,
+        capacity: int | None = None,
+    ) -> list[Request]:
         """One request per sample that ``params.n`` asks for.
 
         Args:
-            prompt: text, or token ids (a list or an integer array).
+            prompt: text, or token ids (a list or an integer array), or what ``read`` gave.
             params: as the client wrote them.
             arrival_s: seconds on the engine's clock.
+            capacity: tokens that an empty cache holds, for ``max_tokens=None``; unset: any number.
 
         Raises:
-            ValueError: if the prompt is empty, holds an id the model does not have, or is longer
-                with its output than the model allows; if it is text and there is no tokenizer.
+            ValueError: if a parameter breaks its rule, or the prompt is empty, holds an id the
+                model does not have, or is longer with its output than the model allows; if it is
+                text and there is no tokenizer.
         """
-        prompt_ids = self._ids(prompt)
-        self._check_ids(prompt_ids, params)
+        params = own_params(params)
+        prompt_ids = self.read(prompt).ids
+        if params.max_tokens is None:
+            room = min(self.max_positions, capacity or self.max_positions) - len(prompt_ids)
+            params = replace(params, max_tokens=max(1, room))
+        self._check(prompt_ids, params)
         resolved = self.defaults.resolve(params)
         deadline_s = None if params.deadline is None else float(params.deadline)
         seed = params.seed if params.seed is not None else secrets.randbelow(NUM_SEEDS)
@@ -75,32 +106,8 @@ class Intake:
             )
         return requests
 
-    def _ids(self, prompt: Prompt) -> np.ndarray:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(
-                    f"prompt must be token ids for {self.model}, which has no tokenizer.json, "
-                    f"got text {prompt[:40]!r}; add the file or pass ids"
-                )
-            # a tokenizer may add a begin token to nothing, and the answer would come from nowhere
-            return self.tokenizer.encode(prompt) if prompt else np.empty(0, dtype=np.int64)
-        ids = _as_array(prompt)
-        if ids.size and (ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer)):
-            raise ValueError(
-                "prompt must be text or a flat list of integer ids, got "
-                f"{ids.dtype} of shape {ids.shape}; flatten it or decode it first"
-            )
-        return ids.astype(np.int64)
-
-    def _check_ids(self, ids: np.ndarray, params: SamplingParams) -> None:
-        if len(ids) == 0:
-            raise ValueError("prompt must hold at least one token, got none; write something")
-        wrong = np.flatnonzero((ids < 0) | (ids >= self.vocab_size))
-        if len(wrong):
-            raise ValueError(
-                f"prompt ids must lie in [0, {self.vocab_size}), got {ids[wrong[0]]} at index "
-                f"{wrong[0]}; encode with the tokenizer of {self.model}"
-            )
+    def _check(self, ids: np.ndarray, params: SamplingParams) -> None:
+        assert params.max_tokens is not None, "it was resolved"
         num_tokens = len(ids) + params.max_tokens
         if num_tokens > self.max_positions:
             raise ValueError(
@@ -118,48 +125,35 @@ class Intake:
                 raise ValueError(
                     f"{name} must hold ids in [0, {self.vocab_size}), got {beyond[0]}; drop it"
                 )
+        for name, num_rows in (("logprobs", params.max_tokens), ("prompt_logprobs", len(ids))):
+            num_entries = num_rows * min(getattr(params, name) or 0, self.vocab_size)
+            if num_entries > MAX_LOGPROBS:
+                raise ValueError(
+                    f"{name} must ask for at most {MAX_LOGPROBS:,} tokens in all, got "
+                    f"{getattr(params, name)} at each of {num_rows:,} positions; lower it"
+                )
 
 
-def list_prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
-    """The prompts one by one; a text, or a flat list or array of ids, is a single one.
-
-    Raises:
-        ValueError: if it is neither a prompt nor several.
-    """
-    if isinstance(prompts, str | bytes):
-        return [prompts]
-    if hasattr(prompts, "ndim"):
-        array = _as_array(prompts)
-        return [array] if array.ndim <= 1 else list(array)
-    try:
-        listed = list(prompts)
-    except TypeError as error:
-        raise ValueError(
-            f"prompts must be texts or lists of token ids, got {prompts!r}; write ['a text']"
-        ) from error
-    is_flat = len(listed) > 0 and all(isinstance(item, Integral) for item in listed[:8])
-    return [listed] if is_flat else listed  # type: ignore[list-item, return-value]
-
-
-def refused_output(prompt: Prompt, reason: str) -> RequestOutput:
+def refused_output(prompt: object, reason: str) -> RequestOutput:
     """The output of a prompt that did not pass."""
-    ids = np.empty(0) if isinstance(prompt, str) else _as_array(prompt)
-    is_ids = ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer)
+    ids = prompt.ids if isinstance(prompt, PromptIds) else _small_ids(prompt)
     return RequestOutput(
         request_id=None,
-        prompt_token_ids=ids.astype(np.int64) if is_ids else np.empty(0, dtype=np.int64),
+        prompt_token_ids=ids,
         finish_reason="error",
         error=reason,
         metrics=RequestMetrics(arrival_s=0.0),
     )
 
 
-def _as_array(ids: object) -> np.ndarray:
-    """Whatever was given as ids, as an array; of objects where it cannot be one of numbers."""
-    try:
-        return np.asarray(ids)
-    except (TypeError, ValueError):
-        return np.array(None)
+def _small_ids(prompt: object) -> np.ndarray:
+    """Ids of a refused prompt where it holds any that fit an int64, and not endlessly many."""
+    if isinstance(prompt, list | tuple | np.ndarray):
+        size = prompt.size if isinstance(prompt, np.ndarray) else len(prompt)
+        ids = as_ids(prompt) if size <= MAX_SHOWN else None
+        if ids is not None and np.can_cast(ids.dtype, np.int64):
+            return ids.astype(np.int64)
+    return np.empty(0, dtype=np.int64)
 
 
 def _sample_seed(seed: int, sample: int) -> int:

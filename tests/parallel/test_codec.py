@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import ChainMap, UserList
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,12 @@ from mnemosyne.parallel.codec import (
 )
 from mnemosyne.request import Logprobs, RequestMetrics, RequestOutput, Sampled, SamplingParams
 from mnemosyne.schedule.plan import Admission, Chunk, Plan, StepResult
+from mnemosyne.serve.defaults import GenerationDefaults
+from mnemosyne.serve.intake import Intake
+from mnemosyne.serve.tokenizer import Tokenizer
+from tests.serve.made_tokenizers import words
+
+DEFAULTS = GenerationDefaults(end_token_ids=(7,), temperature=0.5)
 
 counts = st.integers(0, 2**40)
 tokens = st.integers(0, 2**31 - 1)
@@ -42,6 +50,32 @@ params = st.builds(
     stop_token_ids=st.lists(tokens, max_size=2),
     seed=st.none() | st.integers(0, 2**63 - 1),
     logprobs=st.none() | st.integers(0, 5),
+)
+# what clients write: numbers and containers of any library, whatever their range
+numbers = (
+    st.integers(-3, 40)
+    | st.integers(-(2**65), 2**65)
+    | st.floats()
+    | st.booleans()
+    | st.none()
+    | st.builds(Fraction, st.integers(0, 9), st.integers(1, 9))
+    | st.builds(np.int8, st.integers(-2, 100))
+    | st.builds(np.uint64, st.integers(0, 2**64 - 1))
+    | st.builds(np.float32, st.floats(0, 2, width=32))
+    | st.builds(np.longdouble, st.floats(0, 2))
+)
+written_ids = st.lists(st.integers(0, 299) | numbers, max_size=3)
+written = st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys(("max_tokens", "temperature", "top_p", "top_k", "min_p", "n"), numbers),
+        **dict.fromkeys(("seed", "priority", "logprobs", "deadline"), numbers),
+        **dict.fromkeys(("repetition_penalty", "presence_penalty"), numbers),
+        "stop": st.none() | st.text() | st.lists(st.text(), max_size=2).map(UserList),
+        "stop_token_ids": written_ids | written_ids.map(set) | st.builds(range, st.integers(0, 9)),
+        "logit_bias": st.dictionaries(st.integers(0, 299), numbers, max_size=2).map(ChainMap),
+        "ignore_eos": st.booleans() | st.builds(np.bool_, st.booleans()),
+    },
 )
 placements = st.builds(
     Placement,
@@ -83,6 +117,30 @@ results = st.builds(
     ),
     st.dictionaries(request_ids, st.lists(logprobs, max_size=3), max_size=2),
 )
+
+
+@given(written)
+def test_whatever_passes_the_door_can_be_sent(fields: dict[str, Any]) -> None:
+    tokenizer = Tokenizer(words())
+    intake = Intake(
+        vocab_size=300, max_positions=64, defaults=DEFAULTS, tokenizer=tokenizer, model="m"
+    )
+    try:
+        requests = intake.requests([5, 6], SamplingParams(**fields), 0.0)
+    except ValueError:
+        return
+    request = requests[-1]
+    admission = Admission(
+        request.request_id,
+        request.prompt_ids,
+        request.params,
+        request.seed,
+        request.end_token_ids,
+        Placement((Shard(0, np.arange(1)),), 64),
+    )
+    plan = Plan(index=0, chunks=(), admitted=(admission,))
+
+    assert plain(decode(encode(plan))) == plain(plan)
 
 
 def plain(value: Any) -> Any:
@@ -167,7 +225,7 @@ def test_numbers_of_numpy_in_parameters_arrive_as_numbers() -> None:
 
     assert isinstance(decoded, Plan)
     assert decoded.admitted[0].params.logit_bias == {3: 0.5}
-    assert decoded.admitted[0].params.stop_token_ids == [4]
+    assert decoded.admitted[0].params.stop_token_ids == (4,)
 
 
 def test_decoded_arrays_may_be_written_to() -> None:

@@ -202,7 +202,7 @@ def test_a_refused_prompt_raises_in_its_submitter_only(llm: LLM, prompt: Any, sa
 def test_nonsense_raises_in_its_submitter_only(llm: LLM) -> None:
     async def main() -> int:
         async with AsyncEngine(llm.engine) as engine:
-            with pytest.raises(AttributeError):
+            with pytest.raises(ValueError, match="params must be a SamplingParams, got None"):
                 await collect(engine, PROMPTS[0], None)  # type: ignore[arg-type]
             return len(tokens_of(await collect(engine, PROMPTS[0], greedy(3))))
 
