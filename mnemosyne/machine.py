@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import platform
 import re
+import shutil
 import stat
 import tempfile
 from functools import cache
@@ -76,7 +78,7 @@ def _usable(root: Path | None) -> Path:
     log.warning(
         "no files are kept for the next start: %s; set XDG_CACHE_HOME to a folder of yours", reason
     )
-    return Path(_temporary().name)
+    return _temporary()
 
 
 def _why_not(root: Path | None) -> str | None:
@@ -95,8 +97,10 @@ def _why_not(root: Path | None) -> str | None:
 
 
 @cache
-def _temporary() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="mnemosyne-")
+def _temporary() -> Path:
+    folder = tempfile.mkdtemp(prefix="mnemosyne-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def _cpuinfo(name: str, proc: Path) -> str:

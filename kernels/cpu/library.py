@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -12,12 +14,18 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+log = logging.getLogger(__name__)
+
 SOURCES = Path(__file__).parent
+_DIGEST_BYTES = hashlib.sha256().digest_size  # at the end of a library, of all that comes before
 
 
 @cache
 def load_library(name: str, compiler_flags: tuple[str, ...] = (), **constants: int) -> ctypes.CDLL:
     """The shared library of ``name.cpp``, compiled unless an earlier process did it.
+
+    A file of an earlier process is loaded only if its bytes are those that were written, and if
+    nobody but this user can have written them.
 
     Args:
         name: of the source in this folder.
@@ -26,7 +34,7 @@ def load_library(name: str, compiler_flags: tuple[str, ...] = (), **constants: i
 
     Raises:
         RuntimeError: with what the compiler said, if it failed.
-        OSError: if the folder of libraries cannot be written, or a library not be loaded.
+        OSError: if no folder for libraries can be written, or a library not be loaded.
     """
     compiler = find_compiler()
     assert compiler is not None
@@ -35,20 +43,34 @@ def load_library(name: str, compiler_flags: tuple[str, ...] = (), **constants: i
     source = SOURCES / f"{name}.cpp"
     headers = sorted(SOURCES.glob("*.h"))
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    recipe = (version.stdout, *flags, *defines, *sorted(processor_flags()))
+    has_openmp = str(_share_openmp())  # of torch; without it one is linked
+    recipe = (version.stdout, has_openmp, *flags, *defines, *sorted(processor_flags()))
     digest = hashlib.sha256("\0".join(recipe).encode())
     for path in (source, *headers):
         digest.update(path.read_bytes())
     target = library_folder() / f"{name}-{digest.hexdigest()[:20]}.so"
-    _share_openmp()
-    if not target.exists():
+    damage = _damage(target)
+    if damage is not None:
+        if target.exists():
+            log.warning("%s is compiled again: %s", target, damage)
         _compile([compiler, *flags, *defines], source, target)
     return ctypes.CDLL(str(target))
 
 
+def _damage(library: Path) -> str | None:
+    """Why a library must not be loaded, None if it may."""
+    try:
+        if not _is_private(library):
+            return "other users can write to it"
+        content = library.read_bytes()
+    except OSError as error:
+        return str(error)
+    digest = hashlib.sha256(content[:-_DIGEST_BYTES]).digest()
+    return None if content[-_DIGEST_BYTES:] == digest else "it is not as it was written"
+
+
 def _compile(command: list[str], source: Path, target: Path) -> None:
     """Into a file of its own first: several processes may do the same at once."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         obj, library = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
         link = [command[0], "-shared", str(obj), "-o", str(library)]
@@ -58,6 +80,13 @@ def _compile(command: list[str], source: Path, target: Path) -> None:
             done = subprocess.run(step, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(step)} failed:\n{done.stderr}")
+        with library.open("r+b") as file:
+            # Nothing reads what follows the sections of a library.
+            digest = hashlib.file_digest(file, "sha256").digest()
+            file.write(digest)
+            file.flush()
+            os.fsync(file.fileno())
+        library.chmod(0o700)
         os.replace(library, target)
 
 
@@ -87,6 +116,51 @@ def find_compiler() -> str | None:
 
 
 def library_folder() -> Path:
-    """Where libraries are kept."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "mnemosyne" / "kernels"
+    """Where libraries are kept: nobody else can write there."""
+    root = _cache_root()
+    folder = root / "mnemosyne" / "kernels" if root is not None else None
+    return _usable(folder)
+
+
+def _cache_root() -> Path | None:
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if given.is_absolute():
+        return given
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:  # a user without a home
+        return None
+
+
+@cache
+def _usable(folder: Path | None) -> Path:
+    """The folder, made for this user alone, or a temporary one until this process ends."""
+    try:
+        if folder is not None:
+            for each in (folder.parent, folder):
+                each.mkdir(mode=0o700, parents=True, exist_ok=True)
+                if each.stat().st_uid == os.geteuid():
+                    each.chmod(0o700)
+            if all(map(_is_private, (folder.parent, folder))) and os.access(folder, os.W_OK):
+                return folder
+    except OSError:
+        pass
+    log.warning(
+        "kernels are compiled at each start: %s is no folder of this user that can be written; "
+        "set XDG_CACHE_HOME to one",
+        folder,
+    )
+    return _temporary()
+
+
+@cache
+def _temporary() -> Path:
+    folder = tempfile.mkdtemp(prefix="mnemosyne-kernels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def _is_private(path: Path) -> bool:
+    """Whether a file or folder is this user's, or root's, and nobody else can write to it."""
+    status = path.stat()
+    return status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022

@@ -9,12 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Self
 
-from mnemosyne.kernels.cpu.library import (
-    find_compiler,
-    library_folder,
-    load_library,
-    processor_flags,
-)
+from mnemosyne.kernels.cpu.library import find_compiler, load_library, processor_flags
 
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA = 158, 0x1023, 18  # of Linux on x86_64
 
@@ -70,7 +65,7 @@ def _why_not_built(instructions: InstructionSet) -> str | None:
     except RuntimeError as error:  # a compiler older than the processor, most likely
         return f"{compiler} cannot build them, see below; install g++ 11 or newer\n{error}"
     except OSError as error:
-        return f"a library cannot be kept in {library_folder()} ({error}); make it writable"
+        return f"no library can be kept ({error}); set XDG_CACHE_HOME to a folder of yours"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,13 @@ from mnemosyne.kernels.cpu.processor import AMX, AVX512
 pytestmark = pytest.mark.skipif(AVX512.why_not() is not None, reason=str(AVX512.why_not()))
 
 
-CACHED = (processor._why_not, library.load_library, library.find_compiler)
+CACHED = (
+    processor._why_not,
+    library.load_library,
+    library.find_compiler,
+    library._usable,
+    library._temporary,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -53,13 +60,14 @@ def test_auto_does_without_a_compiler_that_fails(
 
 
 def test_auto_does_without_a_folder_that_cannot_be_made(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cache").write_text("a file where the folder should go")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
 
     assert usual_backend() == "cpu"
 
-    assert "make it writable" in caplog.text
+    assert "set XDG_CACHE_HOME" in caplog.text
 
 
 def test_auto_takes_the_kernels_where_they_can_be_built() -> None:
