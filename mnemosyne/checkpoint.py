@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 
 import torch
 
+from mnemosyne.hub import find_snapshot, is_hub_id
+from mnemosyne.kept import kept_folder
+from mnemosyne.machine import cache_folder
+from mnemosyne.model_zoo import bench
 from mnemosyne.model_zoo.bench import bench_spec, init_random, write_bench
 from mnemosyne.model_zoo.decoder import Decoder
 from mnemosyne.model_zoo.needle import write_needle
@@ -74,7 +81,11 @@ class Checkpoint:
 
 
 def find_checkpoint(name: str) -> Checkpoint:
-    """A directory, "needle" (written to the user's cache folder if need be) or "bench".
+    """A directory, "needle" (written to the user's cache folder if need be), "bench", or an id.
+
+    Args:
+        name: a directory is meant where there is one of that name; an id is that of a repository
+            in the cache of the Hugging Face hub, as in ``meta-llama/Llama-3.2-1B``.
 
     Raises:
         ValueError: if it is no checkpoint, one that is not supported, or one whose weights are
@@ -83,9 +94,11 @@ def find_checkpoint(name: str) -> Checkpoint:
     if name == "bench":
         return Checkpoint(name, bench_spec(), None)
     if name == "needle":
-        path = write_needle(_made_models() / "needle")
+        path = write_needle(cache_folder() / "needle")
     else:
         path = Path(os.path.expanduser(name))
+        if not path.exists() and is_hub_id(name):
+            path = find_snapshot(name)
     return Checkpoint(name, _checked(path), path)
 
 
@@ -111,15 +124,12 @@ def path_on_disk(name: str, dtype: str) -> Path:
         assert path is not None, "only bench is made in memory"
         return path
     chosen = bench_spec().dtype if dtype == "auto" else dtype
-    path = _made_models() / f"bench-{chosen}"
-    if not (path / "config.json").exists():  # it is written last
-        write_bench(path, BENCH_SEED, getattr(torch, chosen))
-    return path
-
-
-def _made_models() -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "mnemosyne"
+    recipe = f"torch {torch.__version__}, {inspect.getsource(bench)}"
+    return kept_folder(
+        cache_folder() / f"bench-{chosen}",
+        hashlib.sha256(recipe.encode()).hexdigest(),
+        partial(write_bench, seed=BENCH_SEED, dtype=getattr(torch, chosen)),
+    )
 
 
 def weight_bytes(decoder: Decoder) -> int:

@@ -41,7 +41,8 @@ class LLM:
     """A model ready to generate, exactly, at any length its cache holds.
 
     Args:
-        model: a Hugging Face directory, ``"needle"`` or ``"bench"``.
+        model: a Hugging Face directory, the id of one that was downloaded to the hub's cache,
+            ``"needle"`` or ``"bench"``.
         dtype: ``"auto"`` (as the checkpoint says), float64, float32, bfloat16 or float16.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         attention: ``"auto"``, ``"reference"``, ``"flex"``, ``"cpu"``, ``"avx512"`` or

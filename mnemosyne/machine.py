@@ -36,7 +36,7 @@ def instructions(proc: Path = PROC) -> tuple[str, ...]:
     return tuple(sorted((_cpuinfo("flags", proc) or _cpuinfo("Features", proc)).split()))
 
 
-def cache_folder(name: str) -> Path:
+def cache_folder(name: str = "") -> Path:
     """A folder for files that this program can make again, which nobody else can write to.
 
     It lies in ``$XDG_CACHE_HOME/mnemosyne``, by default ``~/.cache/mnemosyne``. Where that cannot
@@ -44,7 +44,7 @@ def cache_folder(name: str) -> Path:
     ends, and a warning says so once.
 
     Args:
-        name: of the folder, which is made if need be.
+        name: of a folder in it, which is made if need be; unset: the folder of all.
     """
     folder = _usable(_cache_root()) / name
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -71,6 +71,7 @@ TABLE = {
     "machine": Rule(),
     "memory_limits": Rule(),
     "kept": Rule(("machine",)),
+    "hub": Rule(),
     "device": Rule((), ("torch",)),
     "step_times": Rule(("machine", "schedule"), ("numpy", "torch")),
     # design.md gives it build and config; what it serves with is the offline API beside build
@@ -105,7 +106,7 @@ TABLE = {
         itself=False,
     ),
     "checkpoint": Rule(
-        ("files", "kept", "machine", "model_zoo", "parallel", "runtime", "serve"), ("torch",)
+        ("files", "hub", "kept", "machine", "model_zoo", "parallel", "runtime", "serve"), ("torch",)
     ),
     "build": Rule(
         (

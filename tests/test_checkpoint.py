@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnemosyne.checkpoint import find_checkpoint, weight_bytes
+from mnemosyne.checkpoint import BENCH_SEED, find_checkpoint, path_on_disk, weight_bytes
 from mnemosyne.model_zoo.bench import bench_spec
 from mnemosyne.parallel.mesh import single_mesh
 from tests.model_zoo.tiny import tiny_checkpoint
@@ -26,6 +26,29 @@ def test_the_needle_model_is_written_once_to_the_cache_folder(
     assert {file: file.stat().st_mtime_ns for file in second.path.iterdir()} == written
     assert second.tokenizer() is not None
     assert second.defaults().end_token_ids != ()
+
+
+def test_the_bench_model_on_disk_is_written_again_once_a_file_of_it_was_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    written = []
+
+    def write(path: Path, seed: int, dtype: torch.dtype) -> None:
+        written.append((seed, dtype))
+        tiny_checkpoint(path)
+
+    monkeypatch.setattr("mnemosyne.checkpoint.write_bench", write)
+    path = path_on_disk("bench", "float32")
+    assert path_on_disk("bench", "float32") == path
+    assert written == [(BENCH_SEED, torch.float32)]
+
+    (path / "model.safetensors").write_bytes(b"torn")
+    path_on_disk("bench", "float32")
+    path_on_disk("bench", "float32")
+
+    assert len(written) == 2
+    assert (path / "model.safetensors").stat().st_size > 4
 
 
 def test_a_folder_of_the_same_name_is_reached_by_its_path(

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -22,6 +21,7 @@ from torch.nn.functional import pad
 
 from mnemosyne.attention.segments import Attend
 from mnemosyne.kernels.cpu import linear
+from mnemosyne.machine import cache_folder
 from mnemosyne.runtime.few_rows import compile_few_rows
 from mnemosyne.runtime.step import Layer, LayeredModel
 
@@ -255,9 +255,8 @@ def _cache_on_disk() -> Iterator[None]:
     Its usual folder is a temporary one, and the only way to name another is its environment
     variable.
     """
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     usual = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(root / "mnemosyne" / "compile")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder("compile"))
     try:
         yield
     finally:
