@@ -70,7 +70,9 @@ def test_a_damaged_library_is_compiled_again_and_that_is_said(
 ) -> None:
     path, _ = start(monkeypatch)
     whole = path.read_bytes()
+    path.unlink()  # this process has it loaded
     path.write_bytes(change(whole))
+    path.chmod(0o700)
 
     counts = [start(monkeypatch)[1] for _ in range(2)]
 
