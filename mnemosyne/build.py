@@ -139,8 +139,14 @@ def _announce(rank: Rank, where: str, num_bytes: Sequence[int], token_bytes: int
     if any(num_bytes):
         log.info("%s", describe_reads(num_bytes))
     log.info("%s, %s, %s attention", rank.checkpoint.name, where, rank.backend)
-    sizes = {"token_bytes": token_bytes, "num_groups": rank.mesh.kvp.degree}
-    log.info("%s", describe_cache(rank.num_pages, rank.worker.pool.page_size, **sizes))
+    said = describe_cache(
+        rank.num_pages,
+        rank.worker.pool.page_size,
+        token_bytes=token_bytes,
+        num_groups=rank.mesh.kvp.degree,
+        max_tokens_per_group=rank.tokens_per_group,
+    )
+    log.info("%s", said)
 
 
 def build_engine(

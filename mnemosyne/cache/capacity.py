@@ -71,12 +71,41 @@ def tokens_per_group(config: CacheConfig, num_pages: int) -> int:
     return min(limit, capacity)
 
 
-def describe_cache(num_pages: int, page_size: int, *, token_bytes: int, num_groups: int) -> str:
-    """One line: tokens that fit, their memory, and how many requests of which length that is."""
+def describe_cache(
+    num_pages: int,
+    page_size: int,
+    *,
+    token_bytes: int,
+    num_groups: int,
+    max_tokens_per_group: int,
+) -> str:
+    """One line: tokens that fit, their memory, and how many requests of which length that is.
+
+    Args:
+        num_pages: of each group.
+        page_size: tokens per page.
+        token_bytes: of a token's keys and values on one rank.
+        num_groups: KV-cache groups, over which a request is spread when one may hold no more of it.
+        max_tokens_per_group: of one request.
+    """
     num_tokens = num_groups * num_pages * page_size
     gib = num_pages * page_size * token_bytes / 2**30
     lengths = [(2**20, "1M"), (2**17, "128K"), (2**13, "8K"), (2**10, "1K")]
-    parts = [f"{num_tokens // n:,} of {name}" for n, name in lengths if num_tokens >= n]
-    requests = " or ".join(parts) if parts else f"one of {num_tokens}"
+    room = {"num_groups": num_groups, "max_tokens_per_group": max_tokens_per_group}
+    counts = [(_count_requests(n, num_pages, page_size, **room), name) for n, name in lengths]
+    parts = [f"{count:,} of {name}" for count, name in counts if count]
+    longest = num_groups * min(num_pages * page_size, max_tokens_per_group)
+    requests = " or ".join(parts) if parts else f"one of {longest}"
     place = f"{gib:.2f} GiB" if num_groups == 1 else f"{num_groups} groups, {gib:.2f} GiB a rank"
     return f"KV cache: {num_tokens:,} tokens in {place}; requests that fit: {requests}"
+
+
+def _count_requests(
+    num_tokens: int, num_pages: int, page_size: int, *, num_groups: int, max_tokens_per_group: int
+) -> int:
+    """Requests of one length that empty groups surely hold, no two shards of one on one group."""
+    num_shards = -(-num_tokens // max_tokens_per_group)
+    if num_shards > num_groups:
+        return 0
+    shard_pages = pages_for(min(num_tokens, max_tokens_per_group), page_size)
+    return num_groups * (num_pages // shard_pages) // num_shards

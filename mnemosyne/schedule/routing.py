@@ -55,6 +55,12 @@ class Router:
         full = sum(1 for shard in shards if shard == self.max_tokens_per_group)
         return full * self.max_tokens_per_group + sum(shards[full : full + 1])
 
+    def bound_by(self) -> str:
+        """The key that bounds the longest request."""
+        rooms = (allocator.num_pages * self.page_size for allocator in self.allocators)
+        is_cut = all(room > self.max_tokens_per_group for room in rooms)
+        return "cache.max_tokens_per_group" if is_cut else "cache.max_tokens"
+
     def place(
         self,
         num_tokens: int,

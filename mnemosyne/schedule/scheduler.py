@@ -83,12 +83,15 @@ class Scheduler:
         Raises:
             ValueError: with the tokens asked, the tokens that fit, and what would help.
         """
-        capacity = self.router.max_request_tokens()
+        capacity, key = self.router.max_request_tokens(), self.router.bound_by()
+        place = f"the cache of {capacity} tokens"
+        if key == "cache.max_tokens_per_group":
+            place = f"the {capacity} tokens that the groups of the cache take of one request"
         if request.max_tokens > capacity:
             raise ValueError(
-                f"prompt and max_tokens must fit the cache of {capacity} tokens, got "
+                f"prompt and max_tokens must fit {place}, got "
                 f"{request.num_prompt_tokens} + {request.params.max_tokens} = "
-                f"{request.max_tokens}; shorten one of them or raise cache.max_tokens"
+                f"{request.max_tokens}; shorten one of them or raise {key}"
             )
 
     def add(self, request: Request) -> float:

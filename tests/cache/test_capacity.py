@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mnemosyne.cache.allocator import PageAllocator
 from mnemosyne.cache.capacity import count_pages, describe_cache, tokens_per_group
-from mnemosyne.config import CacheConfig
+from mnemosyne.config import CacheConfig, parse_size
+from mnemosyne.schedule.routing import Router
 
 CPU = torch.device("cpu")
 TOKEN_BYTES = 1000
@@ -22,6 +24,15 @@ def free_bytes(monkeypatch: pytest.MonkeyPatch) -> int:
 def pages(weight_bytes: int = 0, **fields: object) -> int:
     config = CacheConfig(**{"page_size": 100, **fields})
     return count_pages(config, token_bytes=TOKEN_BYTES, weight_bytes=weight_bytes, device=CPU)
+
+
+def describe(num_pages: int, page_size: int, **sizes: int) -> str:
+    one_group = {"num_groups": 1, "max_tokens_per_group": num_pages * page_size}
+    return describe_cache(num_pages, page_size, **{"token_bytes": 1} | one_group | sizes)
+
+
+def requests(said: str) -> str:
+    return said.rpartition(": ")[2]
 
 
 @pytest.mark.parametrize(("max_tokens", "expected"), [(1, 1), (100, 1), (101, 2), ("64K", 656)])
@@ -54,7 +65,7 @@ def test_less_than_a_page_is_refused(fields: dict[str, object], weight_bytes: in
 
 
 def test_the_cache_is_described_in_tokens_bytes_and_requests() -> None:
-    said = describe_cache(20, 2**16, token_bytes=2**10, num_groups=1)
+    said = describe(20 * 2**9, 2**7, token_bytes=2**10)
 
     assert said == (
         "KV cache: 1,310,720 tokens in 1.25 GiB; "
@@ -62,8 +73,55 @@ def test_the_cache_is_described_in_tokens_bytes_and_requests() -> None:
     )
 
 
+def test_a_request_takes_whole_pages() -> None:
+    assert requests(describe(20, 2**16)) == "1 of 1M or 10 of 128K or 20 of 8K or 20 of 1K"
+
+
+@pytest.mark.parametrize(
+    ("num_groups", "max_tokens_per_group", "expected"),
+    [
+        (1, 2**10, "128 of 1K"),
+        (1, 2**9, "one of 512"),
+        (1, 2**13, "16 of 8K or 128 of 1K"),
+        (4, 2**10, "512 of 1K"),  # 8K would take eight groups
+        (8, 2**10, "128 of 8K or 1,024 of 1K"),
+        (8, 2**14, "8 of 128K or 128 of 8K or 1,024 of 1K"),
+        (8, 2**17, "1 of 1M or 8 of 128K or 128 of 8K or 1,024 of 1K"),
+        (3, 100 * 2**10, "1 of 128K or 48 of 8K or 384 of 1K"),
+    ],
+)
+def test_no_request_is_said_to_fit_that_would_be_refused(
+    num_groups: int, max_tokens_per_group: int, expected: str
+) -> None:
+    said = describe(2**10, 2**7, num_groups=num_groups, max_tokens_per_group=max_tokens_per_group)
+
+    assert requests(said) == expected
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 5])
+@pytest.mark.parametrize("max_tokens_per_group", [64, 128, 512, 640])
+def test_as_many_requests_as_are_said_to_fit_are_placed_at_once(
+    num_groups: int, max_tokens_per_group: int
+) -> None:
+    router = Router(
+        [PageAllocator(80) for _ in range(num_groups)],
+        page_size=64,
+        max_tokens_per_group=max_tokens_per_group,
+    )
+    said = describe(80, 64, num_groups=num_groups, max_tokens_per_group=max_tokens_per_group)
+    if requests(said).startswith("one of "):
+        assert router.max_request_tokens() == int(requests(said).split()[-1])
+        return
+
+    for part in requests(said).split(" or "):
+        count, _, name = part.partition(" of ")
+        router.reset()
+        length = parse_size(name)
+        assert all(router.place(length, length) is not None for _ in range(int(count)))
+
+
 def test_a_small_cache_is_described_by_the_one_request_that_it_holds() -> None:
-    said = describe_cache(3, 16, token_bytes=2**20, num_groups=1)
+    said = describe(3, 16, token_bytes=2**20)
 
     assert said == "KV cache: 48 tokens in 0.05 GiB; requests that fit: one of 48"
 

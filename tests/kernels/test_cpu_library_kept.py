@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from mnemosyne.kernels.cpu import library
+from mnemosyne.kernels.cpu.processor import AVX512
 
 pytestmark = pytest.mark.skipif(
-    library.what_is_missing() is not None or shutil.which("g++") is None,
+    AVX512.why_not() is not None,
     reason="needs a C++ compiler on Linux",
 )
 CACHED = (library.load_library, library._usable, library._temporary)

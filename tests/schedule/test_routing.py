@@ -91,3 +91,9 @@ def test_positions_fall_into_shards_in_order():
     assert len(placement.positions(2, 40)) == 0
     assert [placement.next_boundary(position) for position in (0, 31, 32)] == [32, 32, 64]
     assert [placement.shard_in(group) for group in (0, 1, 2, 3)] == [0, 1, 2, None]
+
+
+def test_the_key_that_bounds_a_request_is_named() -> None:
+    assert _router((10, 10), max_tokens_per_group=40).bound_by() == "cache.max_tokens"
+    assert _router((10, 10), max_tokens_per_group=36).bound_by() == "cache.max_tokens_per_group"
+    assert _router((9, 10), max_tokens_per_group=36).bound_by() == "cache.max_tokens"
