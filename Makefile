@@ -18,13 +18,13 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 demo: $(VENV)/installed-plots
 	$(VENV)/bin/mnemosyne demo
 
-test: $(VENV)/installed-plots-serve-dev
+test: $(VENV)/installed-plots-serve-smollm2-dev
 	$(VENV)/bin/python -m pytest -q
 
-test-all: $(VENV)/installed-plots-serve-dev
+test-all: $(VENV)/installed-plots-serve-smollm2-dev
 	$(VENV)/bin/python -m pytest -q -m ""
 
-lint: $(VENV)/installed-plots-serve-dev
+lint: $(VENV)/installed-plots-serve-smollm2-dev
 	$(VENV)/bin/ruff check --quiet .
 	$(VENV)/bin/ruff format --check --quiet .
 	$(VENV)/bin/mypy

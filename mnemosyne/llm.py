@@ -42,7 +42,7 @@ class LLM:
 
     Args:
         model: a Hugging Face directory, the id of one that was downloaded to the hub's cache,
-            ``"needle"`` or ``"bench"``.
+            ``"smollm2"``, ``"needle"`` or ``"bench"``.
         dtype: ``"auto"`` (as the checkpoint says), float64, float32, bfloat16 or float16.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         attention: ``"auto"``, ``"reference"``, ``"flex"``, ``"cpu"``, ``"avx512"`` or
@@ -57,7 +57,7 @@ class LLM:
         on_step: called with the ``StepRecord`` of each step.
         predictor: step time by step work, in place of the one that is fitted here; an object with
             ``predict(work) -> seconds``, and ``observe(work, seconds)`` if it wants to learn.
-        progress: called with (bytes read, bytes in all) while weights are read.
+        progress: called with (bytes done, bytes in all) while weights are fetched and read.
         compiling: called with (buckets done, buckets in all) while the model is compiled.
 
     Raises:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
+from mnemosyne.model_zoo.fetch import Unavailable
+from mnemosyne.model_zoo.smollm2 import write_smollm2
+
 SLOW_TIMEOUT_S = 3600
+# read now: tests set the variable to folders of their own
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mnemosyne"
 
 # Without a GPU the Triton kernels run in the interpreter; it must be asked for before the import.
 if not torch.cuda.is_available():
@@ -37,6 +43,15 @@ def fits_of_its_own(
     """A test never starts from step times that another one measured, nor leaves any behind."""
     folder = tmp_path_factory.mktemp("fits")
     monkeypatch.setattr("mnemosyne.step_times.fits_folder", lambda: folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """A small trained model with a real tokenizer, made once per machine."""
+    try:
+        return write_smollm2(CACHE / "smollm2")
+    except Unavailable as reason:
+        pytest.skip(str(reason))
 
 
 @pytest.fixture(autouse=True)

@@ -173,6 +173,8 @@ TABLE = {
         ("attention", "kernels", "parallel", "config", "files", "shape"),
         ("torch", "numpy", "safetensors", "tokenizers"),
     ),
+    # the reader of its file is an extra
+    "model_zoo.smollm2": Rule(("model_zoo.fetch",), ("torch", "numpy", "gguf"), itself=False),
     "runtime": Rule(
         (
             *("request", "schedule.plan", "cache", "attention", "parallel", "config", "files"),

@@ -36,10 +36,11 @@ class Bars:
         self._num_done = 0
 
     def read_weights(self, num_read: int, num_bytes: int) -> None:
-        """Show how much of the weights is read, in bytes."""
+        """Show how much of the weights is fetched, then read, in bytes."""
+        total = num_bytes / 1e6
         if self._weights is None:
-            self._weights = self._progress.add_task("weights", total=num_bytes / 1e6, unit="MB")
-        self._progress.update(self._weights, completed=num_read / 1e6)
+            self._weights = self._progress.add_task("weights", total=total, unit="MB")
+        self._progress.update(self._weights, completed=num_read / 1e6, total=total)
 
     def compile(self, num_done: int, num_buckets: int) -> None:
         """Show how much of the model is compiled, in sizes of a step."""
