@@ -11,6 +11,9 @@ from collections.abc import Callable
 CHUNK_MULTIPLE = 32  # sizes fill matrix tiles
 MAX_LINES = 6  # tries before a search halves what is left
 LONE_RATE = 0.98  # share of the best prefill rate at which a larger chunk gains nothing
+LONE_FLOW = 0.99  # the same of a prompt that flows through several stages
+MOST_PER_STAGE = 24  # chunks of a prompt: with so many the fill is 4% of its time
+SPACING = 1.1  # of neighbouring numbers of chunks that are tried
 
 
 def solve_chunk(
@@ -129,6 +132,48 @@ def solve_lone_chunk(
         size for size, rate in zip(sizes, rates, strict=True) if rate >= LONE_RATE * max(rates)
     )
     return close_tail(chosen, remaining, min_chunk)
+
+
+def solve_lone_count(
+    predict: Callable[[int, int], float],
+    total: int,
+    depth: int,
+    *,
+    min_chunk: int = 32,
+    max_chunk: int = 8192,
+) -> int:
+    """In how many chunks a prompt that delays nobody passes soonest through several stages.
+
+    Chunks that take equally long flow without a gap, and ``count`` of them through ``depth``
+    stages take ``count + depth - 1`` times as long as one on one stage: few chunks make the fill
+    long, many pay the fixed cost of a step often. Where each takes as long, that is as long as the
+    one in the middle of the prompt if all had the same size.
+
+    Args:
+        predict: seconds of a step that computes so many tokens (second) from a position (first),
+            through all stages; must not fall when either grows.
+        total: tokens of the prompt, at least 1.
+        depth: stages.
+        min_chunk: smallest chunk, tokens.
+        max_chunk: largest chunk, tokens.
+
+    Returns:
+        The largest number of chunks at nearly the least time: smaller ones let new arrivals in
+        sooner. At most ``MOST_PER_STAGE`` by stage, however cheap a step looks.
+
+    Source: a flow shop in which a job takes as long on each machine; the choice is ours.
+    """
+    fewest = -(-total // max_chunk)
+    most = max(fewest, min(total // min_chunk, MOST_PER_STAGE * depth))
+    counts = [fewest]
+    while counts[-1] < most:
+        counts.append(min(most, max(counts[-1] + 1, int(counts[-1] * SPACING))))
+    times_s = []
+    for count in counts:
+        size = -(-total // count)
+        times_s.append((count + depth - 1) * predict((total - size) // 2, size))
+    enough_s = min(times_s) / LONE_FLOW
+    return max(c for c, seconds in zip(counts, times_s, strict=True) if seconds <= enough_s)
 
 
 def close_tail(chunk: int, remaining: int, min_chunk: int) -> int:

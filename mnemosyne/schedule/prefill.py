@@ -51,6 +51,7 @@ class PrefillPlanner:
         self.predictor = predictor
         self.work_model = work_model
         self._shard_tokens = shard_tokens
+        self._depth = depth
         self._long_tokens = int(config.long_tokens)
         self.table = PrefillTable(
             self._alone,
@@ -125,10 +126,16 @@ class PrefillPlanner:
     def _add_lone(self, step: Draft, prompt: Progress) -> None:
         """Nobody waits for this step but the prompt itself: take the chunk that ends soonest.
 
-        It is never smaller than beside decodes: where measurements are noisy, small chunks may
-        look as fast as large ones, and a step of ``target_tbt`` delays no new arrival too long.
+        On one stage it is never smaller than beside decodes: where measurements are noisy, small
+        chunks may look as fast as large ones, and a step of ``target_tbt`` delays no new arrival
+        too long. On several, chunks that take equally long leave no stage idle between them.
         """
         one_more = OneMore(step, prompt)
+        if self._depth > 1:
+            pace_s = self.table.pace(prompt.num_planned, prompt.request.num_prompt_tokens)
+            size = self._solve(one_more, self.config.max_chunk, pace_s)
+            one_more.join(size or min(self.config.min_chunk, one_more.most))
+            return
         soonest = solve_lone_chunk(
             one_more.seconds,
             remaining=one_more.most,

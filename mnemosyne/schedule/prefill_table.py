@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
+from math import ceil, inf
 
 import numpy as np
 
-from mnemosyne.schedule.chunking import solve_lone_chunk
+from mnemosyne.schedule.chunking import solve_lone_chunk, solve_lone_count
 from mnemosyne.schedule.work import StepWork
 
 NODE_RATIO = 1.125  # of neighbouring lengths far out, where one chunk changes little
+SPARE = 0.25  # of a chunk that the others take along: sizes are rounded
 STALE_SHAPE = 0.1  # change of one chunk against another after which the table is made anew
 
 
@@ -46,6 +48,7 @@ class PrefillTable:
         self._max_chunk = max_chunk
         self._depth = depth
         self._longest = 0  # of all prompts: a table made anew serves those that wait as well
+        self._flow: tuple[int, int]  # a length, and the chunks of a lone prompt of it
         self._clear()
 
     def seconds(self, done: int, total: int) -> float:
@@ -61,6 +64,27 @@ class PrefillTable:
             return start_s
         rate = (self._seconds[node + 1] - start_s) / (self._ends[node + 1] - start)
         return start_s + rate * (num_tokens - start)
+
+    def pace(self, done: int, total: int) -> float:
+        """Seconds of the next step of a lone prompt, so that its chunks take equally long.
+
+        Args:
+            done: tokens that are planned.
+            total: of the prompt.
+
+        Returns:
+            inf for the last chunk, which takes all that is left.
+        """
+        self.extend(total)
+        if self._flow[0] != total:
+            limits = {"min_chunk": self._min_chunk, "max_chunk": self._max_chunk}
+            self._flow = (total, solve_lone_count(self._predict_at, total, self._depth, **limits))
+        done_share = self.at(done) / self.at(total) if self.at(total) > 0 else done / total
+        num_left = ceil(self._flow[1] * (1 - done_share) - SPARE)
+        if num_left <= 1:
+            return inf
+        size = -(-(total - done) // num_left)
+        return self._predict_at(done + (total - done - size) // 2, size)
 
     def until(self, num_tokens: np.ndarray) -> np.ndarray:
         """Seconds of the first tokens of a prompt, before ``factor``.
@@ -97,6 +121,7 @@ class PrefillTable:
         self._nodes = np.zeros((2, 1))  # both
         self._first_s = 0.0  # of the chunk at 0
         self._last_s = 0.0  # of that before the last node
+        self._flow = (0, 0)
 
     def _add_node(self, start: int) -> None:
         chunk = self._chunk(start)
@@ -113,11 +138,14 @@ class PrefillTable:
 
     def _chunk(self, start: int) -> int:
         return solve_lone_chunk(
-            lambda size: self._predict(self._work(start, size)),
+            lambda size: self._predict_at(start, size),
             remaining=2**62,
             min_chunk=self._min_chunk,
             max_chunk=self._max_chunk,
         )
+
+    def _predict_at(self, start: int, num_tokens: int) -> float:
+        return self._predict(self._work(start, num_tokens))
 
     def _is_stale(self) -> bool:
         """Whether it was made before the predictor knew anything, or a far chunk has changed."""

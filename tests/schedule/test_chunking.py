@@ -1,10 +1,11 @@
 """Claims about the chunk rule."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mnemosyne.schedule.chunking import solve_chunk, solve_lone_chunk
+from mnemosyne.schedule.chunking import solve_chunk, solve_lone_chunk, solve_lone_count
 
 
 def _linear(fixed_s: float, token_s: float):
@@ -104,3 +105,36 @@ def test_a_lone_prefill_ends(remaining):
 
     assert left == 0
     assert chunks <= 2
+
+
+def _passed_s(predict, total: int, depth: int, count: int) -> float:
+    """Time through all stages, each of which takes the same share of a step."""
+    sizes = [total // count + (index < total % count) for index in range(count)]
+    starts = np.cumsum([0, *sizes[:-1]])
+    times_s = [predict(int(start), size) / depth for start, size in zip(starts, sizes, strict=True)]
+    return sum(times_s) + (depth - 1) * max(times_s)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("total", [40, 1000, 30_000, 10**6])
+@pytest.mark.parametrize(("fixed_s", "pair_s"), [(1e-3, 0.0), (1e-2, 1e-9), (0.1, 1e-8)])
+def test_the_number_of_chunks_weighs_the_fill_against_the_cost_of_a_step(
+    depth, total, fixed_s, pair_s
+):
+    def predict(start: int, size: int) -> float:
+        return fixed_s + 1e-5 * size + pair_s * (size * start + size**2 / 2)
+
+    count = solve_lone_count(predict, total, depth)
+
+    fewest, most = -(-total // 8192), max(1, total // 32)
+    counts = {min(most, max(fewest, round(1.3**step))) for step in range(40)}
+    best_s = min(_passed_s(predict, total, depth, each) for each in counts)
+    assert fewest <= count <= max(most, fewest)
+    # where context makes later chunks dearer, chunks of equal times beat those of equal sizes
+    assert _passed_s(predict, total, depth, count) <= (1.05 if pair_s == 0 else 1.12) * best_s
+
+
+def test_where_steps_look_free_chunks_are_not_made_ever_smaller():
+    count = solve_lone_count(lambda start, size: 1e-5 * size, 500_000, 4)
+
+    assert count == 96

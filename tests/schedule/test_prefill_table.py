@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mnemosyne.schedule.chunking import solve_lone_chunk
+from mnemosyne.schedule.chunking import solve_chunk, solve_lone_chunk
 from mnemosyne.schedule.prefill_table import PrefillTable
 
 
@@ -116,3 +116,33 @@ def test_a_table_made_anew_still_reaches_the_longest_prompt():
     for num_tokens in (0, 700, 2000, 100_000):
         assert table.at(num_tokens) == pytest.approx(fresh.at(num_tokens))
         assert table.at(num_tokens) == pytest.approx(table.until(np.array([num_tokens]))[0])
+
+
+@pytest.mark.parametrize("depth", [2, 4, 16])
+@pytest.mark.parametrize("total", [900, 5000, 100_000])
+def test_chunks_of_a_lone_prompt_take_equally_long_and_leave_no_sliver(depth, total):
+    table, done, times_s = _table(_attention_s, depth=depth, max_chunk=8192), 0, []
+
+    while done < total:
+        pace_s = table.pace(done, total)
+        size = solve_chunk(
+            lambda size, start=done: _attention_s(start, size),
+            remaining=total - done,
+            budget_s=pace_s,
+        )
+        times_s.append(_attention_s(done, size))
+        done += size
+
+    assert len(times_s) > 1
+    assert max(times_s) < 1.3 * np.mean(times_s)
+    assert min(times_s) > 0.6 * np.mean(times_s)
+
+
+def test_the_pace_follows_a_machine_that_becomes_slower():
+    speed = [1.0]
+    table = _table(lambda start, size: speed[0] * _attention_s(start, size), depth=4)
+    before = table.pace(0, 50_000)
+
+    speed[0] = 2.0
+
+    assert table.pace(0, 50_000) == pytest.approx(2 * before)
