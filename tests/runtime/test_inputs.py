@@ -121,10 +121,14 @@ def test_rows_that_other_groups_compute_too_are_a_batch_of_their_own() -> None:
     ]
 
     seen = [
-        [[(s.first_row, s.num_rows, s.num_keys) for s in batch.segments] for batch in batches]
+        [
+            [(s.first_row, s.num_rows, s.num_keys, s.first_key) for s in batch.segments]
+            for batch in batches
+        ]
         for batches in ((i.shared.batch, i.batch) for i in by_group if i.shared is not None)
     ]
-    assert seen == [[[(0, 2, 4)], [(2, 5, 5)]], [[(0, 2, 4)], []], [[], []]]
+    assert seen == [[[(0, 2, 4, 0)], [(2, 5, 5, 0)]], [[(0, 2, 4, 4)], []], [[], []]]
+    assert [inputs.slots_T[:2].tolist() for inputs in by_group[:2]] == [[PADDING_SLOT] * 2, [2, 3]]
     placements = {0: long.placement, 1: short.placement}
     rows = [count_rows(plan, placements, group) for group in range(3)]
     assert rows == [len(inputs.token_ids_T) for inputs in by_group] == [8, 2, 1]

@@ -109,3 +109,14 @@ def test_within_a_class_no_prompt_is_in_a_step_that_a_higher_class_is_kept_out_o
             left[chunk.request_id] -= chunk.num_tokens
         lowest = max((fields[c.request_id]["priority"] for c in prefills), default=0)
         assert not any(left[i] and fields[i]["priority"] < lowest for i in admitted)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@SETTINGS
+@given(fields=requests, chunk=st.sampled_from(["adaptive", 16, 300]))
+def test_no_chunk_crosses_into_another_group(policy, fields, chunk):
+    run, _ = _serve(fields, policy, ([80, 80, 80], 320), chunk=chunk)
+
+    for plan in run.plans:
+        for part in plan.chunks:
+            assert part.start // 320 == (part.stop - 1) // 320

@@ -144,10 +144,18 @@ def test_the_best_layout_meets_the_targets_and_the_others_say_why_not() -> None:
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(tp=8), MeshConfig(pp=2, tp=4), MeshConfig(kvp=2, tp=4)]
+    ("mesh", "context", "within"),
+    [
+        (MeshConfig(tp=8), 2**17, 0.1),
+        (MeshConfig(pp=2, tp=4), 2**17, 0.1),
+        (MeshConfig(kvp=2, tp=4), 2**17, 0.1),
+        (MeshConfig(pp=4, tp=4), 2**13, 0.2),  # half of its time fills the pipeline
+    ],
 )
-def test_what_a_plan_predicts_is_what_a_run_gives(mesh: MeshConfig) -> None:
-    context, shape = 2**17, find_shape("llama3_8b")
+def test_what_a_plan_predicts_is_what_a_run_gives(
+    mesh: MeshConfig, context: int, within: float
+) -> None:
+    shape = find_shape("llama3_8b")
     words = [f"mesh.{axis}={getattr(mesh, axis)}" for axis in ("pp", "kvp", "tp")]
     config = simulate_config(*words, "schedule.policy=fcfs", model="llama3_8b")
     config.cache.max_tokens_per_group = context // mesh.kvp if mesh.kvp > 1 else None
@@ -158,7 +166,7 @@ def test_what_a_plan_predicts_is_what_a_run_gives(mesh: MeshConfig) -> None:
 
     gaps = beside.metrics.tbt_s
     budget = config.schedule.target_tbt
-    assert alone.metrics.ttft_s == pytest.approx(outlook.ttft_s(1, budget), rel=0.1)
+    assert alone.metrics.ttft_s == pytest.approx(outlook.ttft_s(1, budget), rel=within)
     assert sorted(gaps)[len(gaps) * 99 // 100] <= 1.1 * budget
 
 
