@@ -158,7 +158,7 @@ TABLE = {
     ),
     "cache.capacity": Rule(("config", "cache.pages", "cache.layout"), ("torch",)),
     "kernels": Rule((), ("torch", "triton")),
-    "parallel": Rule(("config", "kernels", "shape"), ("torch", "numpy", "msgspec")),
+    "parallel": Rule(("config", "kernels", "machine", "shape"), ("torch", "numpy", "msgspec")),
     # plans travel, and they are free of torch
     "parallel.codec": Rule(
         ("schedule.plan", "request", "cache.layout"), ("msgspec", "numpy"), itself=False

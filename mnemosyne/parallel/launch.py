@@ -1,121 +1,199 @@
-"""Starts the ranks of a mesh on this host with torch's own launcher, as torchrun does."""
+"""Starts the ranks of a mesh on this host, as torchrun does, and leaves none behind.
+
+This process imports no torch: it starts at once, and hears every signal at once.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import signal
+import socket
+import subprocess
+import sys
+import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+from mnemosyne.machine import num_cores
 
 log = logging.getLogger(__name__)
 
-# The second has a level of its own.
-LAUNCHER_LOGS = ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api")
+HOST = "127.0.0.1"
+POLL_S = 0.05
+KILL_S = 15.0  # from the order to end until a rank is killed; the watchdog needs less
+ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+# Run in a rank before anything else: the kernel ends it with its launcher, whatever it is at.
+END_WITH_LAUNCHER = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+if os.getppid() != int(sys.argv[1]):
+    os._exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 def launch_local(command: Sequence[str], world_size: int) -> int:
     """Run one command as every rank of a mesh on this host, and wait for all.
 
-    When one rank fails the others are ended. Ctrl-C reaches all of them; rank 0 decides what comes
-    of it. No rank outlives this call.
+    When one rank fails the others are ended. Ctrl-C is passed on to rank 0, which decides what
+    comes of it. No rank outlives this call, and none this process.
 
     Args:
-        command: program and arguments; each rank finds RANK, WORLD_SIZE and so on in its
-            environment, as under torchrun.
+        command: program, by its full path, and arguments; each rank finds RANK, WORLD_SIZE and so
+            on in its environment, as under torchrun.
         world_size: ranks to start.
 
     Returns:
         The exit status: 0 if all ranks ended well; else that of rank 0 if it failed by itself, or
-        of the rank that failed first; 130 after Ctrl-C.
+        of the rank that failed first, 1 if a signal ended it; 128 and the signal after Ctrl-C or
+        SIGTERM.
     """
-    # Imported late: who has one process never needs the launcher.
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=world_size,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",  # a port that is free
-        local_addr="localhost",
-        max_restarts=0,
-        monitor_interval=0.1,
-        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # ranks write where we write
-    )
-    program, *arguments = (_escape(word) for word in command)
-    with _own_signals(), _quiet_launcher(), _threads_shared(world_size):
-        try:
-            elastic_launch(config, program)(*arguments)
-        except ChildFailedError as error:
-            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            first, failure = error.get_first_failure()
-            if failure.exitcode < 0:
-                name = signal.Signals(-failure.exitcode).name
-                log.error("rank %d, process %d, was ended by %s", first, failure.pid, name)
-            return _status(codes, first)
-        except SignalException as stop:
-            return 128 + int(stop.sigval)
-    return 0
+    with _heard_signals() as heard, _started(command, world_size) as ranks:
+        return _Crew(ranks, heard).wait()
 
 
-def _escape(word: str) -> str:
-    """A word that the launcher, which replaces ``${local_rank}`` in it, leaves as it is."""
-    return word.replace("$", "$$")
+class _Crew:
+    """Running ranks.
+
+    Args:
+        ranks: processes by rank.
+        heard: signals to this process, oldest first, as they come.
+    """
+
+    def __init__(self, ranks: list[subprocess.Popen[bytes]], heard: list[int]) -> None:
+        self._ranks = ranks
+        self._heard = heard
+        self._running = dict(enumerate(ranks))
+        self._failed: dict[int, int] = {}  # statuses by rank, in the order of their ends
+        self._is_ending = False
+        self._told: int | None = None  # the signal that asked us to end
+        self._kill_s: float | None = None  # by time.monotonic, when what still runs is killed
+
+    def wait(self) -> int:
+        """The exit status, once no rank is left."""
+        while self._running:
+            for rank, process in list(self._running.items()):
+                code = process.poll()
+                if code is not None:
+                    del self._running[rank]
+                    self._ended(rank, process.pid, code)
+            while self._heard:
+                self._hear(self._heard.pop(0))
+            if self._kill_s is not None and time.monotonic() > self._kill_s:
+                _signal(self._running.values(), signal.SIGKILL)
+            time.sleep(POLL_S)
+        return self._status()
+
+    def _ended(self, rank: int, pid: int, code: int) -> None:
+        with suppress(ProcessLookupError):  # what it has started itself, such as a compiler
+            os.killpg(pid, signal.SIGKILL)
+        if code == 0:
+            return
+        if code < 0 and not self._is_ending:
+            name = signal.Signals(-code).name
+            log.error("rank %d, process %d, was ended by %s", rank, pid, name)
+        self._failed[rank] = code
+        self._end_others()
+
+    def _end_others(self) -> None:
+        """Tell what still runs to end; a rank that is stopped is woken up to hear it."""
+        if not self._is_ending:
+            self._is_ending, self._kill_s = True, time.monotonic() + KILL_S
+            _signal(self._running.values(), signal.SIGTERM)
+            _signal(self._running.values(), signal.SIGCONT)
+
+    def _hear(self, number: int) -> None:
+        if number == signal.SIGINT:
+            if 0 in self._running:
+                _signal([self._running[0]], signal.SIGINT)
+            else:
+                self._end_others()
+            return
+        self._told = number
+        self._end_others()
+
+    def _status(self) -> int:
+        """The exit status that tells most: a rank's own, not that of a signal we ended it by."""
+        if not self._failed:
+            return 0
+        if self._told is not None:
+            return 128 + self._told
+        first, code = next(iter(self._failed.items()))
+        code = next((self._failed[r] for r in (0, first) if self._failed.get(r, 0) > 0), code)
+        if code > 0:
+            return code
+        return 128 - code if -code in (signal.SIGINT, signal.SIGTERM) else 1
 
 
-def _status(codes: Mapping[int, int], first: int) -> int:
-    """The exit status that tells most: a rank's own, not that of a signal it was ended by."""
-    code = next((codes[rank] for rank in (0, first) if codes.get(rank, 0) > 0), codes[first])
-    return code if code > 0 else 128 - code
+def _signal(processes: Iterable[subprocess.Popen[bytes]], number: int) -> None:
+    for process in processes:
+        process.send_signal(number)
 
 
 @contextmanager
-def _own_signals() -> Iterator[None]:
-    """Take back the signal handlers that the launcher leaves behind."""
-    names = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    handlers = {number: signal.getsignal(number) for number in names}
+def _started(command: Sequence[str], world_size: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Ranks in sessions of their own, so that a terminal signals the launcher alone.
+
+    The socket of torch's store is bound here, to loopback, and rank 0 inherits it: whoever connects
+    before rank 0 has imported torch waits for it.
+    """
+    if sys.platform == "linux":
+        guard = [sys.executable, "-I", "-S", "-c", END_WITH_LAUNCHER, str(os.getpid())]
+        command = [*guard, *command]
+    ranks: list[subprocess.Popen[bytes]] = []
     try:
-        yield
+        with socket.create_server((HOST, 0), backlog=max(128, world_size)) as server:
+            common = _environment(world_size, server.getsockname()[1])
+            for rank in range(world_size):
+                environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                inherited = (server.fileno(),) if rank == 0 else ()
+                ranks.append(
+                    subprocess.Popen(
+                        command, env=environment, pass_fds=inherited, start_new_session=True
+                    )
+                )
+        yield ranks
     finally:
-        for number, handler in handlers.items():
+        for process in ranks:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def _environment(world_size: int, port: int) -> dict[str, str]:
+    """What every rank finds, as under torchrun; threads are shared unless the user has a number."""
+    environment = {name: value for name, value in os.environ.items() if "TORCHELASTIC" not in name}
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // world_size)))
+    return environment | {
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": HOST,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
+    }
+
+
+@contextmanager
+def _heard_signals() -> Iterator[list[int]]:
+    """Signals that come while the body runs; those that were ignored before still are."""
+    heard: list[int] = []
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+
+    numbers = (signal.SIGINT, *ENDING)
+    old = {number: signal.getsignal(number) for number in numbers}
+    old = {number: handler for number, handler in old.items() if handler != signal.SIG_IGN}
+    for number in old:
+        signal.signal(number, hear)
+    try:
+        yield heard
+    finally:
+        for number, handler in old.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _quiet_launcher() -> Iterator[None]:
-    """Keep the launcher from writing about every rank that it ends: the ranks say what matters."""
-    loggers = [logging.getLogger(name) for name in LAUNCHER_LOGS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-@contextmanager
-def _threads_shared(world_size: int) -> Iterator[None]:
-    """Give each rank its share of the cores, unless the user has said how many threads to take."""
-    name = "OMP_NUM_THREADS"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = str(max(1, _num_cores() // world_size))
-    try:
-        yield
-    finally:
-        del os.environ[name]
-
-
-def _num_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

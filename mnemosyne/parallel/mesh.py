@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,8 +11,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mnemosyne.config import MeshConfig
-from mnemosyne.parallel.address import INTERFACE, is_on_one_host
 from mnemosyne.parallel.board import Board, open_board
+from mnemosyne.parallel.rendezvous import join_processes
 from mnemosyne.shape import ModelShape
 
 AXES = ("pp", "kvp", "tp")  # outermost first
@@ -92,9 +91,7 @@ def init_mesh(config: MeshConfig, device_type: str) -> Mesh:
     if not dist.is_initialized():
         # Named, because torch takes both where it sees a GPU, also for ranks that use none.
         backend = "gloo" if device_type == "cpu" else f"cpu:gloo,{device_type}:nccl"
-        if is_on_one_host():
-            _keep_gloo_on_host()
-        dist.init_process_group(backend)
+        join_processes(backend)
     degrees = (config.pp, config.kvp, config.tp)
     device_mesh = init_device_mesh(device_type, degrees, mesh_dim_names=AXES)
     pp = axis_of(device_mesh["pp"])
@@ -113,12 +110,6 @@ def init_mesh(config: MeshConfig, device_type: str) -> Mesh:
         world_size=world_size,
         device_mesh=device_mesh,
     )
-
-
-def _keep_gloo_on_host() -> None:
-    """Have gloo, which asks nobody who he is, listen where no other host comes."""
-    if "lo" in (name for _, name in socket.if_nameindex()):
-        os.environ.setdefault(INTERFACE, "lo")
 
 
 def axis_of(device_mesh: DeviceMesh) -> Axis:

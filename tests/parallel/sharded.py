@@ -15,7 +15,7 @@ from mnemosyne.model_zoo.decoder import Decoder
 from mnemosyne.model_zoo.parallelize import parallelize
 from mnemosyne.model_zoo.spec import ModelSpec, read_spec
 from mnemosyne.model_zoo.stages import cut_stages
-from mnemosyne.parallel import Mesh, init_mesh
+from mnemosyne.parallel.mesh import Mesh, init_mesh
 from mnemosyne.runtime.weights import load_weights
 from tests.model_zoo.dense import DenseAttend
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mnemosyne.parallel.launch import launch_local
+from mnemosyne.parallel.launch import KILL_S, launch_local
 from tests.ranks import start_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -29,10 +30,10 @@ rank = int(os.environ["RANK"])
 names = ("WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "MASTER_ADDR")
 said = {"pid": os.getpid(), "words": words, **{name: os.environ[name] for name in names}}
 if act == "watch":
-    import torch.distributed as dist
     from mnemosyne.parallel.address import default_store
+    from mnemosyne.parallel.rendezvous import join_processes
     from mnemosyne.parallel.watchdog import Watchdog
-    dist.init_process_group("gloo")
+    join_processes("gloo")
     watchdog = Watchdog(default_store(), rank=rank, world_size=3, label=f"tp{rank}")
 if act == "interrupt" and rank > 0:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -41,6 +42,20 @@ Path(partial).write_text(json.dumps(said))
 os.rename(partial, folder + f"/{rank}.json")
 if act == "say":
     sys.exit(0)
+if act == "start another":
+    import subprocess
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    Path(folder + f"/{rank}.other").write_text(str(other.pid))
+    sys.exit(0)
+if act == "stop" and rank == 2:
+    os.kill(os.getpid(), signal.SIGSTOP)
+if act == "stop" and rank == 1:
+    while not Path(folder, "2.json").exists():
+        time.sleep(0.02)
+    stopped = json.loads(Path(folder, "2.json").read_text())["pid"]
+    while " T " not in Path("/proc", str(stopped), "stat").read_text():
+        time.sleep(0.02)
+    sys.exit(7)
 if act == "exit" and rank == 1:
     sys.exit(7)
 if act == "kill" and rank == 2:
@@ -108,7 +123,7 @@ def test_the_number_of_threads_that_a_user_chose_stays(
     assert said(tmp_path)[0]["OMP_NUM_THREADS"] == "5"
 
 
-@pytest.mark.parametrize(("act", "status"), [("exit", 7), ("kill", 128 + signal.SIGKILL)])
+@pytest.mark.parametrize(("act", "status"), [("exit", 7), ("kill", 1)])
 def test_when_a_rank_fails_the_others_are_ended(
     act: str, status: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -136,3 +151,57 @@ def test_no_rank_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
         os.kill(ranks.processes[0].pid or 0, signal.SIGKILL)
 
         wait_until(lambda: are_gone(tmp_path), GONE_S)
+
+
+def test_the_launcher_needs_no_torch_so_it_hears_signals_at_once() -> None:
+    program = "import sys, mnemosyne.parallel.launch; sys.exit('torch' in sys.modules)"
+
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_the_store_and_gloo_listen_on_loopback_alone(tmp_path: Path) -> None:
+    with start_ranks(launch, 1, tmp_path, "watch") as ranks:
+        wait_until(lambda: len(said(tmp_path)) == WORLD_SIZE, 120)
+        hosts = {host for rank in said(tmp_path) for host in listening_hosts(int(rank["pid"]))}
+        os.kill(ranks.processes[0].pid or 0, signal.SIGKILL)
+        wait_until(lambda: are_gone(tmp_path), GONE_S)
+
+    assert hosts == {"0100007F"}  # 127.0.0.1, as the kernel writes it
+
+
+def listening_hosts(pid: int) -> set[str]:
+    """Addresses on which a process listens, of TCP."""
+    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()]
+    inodes = {link[len("socket:[") : -1] for link in links if link.startswith("socket:[")}
+    rows = []
+    for name in ("tcp", "tcp6"):
+        rows += [
+            row.split() for row in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]
+        ]
+    return {row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}
+
+
+def test_a_rank_that_is_stopped_is_woken_up_to_end(tmp_path: Path) -> None:
+    started_s = time.monotonic()
+
+    assert launch_local(command(tmp_path, "stop"), WORLD_SIZE) == 7
+
+    assert are_gone(tmp_path)
+    assert time.monotonic() - started_s < KILL_S
+
+
+def test_a_launcher_that_is_told_to_end_ends_its_ranks(tmp_path: Path) -> None:
+    with start_ranks(launch, 1, tmp_path, "wait") as ranks:
+        wait_until(lambda: len(said(tmp_path)) == WORLD_SIZE, 60)
+        os.kill(ranks.processes[0].pid or 0, signal.SIGTERM)
+
+        assert ranks.results(GONE_S) == [128 + signal.SIGTERM]
+    assert are_gone(tmp_path)
+
+
+def test_what_a_rank_has_started_ends_with_it(tmp_path: Path) -> None:
+    assert launch_local(command(tmp_path, "start another"), WORLD_SIZE) == 0
+
+    others = [int(path.read_text()) for path in tmp_path.glob("*.other")]
+    assert len(others) == WORLD_SIZE
+    wait_until(lambda: not any(Path("/proc", str(pid), "exe").exists() for pid in others), GONE_S)

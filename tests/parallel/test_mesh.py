@@ -10,14 +10,13 @@ import torch
 import torch.distributed as dist
 
 from mnemosyne.config import MeshConfig
-from mnemosyne.parallel import init_mesh, single_mesh
 from mnemosyne.parallel.collectives import (
     SMALL_BYTES,
     all_gather,
     all_reduce_sum,
     gather_counts,
 )
-from mnemosyne.parallel.mesh import check_mesh, head_mesh
+from mnemosyne.parallel.mesh import check_mesh, head_mesh, init_mesh, single_mesh
 from mnemosyne.shape import ModelShape
 from tests.ranks import RankError, run_ranks
 
