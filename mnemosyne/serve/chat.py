@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
-
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import Any
 
 from mnemosyne.files import is_there, printable, read_object, read_text, shown
+from mnemosyne.serve.rendering import Renderer, RenderError
 
 Message = Mapping[str, Any]  # role, content and whatever else the template reads
 
@@ -30,7 +24,7 @@ class ChatTemplate:
     def __init__(self, sources: Mapping[str, str], variables: Mapping[str, str]) -> None:
         self._sources = dict(sources)
         self._variables = dict(variables)
-        self._compiled: dict[str, jinja2.Template] = {}
+        self._renderer = Renderer(sources)
 
     @classmethod
     def from_dir(cls, path: Path | str) -> ChatTemplate | None:
@@ -75,73 +69,31 @@ class ChatTemplate:
         Raises:
             ValueError: if the messages are no JSON data or the template refuses them.
         """
-        # The copy is made of plain types, so that a template meets no method of foreign objects.
+        names = self._variables | {"add_generation_prompt": add_generation_prompt}
+        given = {"messages": messages, "tools": tools, "documents": None, **names}
+        # As JSON it reaches another process, where a template meets no method of foreign objects.
         try:
-            plain = json.loads(json.dumps([messages, tools, dict(variables or {})]))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"messages must be plain JSON data, got {error}; convert them") from (
-                error
-            )
-        names = {"messages": plain[0], "tools": plain[1], "documents": None} | self._variables
-        names |= {"add_generation_prompt": add_generation_prompt} | plain[2]
-        try:
-            return self._template("tool_use" if tools is not None else "default").render(names)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            request = json.dumps(given | dict(variables or {}))
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(
-                f"messages must fit the model's chat template, got: {error}; change them or send "
-                "a plain prompt"
+                f"messages must be plain JSON data, got {printable(error)}; convert them"
+            ) from error
+        try:
+            return self._renderer.render(self._name(tools), request)
+        except RenderError as error:
+            raise ValueError(
+                f"messages must fit the model's chat template, got: {printable(error)}; change "
+                "them or send a plain prompt"
             ) from error
 
-    def _template(self, name: str) -> jinja2.Template:
+    def _name(self, tools: object) -> str:
+        name = "tool_use" if tools is not None and "tool_use" in self._sources else "default"
         if name not in self._sources:
-            name = "default"
-        if name not in self._sources:
-            raise ValueError(f"no template is named default, only {', '.join(self._sources)}")
-        if name not in self._compiled:
-            self._compiled[name] = _environment().from_string(self._sources[name])
-        return self._compiled[name]
-
-
-class _GenerationTag(Extension):
-    """``{% generation %}`` marks what an assistant wrote, for training; here its body is shown."""
-
-    tags = {"generation"}  # noqa: RUF012  # the type that jinja2 declares
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The names and switches that templates of Hugging Face models are written for."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
-
-
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON as it is; Jinja's own filter would escape it for HTML."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+            known = ", ".join(printable(name) for name in self._sources)
+            raise ValueError(
+                f"chat_template must hold one that is named default, got {known}; name one so"
+            )
+        return name
 
 
 def _named(value: object, file: Path) -> dict[str, str]:

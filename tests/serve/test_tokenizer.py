@@ -252,7 +252,11 @@ def test_special_tokens_may_be_objects(tmp_path: Path) -> None:
         ("{% if %}", CHATS[0], "must fit the model's chat template"),
         ("{{ messages.__class__.__mro__ }}", CHATS[0], "unsafe"),
         ("{{ messages.append(1) }}", CHATS[0], "unsafe|not safely callable"),
-        ([{"name": "rag", "template": "x"}], CHATS[0], "no template is named default, only rag"),
+        (
+            [{"name": "rag", "template": "x"}],
+            CHATS[0],
+            "that is named default, got rag",
+        ),
     ],
 )
 def test_messages_that_do_not_fit_are_refused(
