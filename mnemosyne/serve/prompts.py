@@ -14,7 +14,6 @@ from mnemosyne.plain import NOT_LISTS, Refusal, refusal, shown
 from mnemosyne.serve.tokenizer import Tokenizer
 
 MAX_PROMPTS = 2**20  # of one call
-BOOLS = {bool, np.bool_}
 # what a mapping may hold the prompt under, and what may stand beside it
 PROMPT_KEYS: dict[str, set[str]] = {
     "prompt_token_ids": {"prompt"},
@@ -106,17 +105,27 @@ def as_ids(prompt: object) -> np.ndarray | None:
 
     The integers keep their width: those that no int64 holds are none of a vocabulary either.
     """
-    if isinstance(prompt, NOT_LISTS):
-        return None
     try:
-        if isinstance(prompt, Sequence) and not BOOLS.isdisjoint(map(type, prompt)):
-            return None  # numpy would take true for 1
-        ids = np.asarray(prompt)
-    except Exception:  # noqa: BLE001  # code of another library; ragged or too deep lists
+        ids = np.asarray(prompt if hasattr(prompt, "__array__") else _whole_items(prompt))
+    except Exception:  # noqa: BLE001  # code of another library, or numbers too large
         return None
     if ids.shape == (0,):
         return ids.astype(np.int64)
     return ids if ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer) else None
+
+
+def _whole_items(prompt: object) -> list[int]:
+    """The items of a sequence, as many as it says it has; all are whole numbers.
+
+    numpy would take true for 1, and follow whatever is nested however deep it goes.
+    """
+    if not isinstance(prompt, Sequence) or isinstance(prompt, NOT_LISTS):
+        raise TypeError("not a sequence")
+    items = list(islice(prompt, len(prompt)))
+    kinds = set(map(type, items))
+    if bool in kinds or not all(issubclass(kind, Integral) for kind in kinds):
+        raise TypeError("not whole numbers")
+    return items
 
 
 def list_prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
@@ -187,7 +196,8 @@ def _row(entries: dict[str, object]) -> object:
     try:
         if hasattr(ids, "ndim") and ids.ndim == 2 and len(ids) == 1:  # type: ignore[arg-type]
             ids, mask = ids[0], mask[0] if len(mask) else []  # type: ignore[index, arg-type]
-        is_whole = bool(np.all(np.asarray(mask) == 1))
+        mask_of_ids = as_ids(mask)
+        is_whole = mask_of_ids is not None and bool(np.all(mask_of_ids == 1))
     except Exception as error:  # code of another library
         raise _no_ids(ids) from error
     if not is_whole:

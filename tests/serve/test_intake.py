@@ -56,6 +56,13 @@ class Hostile:
     __iter__ = __array__ = __repr__ = __len__  # type: ignore[assignment]
 
 
+class EndlessList(UserList[int]):
+    """It has one item, it says."""
+
+    def __iter__(self) -> Any:
+        return itertools.repeat(5)
+
+
 class LyingList(UserList[int]):
     def __iter__(self) -> Any:
         raise RuntimeError("not today")
@@ -168,6 +175,9 @@ def test_prompt_and_output_may_fill_the_model_but_no_more() -> None:
         range(10**30),
         Hostile(),
         LyingList([5, 6]),
+        [EndlessList([5])],
+        [[EndlessList([5])]],
+        {"input_ids": [5], "attention_mask": [EndlessList([5])]},
         torch.tensor([5.0]),
         {"prompt": "a", "image": 3},
         {"ids": [5]},
@@ -196,7 +206,7 @@ def test_what_is_no_prompt_is_refused_by_name(prompt: Any) -> None:
         {"prompt_token_ids": [3, 4]},
         {"prompt_token_ids": np.array([3, 4]), "prompt": "the text of it"},
         UserDict(input_ids=[3, 4], attention_mask=[1, 1]),
-        UserDict(input_ids=torch.tensor([[3, 4]]), attention_mask=torch.ones(1, 2)),
+        UserDict(input_ids=torch.tensor([[3, 4]]), attention_mask=torch.tensor([[1, 1]])),
     ],
 )
 def test_a_mapping_holds_one_prompt(prompt: Any) -> None:
