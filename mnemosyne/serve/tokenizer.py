@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
 
+from mnemosyne.files import is_there, printable, read_bytes, shown
 from mnemosyne.serve.chat import ChatTemplate, Message
+
+MAX_BYTES = 128 << 20  # of tokenizer.json; the largest published ones hold 35 MB
 
 
 class Tokenizer:
@@ -43,16 +47,14 @@ class Tokenizer:
             ValueError: if a file is there but cannot be read.
         """
         file = Path(path) / "tokenizer.json"
-        if not file.is_file():
+        if not is_there(file):
             return None
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(
-                f"{file} must be a tokenizer of the tokenizers library, got an error: {error}; "
-                "download it again or upgrade the library"
-            ) from error
-        return cls(backend, ChatTemplate.from_dir(path))
+        data = read_bytes(file, MAX_BYTES)
+        rule = f"{printable(file)} must be a tokenizer of the tokenizers library"
+        with _foreign(rule, "download it again or upgrade the library"):
+            made = cls(tokenizers.Tokenizer.from_buffer(data))
+        made._chat = ChatTemplate.from_dir(path)
+        return made
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> np.ndarray:
         """Text to token ids.
@@ -66,7 +68,8 @@ class Tokenizer:
             int64 ids.
 
         Raises:
-            ValueError: if the text holds half a surrogate pair.
+            ValueError: if the text holds half a surrogate pair, or what this tokenizer has no
+                token for.
         """
         try:
             text.encode()
@@ -74,8 +77,12 @@ class Tokenizer:
             raise ValueError(
                 f"prompt must be valid Unicode, got {error}; replace lone surrogates"
             ) from error
-        # a batch of one: unlike `encode`, it lets other threads run
-        (encoded,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        rule = f"prompt must be text that the model's tokenizer can encode, not {shown(text)}"
+        with _foreign(rule, "change the text or send token ids"):
+            # a batch of one: unlike `encode`, it lets other threads run
+            (encoded,) = self._backend.encode_batch_fast(
+                [text], add_special_tokens=add_special_tokens
+            )
         return np.array(encoded.ids, dtype=np.int64)
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
@@ -84,7 +91,8 @@ class Tokenizer:
         Text is not cleaned up afterwards: a space before a full stop stays.
         """
         listed = ids.tolist() if isinstance(ids, np.ndarray) else ids
-        return self._backend.decode(listed, skip_special_tokens=skip_special_tokens)
+        with _foreign("token ids must be such that the tokenizer decodes", "replace its file"):
+            return self._backend.decode(listed, skip_special_tokens=skip_special_tokens)
 
     def is_text(self, token_id: int, *, skip_special_tokens: bool = True) -> bool:
         """Whether a token has any part in the decoded text."""
@@ -113,3 +121,14 @@ class Tokenizer:
         return self._chat.render(
             messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=variables
         )
+
+
+@contextmanager
+def _foreign(rule: str, remedy: str) -> Iterator[None]:
+    """Make a ValueError of what the library raises: any Exception, and panics, which are none."""
+    try:
+        yield
+    except (MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{rule}, got an error: {printable(error)}; {remedy}") from error

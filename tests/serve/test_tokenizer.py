@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from mnemosyne.serve.tokenizer import Tokenizer
@@ -301,3 +303,72 @@ def test_other_threads_run_while_a_long_text_is_encoded() -> None:
     thread.join()
 
     assert found > 5, "encoding holds every other thread"
+
+
+def broken_tokenizer(path: Path, **changes: Any) -> Path:
+    """A checkpoint whose tokenizer.json has some nested entries replaced, by dotted name."""
+    entries = json.loads(byte_level_bpe().to_str())
+    for name, value in changes.items():
+        *parents, last = name.split("__")
+        place = entries
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    (path / "tokenizer.json").write_text(json.dumps(entries))
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__vocab": "\x1b[2J"},
+        {"model__vocab": {"a": 2**40}},
+        {"model__continuing_subword_prefix": "a" * 5000},  # panics in the library
+        {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Removed"}},
+        {"post_processor": {"type": "x"}},
+        {"added_tokens": [{}]},
+    ],
+    ids=str,
+)
+def test_a_tokenizer_that_cannot_be_read_is_refused_in_a_sentence(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    broken_tokenizer(tmp_path, **changes)
+
+    with pytest.raises(ValueError, match=r"tokenizer\.json must be .*got.*; ") as caught:
+        Tokenizer.from_dir(tmp_path)
+
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_file_that_is_no_tokenizer_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mnemosyne.serve.tokenizer.MAX_BYTES", 100)
+    broken_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match=r"tokenizer\.json must hold at most 100 bytes"):
+        Tokenizer.from_dir(tmp_path)
+
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").mkdir()
+    with pytest.raises(ValueError, match=r"must be a file that can be read, got a directory"):
+        Tokenizer.from_dir(tmp_path)
+
+
+def test_a_text_over_which_the_library_panics_is_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_dir(broken_tokenizer(tmp_path, post_processor__special_tokens={}))
+    assert tokenizer is not None
+
+    with pytest.raises(ValueError, match=r"prompt must be text that .* can encode") as caught:
+        tokenizer.encode("the \x1b[2J")
+
+    assert str(caught.value).isprintable()
+
+
+def test_a_text_without_a_token_is_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(tokenizers.Tokenizer(WordLevel({"a": 3, "b": 4}, unk_token="[UNK]")))
+
+    assert tokenizer.encode("a").tolist() == [3]
+    with pytest.raises(ValueError, match=r"prompt must be text that .* not 'zebra'.*; "):
+        tokenizer.encode("zebra")
