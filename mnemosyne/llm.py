@@ -20,7 +20,7 @@ from mnemosyne.config import (
     ScheduleConfig,
     SloConfig,
 )
-from mnemosyne.metrics import StepLog, StepRecord
+from mnemosyne.metrics import StepListener, StepLog, StepRecord
 from mnemosyne.parallel.keys import MeshKey, mesh_key
 from mnemosyne.parallel.trace import Trace, claim_trace, write_trace
 from mnemosyne.plain import plain_list
@@ -54,7 +54,8 @@ class LLM:
         cache: a ``CacheConfig`` or its fields, e.g. ``{"max_tokens": "1M"}``.
         mesh: a ``MeshConfig`` or its fields.
         metrics: a ``MetricsConfig`` or its fields, e.g. ``{"path": "steps.jsonl"}``.
-        on_step: called with the ``StepRecord`` of each step.
+        on_step: called with the ``StepRecord`` of each step, until it raises: that is logged,
+            and requests go on.
         predictor: step time by step work, in place of the one that is fitted here; an object with
             ``predict(work) -> seconds``, and ``observe(work, seconds)`` if it wants to learn.
         progress: called with (bytes done, bytes in all) while weights are fetched and read.
@@ -131,7 +132,8 @@ class LLM:
             claim_trace(config.metrics.trace)
         path = config.metrics.path if writes else None
         self._step_log = StepLog(path) if path else None
-        self._on_step = on_step
+        # apart from the log of steps: one may fail without the other
+        self._on_step = None if on_step is None else StepListener(on_step)
         self._engine: Engine | None = None
         self._trace: Trace | None = None
         self._driver: Driver | None = None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
 import numpy as np
+
+log = logging.getLogger(__name__)
 
 PERCENTILES = (50, 95, 99)
 
@@ -41,6 +44,9 @@ class StepRecord:
 class StepLog:
     """Appends step records to a JSONL file, one line per step, flushed as it goes.
 
+    A record is not worth a request: where the file cannot be written any more, as on a full disk,
+    that is logged once and the records that follow are lost.
+
     Raises:
         ValueError: if the file cannot be opened for writing.
     """
@@ -54,12 +60,27 @@ class StepLog:
                 f"({error.strerror}); name one in an existing directory"
             ) from error
 
+        self._is_lost = False
+
     def write(self, record: StepRecord) -> None:
-        self._file.write(json.dumps(asdict(record)) + "\n")
-        self._file.flush()
+        if self._is_lost:
+            return
+        try:
+            self._file.write(json.dumps(asdict(record)) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self._lose(error)
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:  # it tries once more to write what it holds
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        if not self._is_lost:
+            log.warning("no step records from here on: %s: %s", self._file.name, error.strerror)
+        self._is_lost = True
 
     def __enter__(self) -> StepLog:
         return self
@@ -71,6 +92,28 @@ class StepLog:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class StepListener:
+    """A callback for step records that never ends a request.
+
+    Its first exception is logged, and it is not called again.
+
+    Args:
+        callback: of the user.
+    """
+
+    def __init__(self, callback: Callable[[StepRecord], None]) -> None:
+        self._callback: Callable[[StepRecord], None] | None = callback
+
+    def __call__(self, record: StepRecord) -> None:
+        if self._callback is None:
+            return
+        try:
+            self._callback(record)
+        except Exception:  # code of the user
+            self._callback = None
+            log.exception("on_step failed and is not called any more; requests go on")
 
 
 def read_steps(path: str | Path) -> list[StepRecord]:

@@ -305,6 +305,50 @@ def test_a_metrics_file_that_cannot_be_written_is_refused_before_the_work(
         open_tiny(checkpoint, metrics={name: tmp_path / "nowhere" / "file"})
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_loses_records_and_no_request(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    records: list[StepRecord] = []
+    with open_tiny(checkpoint, metrics={"path": "/dev/full"}, on_step=records.append) as llm:
+        outputs = llm.generate(PROMPTS, greedy(5))
+
+    assert [output.finish_reason for output in outputs] == ["length"] * 3
+    assert len(records) > 5
+    assert [record.message for record in caplog.records] == [
+        "no step records from here on: /dev/full: No space left on device"
+    ]
+
+
+def test_a_callback_that_raises_loses_no_step_record_of_the_file(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    def fail(record: StepRecord) -> None:
+        raise RuntimeError("a callback of the user")
+
+    path = tmp_path / "steps.jsonl"
+    with open_tiny(checkpoint, metrics={"path": path}, on_step=fail) as llm:
+        assert llm.generate(PROMPTS[0], greedy(5))[0].finish_reason == "length"
+
+    assert len(read_steps(path)) >= 5
+
+
+def test_a_trace_that_cannot_be_written_at_the_end_is_logged(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "there" / "trace.json"
+    path.parent.mkdir()
+    with open_tiny(checkpoint, metrics={"trace": path}) as llm:
+        (output,) = llm.generate(PROMPTS[0], greedy(2))
+        path.unlink()
+        path.parent.rmdir()
+
+    assert output.finish_reason == "length"
+    assert [record.message for record in caplog.records] == [
+        f"no trace: {path} cannot be written (No such file or directory)"
+    ]
+
+
 def test_a_progress_bar_is_shown_on_a_terminal_and_changes_nothing(
     llm: LLM, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

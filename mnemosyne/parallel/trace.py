@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
+
+log = logging.getLogger(__name__)
 
 PIECE_BYTES = 2**22  # torch's TCPStore refuses a value of 8 MiB
 
@@ -114,6 +117,8 @@ def claim_trace(path: str | Path) -> None:
 def write_trace(path: str | Path, dumps: Iterable[str]) -> None:
     """Write a file for chrome://tracing or ui.perfetto.dev: a row per rank, times from 0.
 
+    The work is done by then: a file that cannot be written is logged, and nothing else ends.
+
     Args:
         path: where to.
         dumps: ``Trace.dump`` of each rank.
@@ -135,4 +140,7 @@ def write_trace(path: str | Path, dumps: Iterable[str]) -> None:
             }
             for span in rank["spans"]
         ]
-    Path(path).write_text(json.dumps({"traceEvents": events}), encoding="utf-8")
+    try:
+        Path(path).write_text(json.dumps({"traceEvents": events}), encoding="utf-8")
+    except OSError as error:
+        log.warning("no trace: %s cannot be written (%s)", path, error.strerror)

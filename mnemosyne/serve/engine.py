@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mnemosyne.metrics import StepRecord, percentiles
+from mnemosyne.metrics import StepListener, StepRecord, percentiles
 from mnemosyne.request import (
     Logprobs,
     Piece,
@@ -47,7 +47,8 @@ class Engine:
         scheduler: decides what a step holds.
         executor: runs it.
         intake: checks prompts and parameters.
-        on_step: called with the record of each finished step.
+        on_step: called with the record of each finished step, until it raises: that is logged,
+            and requests go on.
         clock: seconds; the simulator brings its own.
     """
 
@@ -74,6 +75,15 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self._active)
+
+    @property
+    def on_step(self) -> StepListener | None:
+        """What is called with the record of each step."""
+        return self._on_step
+
+    @on_step.setter
+    def on_step(self, callback: Callable[[StepRecord], None] | None) -> None:
+        self._on_step = None if callback is None else StepListener(callback)
 
     def add(self, prompt: Prompt, params: SamplingParams) -> list[RequestOutput]:
         """Accept a prompt; its tokens come with the next steps.
@@ -159,7 +169,7 @@ class Engine:
         tokens = {request_id: sampled.token_id for request_id, sampled in result.sampled.items()}
         self.scheduler.complete(plan, tokens)
         pieces = [
-            self._advance(self._active[chunk.request_id], chunk, result)
+            self._advance_or_end(self._active[chunk.request_id], chunk, result)
             for chunk in plan.chunks
             if chunk.request_id in self._active
         ]
@@ -174,6 +184,19 @@ class Engine:
             active.output.error = error
             self._end(active.output, reason)
         self._active.clear()
+
+    def _advance_or_end(self, active: Active, chunk: Chunk, result: StepResult) -> Piece:
+        """Enter what a step brought for one request; what fails there ends that request alone."""
+        try:
+            return self._advance(active, chunk, result)
+        except Exception as error:  # one request's own work, such as the decoding of its text
+            log.exception("request %d failed", active.request.request_id)
+            active.output.error = f"the request failed: {type(error).__name__}: {error}"
+            if active.request.request_id in self._active:
+                self._finish(active, "error")
+            else:
+                self._end(active.output, "error")
+            return self._piece(active)
 
     def _advance(self, active: Active, chunk: Chunk, result: StepResult) -> Piece:
         """Enter what a step brought for one request."""
@@ -279,11 +302,11 @@ class Engine:
         num_missed, self._num_missed = self._num_missed, 0
         if plan.predicted_s > 0 and actual_s > 0:
             self._errors.append(abs(plan.predicted_s / actual_s - 1))
-        if self.on_step is None:
+        if self._on_step is None:
             return
         num_decodes = plan.num_decodes
         decodes, prefills = plan.chunks[:num_decodes], plan.chunks[num_decodes:]
-        self.on_step(
+        self._on_step(
             StepRecord(
                 index=plan.index,
                 time_s=planned_s - self._started_s,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from mnemosyne.model_zoo.needle import write_needle
 from mnemosyne.request import Piece, RequestOutput
 from mnemosyne.schedule.plan import Plan
 from mnemosyne.schedule.work import StepWork
+from mnemosyne.serve.stream import TextStream
 from tests.engines import (
     PAGE_SIZE,
     WrappedExecutor,
@@ -350,3 +351,45 @@ def test_a_prompt_array_may_be_changed_after_it_was_added(llm: LLM, alone: list[
 
     assert output.token_ids == alone[4]
     np.testing.assert_array_equal(output.prompt_token_ids, PROMPTS[4])
+
+
+def test_a_request_whose_text_fails_ends_alone(
+    needle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    days, planets = cycle("days", 6), cycle("planets", 6)
+    push = TextStream.push
+
+    def push_or_fail(stream: TextStream, token_ids: Sequence[int]) -> str:
+        if planets.answer_ids[2] in token_ids:
+            raise OverflowError("a token that cannot be decoded")
+        return push(stream, token_ids)
+
+    monkeypatch.setattr(TextStream, "push", push_or_fail)
+    with LLM(str(needle), schedule={"chunk": 64}, cache={"max_tokens": "4K"}) as llm:
+        good, bad = llm.generate([days.prompt_ids, planets.prompt_ids], greedy(6))
+        num_used = pages_used(llm.engine)
+
+    assert good.token_ids == days.answer_ids.tolist()
+    assert (good.finish_reason, bad.finish_reason) == ("length", "error")
+    assert bad.error == "the request failed: OverflowError: a token that cannot be decoded"
+    assert num_used == 0
+    assert [record.message for record in caplog.records] == ["request 1 failed"]
+
+
+def test_a_callback_that_raises_is_logged_once_and_ends_nothing(
+    llm: LLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    called: list[StepRecord] = []
+
+    def fail(record: StepRecord) -> None:
+        called.append(record)
+        raise RuntimeError("a callback of the user")
+
+    llm.engine.on_step = fail
+    (output,) = llm.generate([PROMPTS[0]], greedy(4))
+
+    assert output.finish_reason == "length"
+    assert len(called) == 1
+    assert [record.message for record in caplog.records] == [
+        "on_step failed and is not called any more; requests go on"
+    ]
