@@ -123,6 +123,7 @@ class Engine:
             if tokenizer is None
             else TextStream(
                 tokenizer,
+                prompt_ids=request.prompt_ids,
                 stop=request.params.stop,
                 min_tokens=request.params.min_tokens,
                 skip_special_tokens=request.params.skip_special_tokens,

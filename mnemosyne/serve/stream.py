@@ -4,31 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from mnemosyne.serve.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"  # what decoding shows for bytes that are no character (yet)
 MAX_HELD = 3  # a character has at most 4 bytes, so at most 3 wait for the rest
 WINDOW = 16  # tokens decoded again for each new one; twice that at most
+NUM_LOOKED_AT = 1024  # tokens at the end of a prompt among which its last text is looked for
 
 
 class Detokenizer:
     """Text of a growing list of ids, piece by piece, each at a bounded cost.
 
-    The pieces together are the decode of all ids. One exception: a tokenizer that spells rare
-    characters in byte tokens (Llama 2) decodes a whole run of them to replacement characters if
-    one byte is wrong; here the characters shown before the wrong byte stay.
+    The pieces together are what the decode of prompt and ids has beyond the decode of the prompt:
+    a space that a tokenizer hides at the beginning of a text is there where it follows a prompt,
+    and a character that begins in the prompt is shown once it is whole.
+
+    One exception: a tokenizer that spells rare characters in byte tokens (Llama 2) decodes a whole
+    run of them to replacement characters if one byte is wrong; here the characters shown before
+    the wrong byte stay.
 
     Args:
         tokenizer: decodes.
+        prompt_ids: what the ids follow.
         skip_special_tokens: leave special tokens out of the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        prompt_ids: Sequence[int] | np.ndarray = (),
+        skip_special_tokens: bool = True,
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._window: list[int] = []
-        self._shown = ""  # text of the window that was handed out
+        self._shown = ""  # text of the window that was handed out, or stands in the prompt
         self._num_held = 0  # characters at the end of its text that were not
+        self._owed = ""  # of those, what the prompt shows already; it may yet become a character
+        if len(prompt_ids):
+            self._follow(prompt_ids)
 
     def push(self, token_id: int) -> str:
         """Text that is certain once this token is known, possibly none."""
@@ -50,16 +67,49 @@ class Detokenizer:
             self._window = self._window[WINDOW:]
             text = self._decode()
             self._shown = text[: len(text) - self._num_held]
-        return piece
+        return self._beyond_prompt(piece)
 
     def close(self) -> str:
         """The characters that were held back; no other will complete them."""
         text = self._decode()[len(self._shown) :]
         self._shown, self._num_held = self._shown + text, 0
-        return text
+        return self._beyond_prompt(text)
 
-    def _decode(self) -> str:
-        return self._tokenizer.decode(self._window, skip_special_tokens=self._skip)
+    def _follow(self, prompt_ids: Sequence[int] | np.ndarray) -> None:
+        """Begin with the last tokens of a prompt as context."""
+        last = np.asarray(prompt_ids[-NUM_LOOKED_AT:]).tolist()
+        last = [i for i in last if self._tokenizer.is_text(i, skip_special_tokens=self._skip)]
+        last = last[-WINDOW - MAX_HELD :]
+        # how many tokens at the end make no whole character
+        num_open = next((n for n in range(MAX_HELD + 1) if self._is_whole(last, n)), 0)
+        whole, begun = last[: len(last) - num_open], last[len(last) - num_open :]
+        # a window that began inside a character would spoil a run of byte tokens
+        starts = range(min(MAX_HELD, len(whole)) + 1)
+        texts = (self._decode(whole[start:]) for start in starts)
+        start, self._shown = next(
+            ((n, text) for n, text in zip(starts, texts, strict=True) if text[:1] != REPLACEMENT),
+            (0, self._decode(whole)),
+        )
+        self._window = whole[start:] + begun
+        text = self._decode()
+        is_more = text.startswith(self._shown)
+        self._owed = text[len(self._shown) :] if is_more else self._decode(begun)
+        self._num_held = len(self._owed)
+
+    def _is_whole(self, ids: list[int], num_dropped: int) -> bool:
+        """Whether the ids without the last few end with a whole character."""
+        return not self._decode(ids[: len(ids) - num_dropped]).endswith(REPLACEMENT)
+
+    def _beyond_prompt(self, piece: str) -> str:
+        """A piece without what stands in the prompt already."""
+        num_common = _num_common(piece, self._owed)
+        if piece:
+            self._owed = self._owed[num_common:] if num_common == len(piece) else ""
+        return piece[num_common:]
+
+    def _decode(self, ids: list[int] | None = None) -> str:
+        listed = self._window if ids is None else ids
+        return self._tokenizer.decode(listed, skip_special_tokens=self._skip)
 
 
 class StopStrings:
@@ -75,34 +125,53 @@ class StopStrings:
     def __init__(self, strings: Sequence[str]) -> None:
         self._strings = tuple(strings)
         self._held = ""  # may be the beginning of a stop string
+        self._marks = ""  # of each character of it: "+" if it is shown, "-" if not
         self.matched: str | None = None
 
-    def push(self, piece: str) -> str:
-        """The text that is certain to stand before any stop string; none after a match."""
+    def push(self, piece: str, *, is_shown: bool = True) -> str:
+        """The text that is certain to stand before any stop string; none after a match.
+
+        Args:
+            piece: what comes next.
+            is_shown: whether it is part of the text, or only of what stop strings are looked for
+                in, as special tokens are.
+        """
         if self.matched is not None:
             return ""
+        if not self._strings:
+            return piece if is_shown else ""
         text = self._held + piece
+        self._marks += ("+" if is_shown else "-") * len(piece)
         found = [(text.find(stop) + len(stop), -len(stop), stop) for stop in self._strings]
         found = [entry for entry in found if entry[2] in text]
         if found:
             end, _, self.matched = min(found)
-            self._held = ""
-            return text[: end - len(self.matched)]
+            return self._release(text[: end - len(self.matched)], held="")
         num_held = max((_overlap(text, stop) for stop in self._strings), default=0)
-        self._held = text[len(text) - num_held :]
-        return text[: len(text) - num_held]
+        return self._release(text[: len(text) - num_held], held=text[len(text) - num_held :])
 
     def close(self) -> str:
         """The text held back, which turned out to be no stop string."""
-        text, self._held = self._held, ""
-        return text
+        return self._release(self._held, held="")
+
+    def _release(self, text: str, held: str) -> str:
+        """What is shown of a text; the rest waits."""
+        marks, self._marks = self._marks[: len(text)], self._marks[len(text) :]
+        self._held = held
+        if "-" not in marks:
+            return text
+        return "".join(char for char, mark in zip(text, marks, strict=True) if mark == "+")
 
 
 class TextStream:
     """Text of one request: ids in, pieces out, cut at a stop string.
 
+    Stop strings are looked for in the text with its special tokens, whether those are shown or
+    not: ``<|im_end|>`` ends a text as any other string does.
+
     Args:
         tokenizer: decodes.
+        prompt_ids: what the ids follow.
         stop: strings that end the text; the text ends before them.
         min_tokens: stop strings are looked for in the text of later tokens only.
         skip_special_tokens: leave special tokens out of the text.
@@ -112,13 +181,18 @@ class TextStream:
         self,
         tokenizer: Tokenizer,
         *,
+        prompt_ids: Sequence[int] | np.ndarray = (),
         stop: Sequence[str] = (),
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
     ) -> None:
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+        self._detokenizer = Detokenizer(
+            tokenizer, prompt_ids=prompt_ids, skip_special_tokens=skip_special_tokens
+        )
         self._stops = StopStrings(stop)
         self._num_exempt = min_tokens  # tokens still to come that no stop string can end
+        self._hidden = tokenizer.special_ids if skip_special_tokens and stop else frozenset()
+        self._tokenizer = tokenizer
 
     @property
     def matched(self) -> str | None:
@@ -132,6 +206,9 @@ class TextStream:
             piece = self._detokenizer.push(token_id)
             is_exempt, self._num_exempt = self._num_exempt > 0, max(0, self._num_exempt - 1)
             pieces.append(piece if is_exempt else self._stops.push(piece))
+            if token_id in self._hidden and not is_exempt:
+                special = self._tokenizer.decode([token_id], skip_special_tokens=False)
+                pieces.append(self._stops.push(special, is_shown=False))
         return "".join(pieces)
 
     def close(self) -> str:
@@ -143,3 +220,9 @@ def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of ``text`` that is a beginning of ``stop``, not the whole."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _num_common(a: str, b: str) -> int:
+    """Length of the longest text that both begin with."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((n for n, (one, other) in pairs if one != other), min(len(a), len(b)))

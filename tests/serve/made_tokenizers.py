@@ -63,3 +63,14 @@ def words() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<unk>"])
     return tokenizer
+
+
+def metaspace_bpe() -> Tokenizer:
+    """As newer files of SentencePiece models have it: a mark for spaces, none at a text's start."""
+    tokenizer = byte_fallback_bpe()
+    tokenizer.normalizer = normalizers.Sequence([])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first"), decoders.Fuse()]
+    )
+    return tokenizer

@@ -10,10 +10,18 @@ from hypothesis import strategies as st
 
 from mnemosyne.serve.stream import WINDOW, Detokenizer, StopStrings, TextStream
 from mnemosyne.serve.tokenizer import Tokenizer
-from tests.serve.made_tokenizers import END, TEXTS, byte_fallback_bpe, byte_level_bpe, words
+from tests.serve.made_tokenizers import (
+    END,
+    TEXTS,
+    byte_fallback_bpe,
+    byte_level_bpe,
+    metaspace_bpe,
+    words,
+)
 
 BYTE_LEVEL = Tokenizer(byte_level_bpe())
 BYTE_FALLBACK = Tokenizer(byte_fallback_bpe())
+METASPACE = Tokenizer(metaspace_bpe())
 WORDS = Tokenizer(words())
 
 unicode_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -188,3 +196,107 @@ def test_text_held_back_for_a_stop_string_comes_at_the_end() -> None:
 
     assert pieces == ["", "one two"]
     assert text_stream.matched is None
+
+
+def stream_after(tokenizer: Tokenizer, prompt: list[int], ids: list[int]) -> str:
+    detokenizer = Detokenizer(tokenizer, prompt_ids=prompt)
+    return "".join([*(detokenizer.push(token_id) for token_id in ids), detokenizer.close()])
+
+
+def num_whole(tokenizer: Tokenizer, prompt: list[int], text: str) -> int:
+    """Characters of a text that a prompt, which may end inside one, has whole."""
+    decoded = (tokenizer.decode(prompt[:n]).rstrip("\ufffd") for n in range(len(prompt) + 1))
+    return max(len(part) for part in decoded if text.startswith(part))
+
+
+@given(
+    st.sampled_from([BYTE_LEVEL, BYTE_FALLBACK, METASPACE]),
+    st.lists(
+        st.sampled_from(["a", "b", "ab ", " c", "é", "€", "日本", "🎉", "👩‍👩‍👧"]), min_size=1
+    ).map("".join),
+    st.floats(0, 1),
+)
+@settings(max_examples=300)
+def test_an_answer_joins_its_prompt_wherever_that_ends(
+    tokenizer: Tokenizer, text: str, where: float
+) -> None:
+    ids = tokenizer.encode(text, add_special_tokens=False).tolist()
+    cut = round(where * len(ids))
+    whole = tokenizer.decode(ids)
+
+    answer = stream_after(tokenizer, ids[:cut], ids[cut:])
+
+    assert answer == whole[num_whole(tokenizer, ids[:cut], whole) :]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "prompt", "answer"),
+    [(BYTE_FALLBACK, "a", " b"), (METASPACE, "a", " b"), (WORDS, "one", " two")],
+    ids=["llama", "metaspace", "words"],
+)
+def test_the_space_that_a_tokenizer_hides_at_the_start_is_there_after_a_prompt(
+    tokenizer: Tokenizer, prompt: str, answer: str
+) -> None:
+    ids = tokenizer.encode(prompt + answer).tolist()
+
+    assert stream_after(tokenizer, ids[:1], ids[1:]) == answer
+    assert stream_after(tokenizer, [], ids[1:]) == answer.lstrip()
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK], ids=["bytes", "fallback"])
+@pytest.mark.parametrize("num_left", [0, 1, 2])
+def test_a_character_that_the_prompt_began_is_shown_by_the_answer_or_not_at_all(
+    tokenizer: Tokenizer, num_left: int
+) -> None:
+    first, second, third = (byte_token(tokenizer, byte) for byte in "€".encode())
+    letter = tokenizer.encode("a", add_special_tokens=False).tolist()[-1]
+    prompt, rest = [letter, first, second, third], [third, letter]
+    prompt = prompt[: 4 - num_left]
+
+    broken = stream_after(tokenizer, prompt, [letter])
+
+    assert broken.strip() == "a"
+    if num_left == 1:
+        assert stream_after(tokenizer, prompt, rest).replace(" ", "") == "€a"
+
+
+def byte_token(tokenizer: Tokenizer, byte: int) -> int:
+    """The token of one byte beyond ASCII, which byte-level tokenizers write as Latin-1 does."""
+    name = chr(byte) if tokenizer is BYTE_LEVEL and byte >= 0xAE else f"<0x{byte:02X}>"
+    if tokenizer is BYTE_LEVEL and byte < 0xAE:
+        name = {0x82: "Ĥ"}.get(byte, chr(byte))
+    token_id = tokenizer._backend.token_to_id(name)
+    assert token_id is not None
+    return token_id
+
+
+def test_a_long_prompt_costs_no_more_than_a_short_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = []
+    decode = Tokenizer.decode
+
+    def counted(self: Tokenizer, ids: list[int], **options: bool) -> str:
+        lengths.append(len(ids))
+        return decode(self, ids, **options)
+
+    monkeypatch.setattr(Tokenizer, "decode", counted)
+
+    Detokenizer(BYTE_LEVEL, prompt_ids=[5] * 100_000)
+
+    assert max(lengths) <= WINDOW + 3
+    assert len(lengths) <= 8
+
+
+def test_a_special_token_is_a_stop_string_though_it_is_not_shown() -> None:
+    ids = BYTE_LEVEL.encode(f"the cat{END} sat", add_special_tokens=False).tolist()
+    text_stream = TextStream(BYTE_LEVEL, stop=[END])
+
+    assert text_stream.push(ids) + text_stream.close() == "the cat"
+    assert text_stream.matched == END
+
+
+def test_a_stop_string_may_go_on_where_a_special_token_ends() -> None:
+    ids = BYTE_LEVEL.encode(f"the{END} cat{END} mat", add_special_tokens=False).tolist()
+    text_stream = TextStream(BYTE_LEVEL, stop=[f"{END} mat", "dog"])
+
+    assert text_stream.push(ids) + text_stream.close() == "the cat"
+    assert text_stream.matched == f"{END} mat"
