@@ -42,12 +42,13 @@ class Breach:
 
 _PAGELESS = Rule(("config", "cache.allocator", "cache.layout"), ("numpy",), itself=False)
 _DEMO = Rule(
-    ("cli", "llm", "request", "config", "metrics", "plot", "model_zoo.haystack"), ("rich",)
+    ("cli", "llm", "request", "config", "metrics", "plot", "model_zoo.haystack", "process"),
+    ("rich",),
 )
 _SIMULATED = Rule(
     (
         *("cli", "build_simulated", "simulate", "config", "config_simulate", "metrics", "plot"),
-        "shape",
+        *("process", "shape"),
     ),
     ("rich",),
 )
@@ -66,7 +67,8 @@ TABLE = {
         ),
         ("numpy",),
     ),
-    "__main__": Rule(("cli",)),
+    "__main__": Rule(("cli", "process")),
+    "process": Rule(),
     # what the process runs on; every room but the kernels may ask
     "machine": Rule(),
     "memory_limits": Rule(),
@@ -79,7 +81,7 @@ TABLE = {
         (
             *("build", "llm", "request", "serve.progress"),
             *("config", "config_bench", "config_simulate"),
-            *("parallel.launch", "build_simulated"),
+            *("parallel.launch", "build_simulated", "process"),
         ),
         ("hydra", "omegaconf", "rich"),
     ),

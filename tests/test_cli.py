@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from mnemosyne import cli
 from mnemosyne.cli.arguments import key_types, quote
 from mnemosyne.config import GenerateConfig
+from mnemosyne.process import INTERRUPTED
 from mnemosyne.request import SamplingParams
 
 Seen = list[GenerateConfig]
@@ -287,7 +288,7 @@ def test_ctrl_c_ends_a_sweep_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
     status = cli.main(["generate", "--multirun", "model=a,b"])
 
-    assert status == cli.INTERRUPTED
+    assert status == INTERRUPTED
     assert ran == ["a"]
 
 

@@ -12,6 +12,7 @@ import pytest
 from mnemosyne import cli
 from mnemosyne.cli import demo as demo_module
 from mnemosyne.model_zoo.haystack import Recital, haystack, text_of
+from mnemosyne.process import INTERRUPTED
 from mnemosyne.serve.engine import Engine
 
 
@@ -92,7 +93,7 @@ def test_ctrl_c_ends_it_with_130(
 
     status = demo()
 
-    assert status == demo_module.INTERRUPTED
+    assert status == INTERRUPTED
     assert num_steps > 1
     assert "interrupted: the passkey was not read back" in capsys.readouterr().err
     assert not (tmp_path / "plot.png").exists()

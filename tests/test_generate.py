@@ -12,6 +12,7 @@ from rich.console import Console
 
 from mnemosyne import cli
 from mnemosyne.model_zoo.haystack import cycle, text_of
+from mnemosyne.process import INTERRUPTED
 from mnemosyne.request import Piece, RequestMetrics, RequestOutput
 from mnemosyne.serve.engine import Engine
 from mnemosyne.serve.progress import Bars
@@ -169,7 +170,7 @@ def test_ctrl_c_prints_what_was_finished(
 
     printed = capsys.readouterr()
     lines = [json.loads(line) for line in output.read_text().splitlines()]
-    assert status == cli.INTERRUPTED
+    assert status == INTERRUPTED
     assert [line["finish_reason"] for line in lines] == ["length", "cancelled"]
     assert printed.out.split() == ["[1]", *text_of(DAYS.answer_ids).split()]
     assert "1 of 2 prompts finished" in printed.err

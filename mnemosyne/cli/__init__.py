@@ -21,8 +21,19 @@ from mnemosyne.cli.ranks import command_of_run, run_on_ranks
 from mnemosyne.config import DemoConfig, GenerateConfig
 from mnemosyne.config_bench import BenchConfig
 from mnemosyne.config_simulate import PlanConfig, SimulateConfig
+from mnemosyne.process import (
+    INTERRUPTED,
+    TERMINATED,
+    UNREAD,
+    drop_output,
+    ended_at_once,
+    flush_output,
+    open_streams,
+    say,
+    terminable,
+)
 
-OK, FAILED, INTERRUPTED = 0, 2, 130  # exit statuses
+OK, FAILED = 0, 2  # exit statuses
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +54,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 if all went well, 2 after an error (one line on standard error), 130
-        after Ctrl-C.
+        after Ctrl-C, 143 after SIGTERM, 141 if what reads standard output has gone.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    open_streams()
+    with terminable() as termination:
+        status = _run(words)
+    return TERMINATED if termination.came and status == INTERRUPTED else status
+
+
+def _run(words: Sequence[str]) -> int:
+    """Run the words of a command line; see ``main``."""
     try:
         if not words or words[0] in ("-h", "--help"):
             print(usage())
-            return OK if words else FAILED
-        with logging_to_stderr():
-            return run_command(words[0], words[1:])
+            status = OK if words else FAILED
+        else:
+            with logging_to_stderr():
+                status = run_command(words[0], words[1:])
+        flush_output()
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:
+        drop_output()
+        return UNREAD
     except (ValueError, OSError) as error:
         return complain(error)
+    return status
 
 
 def usage() -> str:
@@ -100,12 +125,17 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
                 if command.has_ranks
                 else command.run(config)
             )
+        except BrokenPipeError:
+            drop_output()
+            status = UNREAD
         except (ValueError, OSError) as error:
             status = complain(error)
         statuses.append(status)
         if status != OK and os.getpid() != process:
             # A launcher of Hydra runs this elsewhere; an error is all that comes back from there.
             raise RuntimeError(f"mnemosyne {name} ended with status {status}")
+        if status == INTERRUPTED:
+            raise KeyboardInterrupt  # no further run of a sweep begins
 
     run = hydra.main(config_path="pkg://mnemosyne.conf", config_name=name, version_base="1.3")(job)
     with (
@@ -175,7 +205,7 @@ def to_config(composed: DictConfig, kind: type) -> Any:
 
 def complain(error: Exception) -> int:
     """Print an error that a user can act on; return the exit status that goes with it."""
-    print(f"error: {error}", file=sys.stderr)
+    say(f"error: {error}")
     return FAILED
 
 
@@ -183,7 +213,7 @@ class StderrHandler(logging.Handler):
     """Writes to what is standard error at the moment: a live display may stand in for it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        say(self.format(record))
 
 
 @contextmanager
@@ -204,31 +234,36 @@ def logging_to_stderr() -> Iterator[None]:
 
 def _generate(config: GenerateConfig) -> int:
     # Imported late: help and --cfg need no torch.
-    from mnemosyne.cli.generate import generate
+    with ended_at_once():
+        from mnemosyne.cli.generate import generate
 
     return generate(config)
 
 
 def _demo(config: DemoConfig) -> int:
-    from mnemosyne.cli.demo import demo
+    with ended_at_once():
+        from mnemosyne.cli.demo import demo
 
     return demo(config)
 
 
 def _simulate(config: SimulateConfig) -> int:
-    from mnemosyne.cli.simulate import simulate
+    with ended_at_once():
+        from mnemosyne.cli.simulate import simulate
 
     return simulate(config)
 
 
 def _plan(config: PlanConfig) -> int:
-    from mnemosyne.cli.plan import plan
+    with ended_at_once():
+        from mnemosyne.cli.plan import plan
 
     return plan(config)
 
 
 def _bench(config: BenchConfig) -> int:
-    from mnemosyne.cli.bench import bench
+    with ended_at_once():
+        from mnemosyne.cli.bench import bench
 
     return bench(config)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -13,9 +12,10 @@ from mnemosyne.config import DemoConfig
 from mnemosyne.llm import LLM
 from mnemosyne.metrics import StepRecord
 from mnemosyne.model_zoo.haystack import CYCLES, Recital, cycle, haystack, text_of
+from mnemosyne.process import INTERRUPTED, say
 from mnemosyne.request import RequestOutput, SamplingParams
 
-FOUND, NOT_FOUND, INTERRUPTED = 0, 1, 130  # exit statuses
+FOUND, NOT_FOUND = 0, 1  # exit statuses
 SHORT_TOKENS = 24  # of each short answer
 ANSWER_TOKENS = 16  # room for the passkey and its end token
 
@@ -64,7 +64,7 @@ def demo(config: DemoConfig) -> int:
                 together = _serve(llm, config.num_short, long=recital, view=view)
             except KeyboardInterrupt:
                 view.stop()
-                print("interrupted: the passkey was not read back", file=sys.stderr)
+                say("interrupted: the passkey was not read back")
                 return INTERRUPTED
     print(times_table(_outputs(alone), _outputs(together)))
     _draw(records, config)

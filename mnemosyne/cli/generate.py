@@ -1,4 +1,4 @@
-"""``mnemosyne generate``: prompts in, tokens out; what was finished, even after Ctrl-C."""
+"""``mnemosyne generate``: prompts in, tokens out; what was finished, even when it is ended."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-from mnemosyne.cli import FAILED, INTERRUPTED, OK
+from mnemosyne.cli import FAILED, OK
 from mnemosyne.cli.answers import Answer, open_output, print_answers, summary, write_answers
 from mnemosyne.config import GenerateConfig
 from mnemosyne.llm import LLM
+from mnemosyne.process import INTERRUPTED, flush_output, say, sigterm_ignored
 from mnemosyne.request import Piece, SamplingParams
 from mnemosyne.serve.progress import Bars
 
@@ -25,7 +26,7 @@ def generate(config: GenerateConfig) -> int:
         config: an engine, prompts, sampling parameters.
 
     Returns:
-        0; 2 if a prompt was refused or ended in an error; 130 after Ctrl-C.
+        0; 2 if a prompt was refused or ended in an error; 130 after Ctrl-C or SIGTERM.
 
     Raises:
         ValueError: if there is no prompt, or something in the config cannot be used.
@@ -48,19 +49,16 @@ def generate(config: GenerateConfig) -> int:
         seconds = time.perf_counter() - started_s
         error = llm.engine.prediction_error()
         bars.stop()
-        if is_streamed:
-            print()  # ends the line of the streamed text
-        else:
-            print_answers(answers, has_text=has_text)
-        if file is not None:
-            write_answers(answers, file)
+        with sigterm_ignored():
+            if file is not None:
+                write_answers(answers, file)
+            if is_streamed:
+                print()  # ends the line of the streamed text
+            else:
+                print_answers(answers, has_text=has_text)
+            flush_output()
     errors = [error for answer in answers for error in answer.errors]
-    print(
-        *(f"error: {error}" for error in errors),
-        summary(answers, seconds, error),
-        sep="\n",
-        file=sys.stderr,
-    )
+    say("\n".join((*(f"error: {error}" for error in errors), summary(answers, seconds, error))))
     if is_interrupted:
         return INTERRUPTED
     return FAILED if errors else OK
@@ -126,7 +124,7 @@ def serve(llm: LLM, show: Callable[[Piece], None]) -> bool:
         show: called with what each step brings.
 
     Returns:
-        Whether Ctrl-C ended it; what was finished by then stays.
+        Whether Ctrl-C or SIGTERM ended it; what was finished by then stays.
     """
     try:
         while llm.engine.has_work:
@@ -152,6 +150,11 @@ def printer(bars: Bars) -> Callable[[Piece], None]:
 
 def _read_text(path: str) -> str:
     """A file, or standard input for ``-``, less the newline that ends it."""
+    if path == "-" and sys.stdin is None:
+        raise ValueError(
+            "prompt_file must be open when it is standard input, got one that was closed; "
+            "name a file"
+        )
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

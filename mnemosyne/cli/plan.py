@@ -16,6 +16,7 @@ from mnemosyne.cli.shapes import calibrated, find_shape
 from mnemosyne.cli.simulate import write_json
 from mnemosyne.config import MeshConfig
 from mnemosyne.config_simulate import PlanConfig
+from mnemosyne.process import say
 from mnemosyne.shape import ModelShape
 from mnemosyne.simulate.planner import (
     Rank,
@@ -56,7 +57,7 @@ def plan(config: PlanConfig) -> int:
     if fits:
         print(f"best: {_keys(verdicts[0], config)}")
         return OK
-    print(f"error: {why_nothing_fits(config, verdicts, changes)}", file=sys.stderr)
+    say(f"error: {why_nothing_fits(config, verdicts, changes)}")
     return FAILED
 
 

@@ -16,6 +16,7 @@ from mnemosyne.build_simulated import Simulation, build_simulation
 from mnemosyne.cli.shapes import calibrated, find_shape
 from mnemosyne.config_simulate import SimulateConfig
 from mnemosyne.metrics import StepLog, StepRecord
+from mnemosyne.process import say
 from mnemosyne.simulate.report import Report, make_report, result_rows
 from mnemosyne.simulate.workload import draw, read_trace, write_trace
 
@@ -55,7 +56,7 @@ def simulate(config: SimulateConfig) -> int:
     if config.report:
         write_json(config.report, report.as_json())
     print_report(report, config, simulation)
-    print(f"{len(records):,} steps in {wall_s:.1f} s", file=sys.stderr)
+    say(f"{len(records):,} steps in {wall_s:.1f} s")
     if config.plot:
         draw_plot(config.plot, records, float(config.schedule.target_tbt))
     return OK
