@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
-from os import PathLike, fspath
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 from mnemosyne.build import Rank, build_engine, build_rank
 from mnemosyne.checkpoint import Progress
@@ -21,20 +19,20 @@ from mnemosyne.config import (
     SloConfig,
 )
 from mnemosyne.metrics import StepListener, StepLog, StepRecord
+from mnemosyne.options import typed
 from mnemosyne.parallel.keys import MeshKey, mesh_key
 from mnemosyne.parallel.trace import Trace, claim_trace, write_trace
 from mnemosyne.plain import plain_list
 from mnemosyne.request import Piece, RequestOutput, SamplingParams
 from mnemosyne.schedule.predictor import Predictor
+from mnemosyne.serve.chat import Message
 from mnemosyne.serve.engine import Engine
 from mnemosyne.serve.intake import refused_output
-from mnemosyne.serve.prompts import MAX_PROMPTS, Prompt, list_prompts
+from mnemosyne.serve.prompts import MAX_PROMPTS, Prompt, list_conversations, list_prompts
 from mnemosyne.serve.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from mnemosyne.crew import Driver, Follower
-
-Config = TypeVar("Config", MeshConfig, ScheduleConfig, SloConfig, CacheConfig, MetricsConfig)
 
 
 class LLM:
@@ -94,11 +92,11 @@ class LLM:
             device=device,
             attention=attention,
             compile=compile,
-            schedule=_typed("schedule", ScheduleConfig, schedule),
-            slo=_typed("slo", SloConfig, slo),
-            cache=_typed("cache", CacheConfig, cache),
-            mesh=_typed("mesh", MeshConfig, mesh),
-            metrics=_typed("metrics", MetricsConfig, metrics),
+            schedule=typed("schedule", ScheduleConfig, schedule),
+            slo=typed("slo", SloConfig, slo),
+            cache=typed("cache", CacheConfig, cache),
+            mesh=typed("mesh", MeshConfig, mesh),
+            metrics=typed("metrics", MetricsConfig, metrics),
         )
         self._open(config, on_step, predictor, progress, compiling)
 
@@ -214,6 +212,35 @@ class LLM:
                 engine.step()
             self._tell_outputs(outputs)
         return outputs
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer conversations, as the model's chat template writes them; else ``generate``.
+
+        Args:
+            messages: dicts with ``role`` and ``content``, oldest first; of one conversation, or
+                a list of several.
+            params: one for all, or one per conversation.
+            add_generation_prompt: end each with the header of an assistant's message.
+            tools: JSON schemas of functions, which the template shows to the model.
+            chat_template_kwargs: further names that the template reads, as ``enable_thinking``.
+            progress: show progress bars on a terminal or in a notebook.
+        """
+        conversations = list_conversations(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            variables=chat_template_kwargs,
+        )
+        return self.generate(conversations, params, progress=progress)
 
     def stream(
         self,
@@ -364,23 +391,3 @@ def _each(
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * num_prompts
     return plain_list("params", params, limit=MAX_PROMPTS, of="SamplingParams")
-
-
-def _typed(name: str, kind: type[Config], value: Config | Mapping[str, Any] | None) -> Config:
-    if isinstance(value, kind):
-        return value
-    if value is not None and not isinstance(value, Mapping):
-        raise ValueError(
-            f"{name} must be a {kind.__name__} or a dict of its fields, got {value!r}; "
-            f"write {name}={{...}}"
-        )
-    fields = {k: fspath(v) if isinstance(v, PathLike) else v for k, v in (value or {}).items()}
-    known = list(kind.__dataclass_fields__)
-    for key in fields:
-        if key not in known:
-            close = get_close_matches(str(key), known, n=1)
-            remedy = f"did you mean {close[0]!r}?" if close else "drop it"
-            raise ValueError(
-                f"{name} must have keys among {', '.join(known)}, got {key!r}; {remedy}"
-            )
-    return kind(**fields)

@@ -60,8 +60,10 @@ TABLE = {
     # the package itself: the public names
     "": Rule(("llm", "request", "config", "serve")),
     "crew": Rule(("build", "parallel", "request", "runtime", "serve"), ("torch",)),
+    "options": Rule(("config",)),
     "llm": Rule(
         (
+            "options",
             *("build", "checkpoint", "config", "crew", "metrics", "plain", "request", "serve"),
             *("parallel.keys", "parallel.trace", "schedule.predictor"),
         ),
@@ -79,7 +81,7 @@ TABLE = {
     # design.md gives it build and config; what it serves with is the offline API beside build
     "cli": Rule(
         (
-            *("build", "llm", "request", "serve.progress"),
+            *("build", "llm", "request", "serve.progress", "serve.prompts"),
             *("config", "config_bench", "config_simulate"),
             *("parallel.launch", "build_simulated", "process"),
         ),

@@ -15,6 +15,7 @@ from mnemosyne.llm import LLM
 from mnemosyne.process import INTERRUPTED, flush_output, say, sigterm_ignored
 from mnemosyne.request import Piece, SamplingParams
 from mnemosyne.serve.progress import Bars
+from mnemosyne.serve.prompts import Conversation
 
 Prompt = str | list[int]
 
@@ -95,25 +96,23 @@ def accept(
 ) -> Answer:
     """Hand a prompt to the engine; a prompt that is refused does not affect the others."""
     try:
-        ready = chat_ids(llm, prompt) if is_chat else prompt
+        ready = conversation(llm, prompt) if is_chat else prompt
         return Answer(number=number, samples=llm.engine.add(ready, params))
     except ValueError as error:
         return Answer(number=number, refusal=str(error))
 
 
-def chat_ids(llm: LLM, prompt: Prompt) -> Prompt:
-    """The ids of a text wrapped as a user message in the model's chat template.
+def conversation(llm: LLM, prompt: Prompt) -> Conversation:
+    """A text as a user message.
 
     Raises:
-        ValueError: if the prompt is no text, or the model has no template.
+        ValueError: if the prompt is no text, or the model has no tokenizer.
     """
     if not isinstance(prompt, str) or llm.tokenizer is None:
         raise ValueError(
             "chat must be false for token ids and for models without a tokenizer, got true; drop it"
         )
-    text = llm.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
-    # the template has written the special tokens already
-    return llm.tokenizer.encode(text, add_special_tokens=False).tolist()
+    return Conversation(messages=[{"role": "user", "content": prompt}])
 
 
 def serve(llm: LLM, show: Callable[[Piece], None]) -> bool:

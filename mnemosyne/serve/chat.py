@@ -44,8 +44,7 @@ class ChatTemplate:
         sources = {name: read_text(file) for name, file in files.items() if is_there(file)}
         if not sources:
             sources = _named(config.get("chat_template"), path / "tokenizer_config.json")
-        variables = _special_tokens(read_object(path / "special_tokens_map.json"))
-        return cls(sources, variables | _special_tokens(config)) if sources else None
+        return cls(sources, special_tokens(path)) if sources else None
 
     def render(
         self,
@@ -113,8 +112,20 @@ def _named(value: object, file: Path) -> dict[str, str]:
     return named
 
 
-def _special_tokens(entries: Mapping[str, Any]) -> dict[str, str]:
-    """Entries such as ``bos_token``, written as a string or as an object with ``content``."""
+def special_tokens(path: Path | str) -> dict[str, str]:
+    """Texts of the special tokens that a Hugging Face directory names, such as ``bos_token``.
+
+    An entry is a string or an object with ``content``; those of tokenizer_config.json come before
+    those of special_tokens_map.json.
+    """
+    less, more = (
+        _strings(read_object(Path(path) / name))
+        for name in ("special_tokens_map.json", "tokenizer_config.json")
+    )
+    return less | more
+
+
+def _strings(entries: Mapping[str, Any]) -> dict[str, str]:
     tokens = {
         name: value.get("content") if isinstance(value, dict) else value
         for name, value in entries.items()

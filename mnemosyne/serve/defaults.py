@@ -26,7 +26,7 @@ class GenerationDefaults:
 
     @classmethod
     def from_dir(cls, path: Path | str) -> GenerationDefaults:
-        """Read generation_config.json; end tokens may also stand in config.json.
+        """Read generation_config.json; config.json may name end tokens as well.
 
         As transformers does, temperature counts only where ``do_sample`` is true; without it the
         default is greedy.
@@ -39,9 +39,9 @@ class GenerationDefaults:
         """
         file = Path(path) / "generation_config.json"
         generation, config = read_object(file), read_object(Path(path) / "config.json")
-        ends, source = generation.get("eos_token_id"), file
-        if ends is None:
-            ends, source = config.get("eos_token_id"), Path(path) / "config.json"
+        # fine-tunes often change one file and leave the other: any of their tokens ends a text
+        ends = _token_ids(file, generation.get("eos_token_id"))
+        ends += _token_ids(Path(path) / "config.json", config.get("eos_token_id"))
         do_sample = generation.get("do_sample") or False
         if not isinstance(do_sample, bool):
             raise _error(file, "do_sample", "be true or false", do_sample)
@@ -55,7 +55,7 @@ class GenerationDefaults:
             if value == 0:
                 raise _error(file, name, "be above 0", value)
         return cls(
-            end_token_ids=_token_ids(source, ends),
+            end_token_ids=tuple(dict.fromkeys(ends)),
             temperature=temperature if do_sample else 0.0,
             top_p=top_p,
             top_k=int(top_k),

@@ -60,6 +60,13 @@ class Intake:
         )
         return reader.read(prompt)
 
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The model's own end tokens: those that its configs name, and the tokenizer's."""
+        named = self.defaults.end_token_ids
+        if self.tokenizer is None or self.tokenizer.end_id is None:
+            return named
+        return tuple(dict.fromkeys((*named, self.tokenizer.end_id)))
+
     def requests(
         self,
         prompt: Prompt,
@@ -98,7 +105,7 @@ class Intake:
                     prompt_ids=prompt_ids,
                     params=resolved,
                     seed=_sample_seed(seed, sample),
-                    end_token_ids=self.defaults.end_token_ids,
+                    end_token_ids=self.end_token_ids(),
                     arrival_s=arrival_s,
                     priority=params.priority,
                     deadline_s=deadline_s,

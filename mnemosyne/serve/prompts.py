@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from mnemosyne.plain import NOT_LISTS, Refusal, refusal, shown
+from mnemosyne.plain import NOT_LISTS, Refusal, plain_flag, plain_list, refusal, shown
+from mnemosyne.serve.chat import Message
 from mnemosyne.serve.tokenizer import Tokenizer
 
 MAX_PROMPTS = 2**20  # of one call
 # what a mapping may hold the prompt under, and what may stand beside it
 PROMPT_KEYS: dict[str, set[str]] = {
     "prompt_token_ids": {"prompt"},
-    "prompt": set(),
+    "prompt": {"add_special_tokens"},
     "input_ids": {"attention_mask", "token_type_ids"},
 }
 
@@ -29,7 +30,17 @@ class PromptIds:
     ids: np.ndarray  # int64 [num_prompt_tokens]
 
 
-Prompt = str | Sequence[int] | np.ndarray | Mapping[str, object] | PromptIds
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversation:
+    """A prompt that the model's chat template writes."""
+
+    messages: Sequence[Message]  # dicts with role and content, oldest first
+    add_generation_prompt: bool = True  # end with the header of an assistant's message
+    tools: Sequence[Mapping[str, Any]] | None = None  # JSON schemas of functions
+    variables: Mapping[str, Any] | None = None  # further names that the template reads
+
+
+Prompt = str | Sequence[int] | np.ndarray | Mapping[str, object] | PromptIds | Conversation
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,7 +65,9 @@ class PromptReader:
         Args:
             prompt: text; token ids (a list, or an integer array or tensor); or a mapping that
                 holds one of them: ``{"prompt": text}``, ``{"prompt_token_ids": ids}``, or what a
-                tokenizer of transformers returns, with ``input_ids`` of one prompt.
+                tokenizer of transformers returns, with ``input_ids`` of one prompt; or a
+                conversation. ``{"prompt": text, "add_special_tokens": False}`` says that the
+                special tokens are in the text.
 
         Raises:
             ValueError: if the prompt is empty, holds an id the model does not have, or is longer
@@ -62,8 +75,10 @@ class PromptReader:
         """
         if isinstance(prompt, PromptIds):
             return prompt
-        given = _unwrap(prompt) if isinstance(prompt, Mapping) else prompt
-        ids = self._encode(given) if isinstance(given, str) else self._copy(given)
+        if isinstance(prompt, Conversation):
+            prompt = {"prompt": self._render(prompt), "add_special_tokens": False}
+        given, is_plain = _unwrap(prompt) if isinstance(prompt, Mapping) else (prompt, True)
+        ids = self._encode(given, is_plain) if isinstance(given, str) else self._copy(given)
         if len(ids) == 0:
             raise ValueError("prompt must hold at least one token, got none; write something")
         wrong = np.flatnonzero((ids < 0) | (ids >= self.vocab_size))
@@ -74,14 +89,30 @@ class PromptReader:
             )
         return PromptIds(ids.astype(np.int64))
 
-    def _encode(self, text: str) -> np.ndarray:
+    def _render(self, prompt: Conversation) -> str:
+        """The text of a conversation; whatever its fields hold may be foreign."""
+        if self.tokenizer is None:
+            raise ValueError(
+                f"messages must go to a model with a tokenizer, got {self.model}, which has no "
+                "tokenizer.json; add the file or pass ids"
+            )
+        return self.tokenizer.apply_chat_template(
+            prompt.messages,
+            add_generation_prompt=prompt.add_generation_prompt,
+            tools=prompt.tools,
+            variables=prompt.variables,
+        )
+
+    def _encode(self, text: str, add_special_tokens: bool) -> np.ndarray:
         if self.tokenizer is None:
             raise ValueError(
                 f"prompt must be token ids for {self.model}, which has no tokenizer.json, "
                 f"got text {shown(text)}; add the file or pass ids"
             )
         # a tokenizer may add a begin token to nothing, and the answer would come from nowhere
-        return self.tokenizer.encode(str.__str__(text)) if text else np.empty(0, dtype=np.int64)
+        if not text:
+            return np.empty(0, dtype=np.int64)
+        return self.tokenizer.encode(str.__str__(text), add_special_tokens=add_special_tokens)
 
     def _copy(self, prompt: object) -> np.ndarray:
         """Ids as an integer array of one dimension; whatever they are given as may be foreign."""
@@ -139,7 +170,7 @@ def list_prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     if isinstance(prompts, Mapping):
         kind = type(prompts).__name__
         raise refusal("prompts", f"be in a list, not a {kind}", prompts, "write [mapping]")
-    if isinstance(prompts, str | bytes | PromptIds):
+    if isinstance(prompts, str | bytes | PromptIds | Conversation):
         return [prompts]  # bytes are refused when they are read
     try:
         return _listed(prompts)
@@ -175,15 +206,34 @@ def _is_flat(items: Iterable[object]) -> bool:
     return bool(head) and all(isinstance(item, Integral) for item in head)
 
 
-def _unwrap(prompt: Mapping[str, object]) -> object:
-    """The text or ids that a mapping holds."""
+def list_conversations(messages: object, **options: Any) -> list[Prompt]:
+    """The conversations one by one; a list of dicts is a single one.
+
+    Args:
+        messages: one conversation, or several.
+        options: fields of ``Conversation`` that all of them share.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    listed = plain_list("messages", messages, limit=MAX_PROMPTS, of="messages")
+    if not listed:
+        raise refusal("messages", "hold a message", messages, "write a dict of role and content")
+    several = [listed] if isinstance(listed[0], Mapping) else listed
+    return [Conversation(messages=each, **options) for each in several]
+
+
+def _unwrap(prompt: Mapping[str, object]) -> tuple[object, bool]:
+    """The text or ids that a mapping holds, and whether special tokens are to be added."""
     try:
         entries = {key: prompt[key] for key in islice(prompt, 16)}
     except Exception as error:  # code of the client's own
         raise refusal("prompt", "be a readable mapping", prompt, "pass text or ids") from error
     for name, beside in PROMPT_KEYS.items():
         if name in entries and entries.keys() <= {name, *beside}:
-            return _row(entries) if name == "input_ids" else entries[name]
+            given = _row(entries) if name == "input_ids" else entries[name]
+            name = "add_special_tokens"
+            return given, plain_flag(name, entries.get(name, True))
     raise ValueError(
         "prompt must hold prompt, prompt_token_ids or input_ids and nothing else, got a "
         f"{type(prompt).__name__} with {shown(list(entries))}; pass text or ids"

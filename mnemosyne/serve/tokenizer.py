@@ -11,7 +11,7 @@ import numpy as np
 import tokenizers
 
 from mnemosyne.files import is_there, printable, read_bytes, shown
-from mnemosyne.serve.chat import ChatTemplate, Message
+from mnemosyne.serve.chat import ChatTemplate, Message, special_tokens
 
 MAX_BYTES = 128 << 20  # of tokenizer.json; the largest published ones hold 35 MB
 
@@ -30,6 +30,7 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self._chat = chat
+        self.end_id: int | None = None  # of the token that ends a text, where a file names it
         self.special_ids = frozenset(
             token_id
             for token_id, token in backend.get_added_tokens_decoder().items()
@@ -54,6 +55,8 @@ class Tokenizer:
         with _foreign(rule, "download it again or upgrade the library"):
             made = cls(tokenizers.Tokenizer.from_buffer(data))
         made._chat = ChatTemplate.from_dir(path)
+        end = special_tokens(path).get("eos_token")
+        made.end_id = None if end is None else made._backend.token_to_id(end)
         return made
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> np.ndarray:
@@ -62,7 +65,8 @@ class Tokenizer:
         Args:
             text: valid Unicode.
             add_special_tokens: put the tokens around it that the model expects, such as a begin
-                token; off for text that a chat template made.
+                token. What a text begins with already, as chat templates write it, is not put
+                before it once more.
 
         Returns:
             int64 ids.
@@ -83,7 +87,8 @@ class Tokenizer:
             (encoded,) = self._backend.encode_batch_fast(
                 [text], add_special_tokens=add_special_tokens
             )
-        return np.array(encoded.ids, dtype=np.int64)
+        ids = np.array(encoded.ids, dtype=np.int64)
+        return ids[_num_doubled(ids, encoded.special_tokens_mask) :]
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
         """Token ids to text; ids that are no tokens (padding of the vocabulary) give none.
@@ -132,3 +137,14 @@ def _foreign(rule: str, remedy: str) -> Iterator[None]:
         raise
     except BaseException as error:
         raise ValueError(f"{rule}, got an error: {printable(error)}; {remedy}") from error
+
+
+def _num_doubled(ids: np.ndarray, is_added: Sequence[int]) -> int:
+    """How many tokens were put before a text that begins with just these.
+
+    Args:
+        ids: of all tokens.
+        is_added: of each, 1 if it was put there, 0 if it stands in the text.
+    """
+    num_added = is_added.index(0) if 0 in is_added else 0
+    return num_added if np.array_equal(ids[:num_added], ids[num_added : 2 * num_added]) else 0

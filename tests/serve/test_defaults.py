@@ -22,14 +22,15 @@ def write(path: Path, generation: object = None, config: object = None) -> Path:
     ("generation", "config", "expected"),
     [
         (None, None, ()),
-        ({"eos_token_id": 7}, {"eos_token_id": 1}, (7,)),
+        ({"eos_token_id": 7}, {"eos_token_id": 1}, (7, 1)),
+        ({"eos_token_id": [7, 9]}, {"eos_token_id": [9, 2]}, (7, 9, 2)),
         ({"eos_token_id": [7, 9]}, None, (7, 9)),
         ({"do_sample": True}, {"eos_token_id": [1, 2]}, (1, 2)),
         (None, {"eos_token_id": 0}, (0,)),
         ({"eos_token_id": None}, {"eos_token_id": None}, ()),
     ],
 )
-def test_end_tokens_come_from_the_first_file_that_names_them(
+def test_the_end_tokens_of_either_file_end_a_text(
     tmp_path: Path, generation: object, config: object, expected: tuple[int, ...]
 ) -> None:
     defaults = GenerationDefaults.from_dir(write(tmp_path, generation, config))

@@ -285,3 +285,31 @@ def test_log_probabilities_that_would_fill_the_memory_are_refused(name: str) -> 
 
     with pytest.raises(ValueError, match=rf"^{name} must ask for at most 4,194,304 tokens in all"):
         door.requests([1] * 2**14, params, 0.0)
+
+
+def test_the_end_token_of_the_tokenizer_ends_a_request_too() -> None:
+    tokenizer = Tokenizer(byte_level_bpe())
+    tokenizer.end_id = 1
+
+    (request,) = intake(tokenizer).requests([5], SamplingParams(), 0.0)
+
+    assert request.end_token_ids == (7, 9, 1)
+
+
+@pytest.mark.parametrize(("added", "begins"), [(True, 1), (False, 0)])
+def test_a_prompt_may_say_that_its_special_tokens_are_in_it(added: bool, begins: int) -> None:
+    tokenizer = Tokenizer(byte_level_bpe())
+    prompt = {"prompt": "the cat", "add_special_tokens": added}
+
+    (request,) = intake(tokenizer).requests(prompt, SamplingParams(), 0.0)
+
+    assert request.prompt_ids.tolist().count(0) == begins
+    assert tokenizer.decode(request.prompt_ids) == "the cat"
+
+
+@pytest.mark.parametrize("value", [None, "no", 2, []])
+def test_whether_special_tokens_are_added_is_true_or_false(value: object) -> None:
+    prompt = {"prompt": "the cat", "add_special_tokens": value}
+
+    with pytest.raises(ValueError, match="add_special_tokens must be"):
+        intake(Tokenizer(byte_level_bpe())).requests(prompt, SamplingParams(), 0.0)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
+from tokenizers import processors
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
@@ -148,7 +149,8 @@ def test_ids_and_text_are_those_of_transformers(tmp_path: Path, text: str) -> No
     plain = tokenizer.encode(text, add_special_tokens=False)
 
     assert ids.dtype == np.int64
-    assert ids.tolist() == oracle.encode(text)
+    begin = BEGIN if not text.startswith(BEGIN) else ""
+    assert ids.tolist() == oracle.encode(begin + text, add_special_tokens=False)
     assert plain.tolist() == oracle.encode(text, add_special_tokens=False)
     assert tokenizer.decode(ids) == oracle.decode(ids, skip_special_tokens=True)
     assert tokenizer.decode(ids, skip_special_tokens=False) == oracle.decode(ids)
@@ -372,3 +374,52 @@ def test_a_text_without_a_token_is_refused(tmp_path: Path) -> None:
     assert tokenizer.encode("a").tolist() == [3]
     with pytest.raises(ValueError, match=r"prompt must be text that .* not 'zebra'.*; "):
         tokenizer.encode("zebra")
+
+
+@pytest.mark.parametrize("prefix", [(BEGIN,), (BEGIN, END)], ids=["one", "two"])
+def test_a_text_that_has_its_first_special_tokens_gets_no_second_ones(
+    prefix: tuple[str, ...],
+) -> None:
+    backend = byte_level_bpe()
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{' '.join(prefix)} $A",
+        special_tokens=[(t, backend.token_to_id(t)) for t in prefix],
+    )
+    tokenizer = Tokenizer(backend)
+    once = [*map(backend.token_to_id, prefix), *tokenizer.encode("the", add_special_tokens=False)]
+
+    assert tokenizer.encode("the").tolist() == once
+    assert tokenizer.encode("".join(prefix) + "the").tolist() == once
+    assert tokenizer.encode("".join(prefix * 2) + "the").tolist() == [*once[: len(prefix)], *once]
+
+
+def test_special_tokens_in_the_middle_of_a_text_stay() -> None:
+    tokenizer = Tokenizer(byte_level_bpe())
+    (begin,) = tokenizer.encode(BEGIN, add_special_tokens=False)
+
+    assert tokenizer.encode(f"the{BEGIN}cat").tolist().count(begin) == 2
+
+
+@pytest.mark.parametrize(
+    ("entries", "file"),
+    [
+        ({"eos_token": END}, "tokenizer_config.json"),
+        ({"eos_token": {"content": END, "lstrip": False}}, "tokenizer_config.json"),
+        ({"eos_token": END}, "special_tokens_map.json"),
+    ],
+    ids=["text", "object", "map"],
+)
+def test_the_token_that_ends_a_text_is_known_where_a_file_names_it(
+    tmp_path: Path, entries: dict[str, object], file: str
+) -> None:
+    byte_level_bpe().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / file).write_text(json.dumps(entries))
+
+    assert load(tmp_path).end_id == byte_level_bpe().token_to_id(END)
+
+
+def test_a_model_whose_files_name_no_end_has_none(tmp_path: Path) -> None:
+    byte_level_bpe().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<no such token>"}))
+
+    assert load(tmp_path).end_id is None
