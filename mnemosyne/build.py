@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -30,6 +31,7 @@ from mnemosyne.parallel.mesh import (
 )
 from mnemosyne.parallel.pipeline import Pipeline
 from mnemosyne.parallel.trace import Trace
+from mnemosyne.roofline import expected_rates, measure_peaks
 from mnemosyne.runtime.compile import CompiledModel
 from mnemosyne.runtime.executor import Crew, LocalExecutor, MeshExecutor
 from mnemosyne.runtime.graphs import (
@@ -173,10 +175,12 @@ def build_engine(
             rank.worker, crew, num_groups=mesh.kvp.degree, num_stages=mesh.pp.degree
         )
     work_model = WorkModel(spec.windows, mesh.kvp.degree)
+    measure = None
     if predictor is None:
-        predictor = LinearPredictor()
+        predictor = LinearPredictor(_prior(config, rank))
         if config.schedule.is_adaptive:
-            fit_step_times(
+            measure = partial(
+                fit_step_times,
                 predictor,
                 executor,
                 work_model,
@@ -184,6 +188,9 @@ def build_engine(
                 _fit_key(config, rank),
                 is_kept=config.schedule.saved_fit,
             )
+    if measure is not None and crew is not None:
+        measure()  # the other ranks follow now; later they may be elsewhere
+        measure = None
     scheduler = build_scheduler(
         config.schedule,
         config.slo,
@@ -195,7 +202,14 @@ def build_engine(
         work_model=work_model,
         depth=executor.depth,
     )
-    return Engine(scheduler, executor, rank.intake, on_step=on_step)
+    return Engine(scheduler, executor, rank.intake, on_step=on_step, measure=measure)
+
+
+def _prior(config: EngineConfig, rank: Rank) -> tuple[float, ...]:
+    """What steps should take, before any is measured."""
+    keys, spec = rank.worker.pool.k[0], rank.checkpoint.spec
+    shape = replace(spec, dtype=str(keys.dtype).removeprefix("torch."))
+    return expected_rates(shape, config.mesh, measure_peaks(keys.device, keys.dtype))
 
 
 def describe_reads(num_bytes: Sequence[int]) -> str:

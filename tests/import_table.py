@@ -78,6 +78,7 @@ TABLE = {
     "hub": Rule(),
     "device": Rule((), ("torch",)),
     "step_times": Rule(("machine", "schedule"), ("numpy", "torch")),
+    "roofline": Rule(("config", "shape"), ("torch",)),
     # design.md gives it build and config; what it serves with is the offline API beside build
     "cli": Rule(
         (
@@ -125,7 +126,7 @@ TABLE = {
                 "kernels",
             ),
             *("parallel", "runtime", "serve", "simulate", "model_zoo"),
-            *("device", "step_times"),
+            *("device", "roofline", "step_times"),
         ),
         _CORE,
     ),

@@ -54,15 +54,38 @@ def test_adaptive_chunks_are_fitted_to_the_machine_and_fixed_ones_are_not(
     checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="mnemosyne")
-    predictors = {}
+    num_steps = {}
     for chunk in (8, "adaptive"):
         engine = build_engine(build_rank(config(checkpoint)), config(checkpoint, chunk))
-        predictors[chunk] = engine.scheduler.predictor
+        engine.measure()
+        predictor = engine.scheduler.predictor
+        assert isinstance(predictor, LinearPredictor)
+        assert min(predictor.coefficients) >= 0
+        num_steps[chunk] = len(predictor.samples)
 
-    assert isinstance(predictors[8], LinearPredictor)
-    assert predictors[8].coefficients == ()
-    assert sum(predictors["adaptive"].coefficients) > 0
+    assert num_steps[8] == 0 < num_steps["adaptive"]
     assert sum("step times fitted" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize(("n", "num_prompts"), [(1, 2), (2, 1)])
+def test_step_times_are_measured_once_there_is_somebody_to_protect(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture, n: int, num_prompts: int
+) -> None:
+    caplog.set_level(logging.INFO, logger="mnemosyne")
+
+    def num_sweeps() -> int:
+        return sum("step times fitted" in record.getMessage() for record in caplog.records)
+
+    with open_tiny(checkpoint, chunk="adaptive", saved_fit=False) as llm:
+        assert 0 < llm.engine.scheduler.prefill_s(1000) < 60
+        (alone,) = llm.generate([1, 2, 3], greedy(5))
+        assert num_sweeps() == 0
+        outputs = llm.generate([[1, 2, 3]] * num_prompts, greedy(5, n=n))
+        assert num_sweeps() == 1
+        assert {tuple(output.token_ids) for output in outputs} == {tuple(alone.token_ids)}
+        llm.generate([[1, 2], [3, 4]], greedy(2))
+
+    assert num_sweeps() == 1
 
 
 def test_a_predictor_of_ones_own_is_not_fitted(checkpoint: Path) -> None:
@@ -78,15 +101,17 @@ def test_a_predictor_of_ones_own_is_not_fitted(checkpoint: Path) -> None:
 
 def test_a_cache_too_small_for_the_sweep_learns_from_its_steps(checkpoint: Path) -> None:
     with open_tiny(checkpoint, chunk="adaptive", max_tokens=16) as llm:
-        assert llm.engine.scheduler.predictor.coefficients == ()
+        llm.engine.measure()
+        before = llm.engine.scheduler.predictor.coefficients
         (output,) = llm.generate([1, 2, 3], greedy(5))
-        assert sum(llm.engine.scheduler.predictor.coefficients) > 0
+        assert llm.engine.scheduler.predictor.coefficients != before
 
     assert len(output.token_ids) == 5
 
 
 def test_the_sweep_leaves_no_request_and_no_page_behind(checkpoint: Path) -> None:
     with open_tiny(checkpoint, chunk="adaptive") as llm:
+        llm.engine.measure()
         assert worker_of(llm)._sequences == {}
         assert llm.engine.scheduler.router.num_used == 0
         assert not llm.engine.has_work

@@ -224,7 +224,7 @@ def test_closing_releases_the_cache_and_the_model(checkpoint: Path) -> None:
 
 def test_a_closed_llm_refuses_prompts(checkpoint: Path) -> None:
     llm = open_tiny(checkpoint)
-    pieces = llm.stream(PROMPTS, greedy(5))
+    pieces = llm.stream([[1], [2]], greedy(5))
     next(pieces)
     llm.close()
     llm.close()

@@ -56,6 +56,7 @@ def measure(
         model, attention=attention, schedule=schedule, cache=cache, on_step=records.append
     ) as llm:
         engine = llm.engine
+        engine.measure()
         params = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True, temperature=0.0)
         running = [
             engine.add(rng.integers(0, 32_000, DECODE_CONTEXT), params)[0] for _ in range(decodes)

@@ -75,6 +75,7 @@ def _serve(llm: LLM, num_short: int, *, long: Recital | None, view: DemoView | N
     """Serve the short requests, spread over the prefill of the long one if there is one."""
     run = Run()
     engine = llm.engine
+    engine.measure()
     gap_s = 0.0
     started_s = time.perf_counter()
     if long is not None:

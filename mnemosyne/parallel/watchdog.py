@@ -46,6 +46,8 @@ MAX_TEXT = 1000  # characters of an error that other ranks are told
 LEAST_STEP_S = 10.0
 STEP_FACTOR = 20.0
 UNKNOWN_STEP_S = 1800.0
+FIRST_STEPS = 16  # of an engine, in which kernels may still be compiled
+FIRST_STEP_S = 300.0
 
 
 def step_limit(predicted_s: float) -> float:
@@ -141,7 +143,10 @@ class Watchdog:
 
     def watch_step(self, index: int, predicted_s: float) -> AbstractContextManager[None]:
         """Watch the body, one step, with the limit that goes with its predicted time."""
-        return self.watch(f"step {index}", limit_s=step_limit(predicted_s))
+        limit_s = step_limit(predicted_s)
+        if index < FIRST_STEPS:
+            limit_s = max(limit_s, FIRST_STEP_S)
+        return self.watch(f"step {index}", limit_s=limit_s)
 
     def fail(self, error: BaseException) -> NoReturn:
         """End all ranks because of an exception on this one; or because of its cause elsewhere."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 
-def fit_relative(rows: np.ndarray) -> tuple[np.ndarray, float]:
+def fit_relative(
+    rows: np.ndarray, prior: np.ndarray | None = None, weight: float = 0.0
+) -> tuple[np.ndarray, float]:
     """Rates that give the measured times with the least squared relative error.
 
     Args:
         rows: float64 ``[steps, features + 1]``, positive seconds last.
+        prior: rates to keep to where the steps do not tell, positive, float64 ``[features]``.
+        weight: of an error of 1 in one of them against an error of 1 in one step.
 
     Returns:
         Seconds per unit of each feature, float64 ``[features]``, and the mean relative error.
@@ -17,9 +21,13 @@ def fit_relative(rows: np.ndarray) -> tuple[np.ndarray, float]:
     # Rows divided by the measured time: a step that is 10% off counts the same whatever its
     # length. Columns scaled to one, so that the solver sees like magnitudes.
     a: np.ndarray = rows[:, :-1] / rows[:, -1:]
-    scale = np.maximum(a.max(axis=0), 1e-30)
+    all_a, b = a, np.ones(len(a))
+    if prior is not None:
+        all_a = np.concatenate([a, np.diag(weight / prior)])
+        b = np.concatenate([b, np.full(len(prior), weight)])
+    scale = np.maximum(all_a.max(axis=0), 1e-30)
     # The triangle of a QR decomposition has the same solution and far fewer rows.
-    both = np.column_stack([a / scale, np.ones(len(a))])
+    both = np.column_stack([all_a / scale, b])
     triangle = np.asarray(np.linalg.qr(both, mode="r"))
     rates = nonnegative_least_squares(triangle[:, :-1], triangle[:, -1]) / scale
     return rates, float(np.abs(a @ rates - 1).mean())

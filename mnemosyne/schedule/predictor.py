@@ -21,6 +21,9 @@ SAME_SPEED = 1.25  # a gain beyond it, up or down, asks for an explanation
 CLEARLY = 0.9  # of the error of one fit is that of the other, if it explains better
 MIN_STEP_S = 1e-9  # a clock may not have moved
 NUM_FEATURES = len(StepWork().features())
+# Seconds per unit of each feature on a machine like any other; what counts is how they compare.
+ANY_MACHINE = (1e-2, 2e-4, 1e-8, 1e-7, 1e-4, 1e-4, 1e-5)
+PRIOR_RANGE = 8.0  # how far off, up or down, rates may be that were given
 
 
 class Predictor(Protocol):
@@ -45,14 +48,24 @@ class LinearPredictor:
     slower or faster, and a few stalls do not move it. Where step times scatter, as beside another
     process on the same cores, half of the steps take less than predicted. The coefficients follow
     slowly, by a fit over the last ``MAX_SAMPLES`` steps but the newest.
+
+    Where no sweep is made, what the first steps do not tell is taken from a prior, at the speed
+    that they show: after decodes alone a long prompt has a likely time, not one read from noise.
+    With the number of steps the prior fades, but for features that none of them had.
+
+    Args:
+        prior: seconds per unit of each feature, positive, such as the roofline of a machine gives
+            them. Unset: nothing is predicted before a step is observed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, prior: Sequence[float] | None = None) -> None:
+        self._prior = np.array(ANY_MACHINE if prior is None else prior)
+        self._range = np.inf if prior is None else PRIOR_RANGE
         self._calibration = np.empty((0, NUM_FEATURES + 1))  # features, seconds
         self._recent = np.empty((MAX_SAMPLES, NUM_FEATURES + 1))  # a ring
         self._num_observed = 0
         self._explained_at = 0  # steps observed when a change of speed was last considered
-        self._coefficients: tuple[float, ...] = ()
+        self._coefficients = () if prior is None else tuple(map(float, prior))
         self._ratios: deque[float] = deque(maxlen=GAIN_STEPS)  # measured to fitted
         self._gain = 1.0
 
@@ -85,7 +98,7 @@ class LinearPredictor:
         self._use(fit_relative(self.samples)[0])
 
     def predict(self, work: StepWork) -> float:
-        """Seconds for this work; 0 before anything was fitted or observed."""
+        """Seconds for this work; 0 before anything was given, fitted or observed."""
         if not self._coefficients:
             return 0.0
         return self._gain * self._raw(work)
@@ -97,14 +110,15 @@ class LinearPredictor:
         row[-1] = seconds
         self._num_observed += 1
         if self._num_observed < 2 * REFIT_EVERY and not len(self._calibration):
-            self._use(fit_relative(self.samples)[0])
+            self._use(self._fit(self.samples)[0])
+            self._gain = 1.0  # one slow first step, as of kernels being compiled, says nothing yet
             return
         self._follow(seconds / max(self._raw(work), MIN_STEP_S))
         if self._asks_why():
             self._explain()
         elif self._num_observed % REFIT_EVERY == 0:
             # without the newest, of which nobody can tell yet whether the machine has changed
-            self._use(fit_relative(self.samples[:-NEWEST])[0])
+            self._use(self._fit(self.samples[:-NEWEST])[0])
 
     def _raw(self, work: StepWork) -> float:
         step, token, pair, key, sequence, sampled, exchanged = self._coefficients
@@ -141,14 +155,22 @@ class LinearPredictor:
         """
         self._explained_at = self._num_observed
         rows = self.samples
-        rates, error = fit_relative(rows)
+        rates, error = self._fit(rows)
         rows[:-NEWEST, -1] *= self._gain
-        rates_if_changed, error_if_changed = fit_relative(rows)
+        rates_if_changed, error_if_changed = self._fit(rows)
         if error_if_changed < CLEARLY * error:
             rates = rates_if_changed
             self._calibration = rows[: len(self._calibration)]
             self._recent[self._places(MAX_SAMPLES)] = rows[len(self._calibration) :]
         self._use(rates)
+
+    def _fit(self, rows: np.ndarray) -> tuple[np.ndarray, float]:
+        """Rates and error of a fit; a sweep has every feature, steps alone may not."""
+        if len(self._calibration):
+            return fit_relative(rows)
+        slowdown = float(np.median(rows[:, -1] / (rows[:, :-1] @ self._prior)))
+        slowdown = min(max(slowdown, 1 / self._range), self._range)
+        return fit_relative(rows, prior=slowdown * self._prior, weight=1 / len(rows))
 
     def _use(self, rates: np.ndarray) -> None:
         """Take new coefficients, and the gain of the last steps against them."""

@@ -161,6 +161,7 @@ class AsyncEngine:
 
     def _run(self) -> None:
         try:
+            self._engine.measure()
             while not self._is_stopping:
                 while self._calls:
                     self._calls.popleft()()

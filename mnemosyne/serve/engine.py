@@ -50,6 +50,7 @@ class Engine:
         on_step: called with the record of each finished step, until it raises: that is logged,
             and requests go on.
         clock: seconds; the simulator brings its own.
+        measure: fits the step times that the scheduler predicts; put off until it is needed.
     """
 
     def __init__(
@@ -60,12 +61,14 @@ class Engine:
         *,
         on_step: Callable[[StepRecord], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        measure: Callable[[], None] | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.intake = intake
         self.on_step = on_step
         self.clock = clock
         self._executor = executor
+        self._measure = measure
         self._active: dict[int, Active] = {}
         self._in_flight: deque[tuple[Plan, float]] = deque()
         self._started_s = clock()
@@ -101,7 +104,19 @@ class Engine:
         capacity = self.scheduler.router.max_request_tokens()
         requests = self.intake.requests(prompt, params, self.clock(), capacity)
         self.scheduler.check_fits(requests[0])  # they are of one size
+        if len(self._active) + len(requests) > 1:
+            self.measure()
         return [self.accept(request) for request in requests]
+
+    def measure(self) -> None:
+        """Measure step times now, if that was put off and nothing runs.
+
+        One request alone needs none; the tokens of several are protected from each other's
+        prompts by them. Who takes requests as they come calls this before the first one.
+        """
+        if self._measure is not None and not self._in_flight and not self.scheduler.num_running:
+            measure, self._measure = self._measure, None
+            measure()
 
     def accept(self, request: Request) -> RequestOutput:
         """Queue a request that is checked and numbered already, as a replay makes them.

@@ -9,7 +9,7 @@ import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from mnemosyne.parallel.address import default_store
 from mnemosyne.parallel.board import open_board
 from mnemosyne.parallel.collectives import all_reduce_sum
 from mnemosyne.parallel.mesh import Axis
-from mnemosyne.parallel.watchdog import UNKNOWN_STEP_S, Watchdog, step_limit
+from mnemosyne.parallel.watchdog import FIRST_STEP_S, UNKNOWN_STEP_S, Watchdog, step_limit
 from tests.ranks import Ranks, start_ranks
 
 WORLD_SIZE = 4
@@ -222,3 +222,16 @@ def test_ctrl_c_waits_for_the_end_of_the_step_and_only_rank_0_hears_it(tmp_path:
 def test_the_limit_of_a_step_follows_its_predicted_time() -> None:
     assert [step_limit(seconds) for seconds in (0.001, 0.5, 3.0)] == [10.0, 10.0, 60.0]
     assert step_limit(0.0) == UNKNOWN_STEP_S
+
+
+def test_the_first_steps_have_time_to_compile_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+    monkeypatch.setattr(
+        Watchdog, "watch", lambda self, name, *, limit_s: limits.append(limit_s) or nullcontext()
+    )
+    watchdog = object.__new__(Watchdog)
+
+    for index, predicted_s in ((0, 0.0), (0, 0.1), (15, 30.0), (16, 0.1)):
+        watchdog.watch_step(index, predicted_s)
+
+    assert limits == [UNKNOWN_STEP_S, FIRST_STEP_S, 600.0, 10.0]

@@ -162,3 +162,71 @@ def test_the_prediction_never_falls_when_the_work_grows():
 def test_an_empty_sweep_is_refused():
     with pytest.raises(ValueError, match="at least one step"):
         LinearPredictor().fit([])
+
+
+def _decode(num_keys: int) -> StepWork:
+    return StepWork(1, 0.0, float(num_keys), 1, 1)
+
+
+def _chunk(start: int, num_tokens: int) -> StepWork:
+    return StepWork(num_tokens, num_tokens * (start + (num_tokens + 1) / 2), 0.0, 1, 0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("num_prompt", [1, 5, 20])
+@pytest.mark.parametrize("prior", [None, tuple(COSTS)])
+def test_after_a_short_prompt_and_its_decodes_a_long_one_is_no_matter_of_days(
+    num_prompt, seed, prior
+):
+    noise, predictor = np.random.default_rng(seed), LinearPredictor(prior)
+
+    predictor.observe(_chunk(0, num_prompt), 0.05 + 0.01 * noise.random())
+    for step in range(60):
+        predictor.observe(_decode(num_prompt + step), 0.045 + 0.01 * noise.random())
+        assert 0.05 < predictor.predict(_chunk(0, 8192)) < 60
+        assert predictor.predict(_chunk(100_000, 8192)) < 600
+    assert predictor.predict(_decode(num_prompt + 60)) == pytest.approx(0.05, rel=0.1)
+
+
+def test_what_was_given_is_predicted_before_any_step_and_scaled_by_the_first_ones():
+    predictor = LinearPredictor(COSTS.tolist())
+    assert predictor.predict(_chunk(1000, 64)) == pytest.approx(_seconds(_chunk(1000, 64)))
+
+    for keys in range(500, 510):
+        predictor.observe(_decode(keys), 3 * _seconds(_decode(keys)))
+
+    unseen = _chunk(1000, 64)
+    assert predictor.predict(unseen) == pytest.approx(3 * _seconds(unseen), rel=0.1)
+
+
+def test_a_first_step_in_which_kernels_are_compiled_is_not_taken_for_the_machine():
+    predictor = LinearPredictor(COSTS.tolist())
+
+    predictor.observe(_decode(1), 1000.0)
+    assert predictor.predict(_chunk(0, 1000)) < 10 * _seconds(_chunk(0, 1000))
+
+    for keys in range(2, 40):
+        predictor.observe(_decode(keys), 100 * _seconds(_decode(keys)))
+    assert predictor.predict(_decode(40)) == pytest.approx(100 * _seconds(_decode(40)), rel=0.05)
+
+
+def test_a_prior_that_is_wrong_fades_with_the_steps():
+    rng = np.random.default_rng(8)
+    wrong = COSTS * np.exp(rng.uniform(-2, 2, len(COSTS)))
+    predictor = LinearPredictor(wrong.tolist())
+
+    for work in (_work(rng) for _ in range(64)):
+        predictor.observe(work, _seconds(work))
+
+    errors = [abs(predictor.predict(w) / _seconds(w) - 1) for w in (_work(rng) for _ in range(50))]
+    assert np.median(errors) < 0.01
+
+
+def test_a_sweep_takes_the_place_of_the_prior():
+    rng = np.random.default_rng(9)
+    sweep = [(work, _seconds(work)) for work in (_work(rng) for _ in range(40))]
+    fitted, corrected = LinearPredictor(), LinearPredictor((COSTS[::-1] * 7).tolist())
+    for predictor in (fitted, corrected):
+        predictor.fit(sweep)
+
+    assert corrected.coefficients == fitted.coefficients

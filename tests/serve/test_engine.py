@@ -328,7 +328,10 @@ def test_executors_forget_requests_even_when_the_step_that_says_so_is_interrupte
 
 
 def test_a_piece_is_yielded_for_every_request_of_a_step(llm: LLM) -> None:
-    outputs = [add(llm.engine, PROMPTS[i], greedy(3)) for i in (3, 1)]
+    outputs = [
+        add(llm.engine, PROMPTS[i], greedy(3, priority=priority))
+        for priority, i in enumerate((3, 1))
+    ]
 
     steps = drain(llm.engine)
 
