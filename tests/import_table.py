@@ -97,11 +97,16 @@ TABLE = {
     # `mnemosyne bench`: the engines run in processes of their own
     "bench": Rule(("config_bench", "machine"), ("numpy", "rich")),
     "bench.picture": Rule(("bench.compare", "bench.report"), ("matplotlib",), itself=False),
+    "bench.gguf_file": Rule(
+        ("files", "kept", "machine", "model_zoo", "runtime.headers"),
+        ("gguf", "numpy", "torch"),
+        itself=False,
+    ),
     # programs for other interpreters, which have none of our rooms
     "bench.peers": Rule((), ("numpy", "torch"), itself=False),
     "bench.peers.with_transformers": Rule((), ("torch", "transformers"), itself=False),
     "bench.peers.with_vllm": Rule((), ("vllm",), itself=False),
-    "bench.peers.with_llamacpp": Rule((), ("numpy", "gguf", "llama_cpp"), itself=False),
+    "bench.peers.with_llamacpp": Rule((), ("numpy", "llama_cpp"), itself=False),
     "bench.peers.ours": Rule(
         (
             *("build", "cache.pages", "config", "metrics", "request", "runtime", "schedule"),

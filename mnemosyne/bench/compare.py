@@ -32,6 +32,7 @@ def compare(
     runs: int,
     requests: Callable[[Case], Any],
     on_run: Callable[[Result, Sequence[Result]], None],
+    on_failure: Callable[[str, ValueError], None],
 ) -> list[Result]:
     """Run every case on every engine that can, one after the other, then all of it again.
 
@@ -41,11 +42,14 @@ def compare(
         runs: of each engine and case.
         requests: the requests of a case, the same for every engine.
         on_run: called after each run with its result so far, and all results.
+        on_failure: called with the name of an engine that fails, which takes no further turn, and
+            the reason; what it raises ends the comparison.
 
     Returns:
-        One result per case and engine.
+        One result per case and engine with a run.
     """
     results: list[Result] = []
+    failed: set[str] = set()
     for case in cases:
         asked = requests(case)
         able = [engine for engine in engines if can_run(engine.about, case)]
@@ -53,12 +57,23 @@ def compare(
         results += found
         for _ in range(runs):
             for engine, result in zip(able, found, strict=True):
-                answers: Answers = engine.ask(asked)
-                result.runs.append(case.numbers(answers))
-                # over a cache of random keys each engine has its own
-                result.token_ids = [] if case.is_filled else answers[0]["token_ids"]
-                on_run(result, [r for r in results if r.runs])
-    return results
+                if engine.name in failed:
+                    continue
+                try:
+                    _run(engine, case, asked, result)
+                except ValueError as error:
+                    failed.add(engine.name)
+                    on_failure(engine.name, error)
+                else:
+                    on_run(result, [r for r in results if r.runs])
+    return [result for result in results if result.runs]
+
+
+def _run(engine: EngineProcess, case: Case, asked: Any, result: Result) -> None:
+    answers: Answers = engine.ask(asked)
+    result.runs.append(case.numbers(answers))
+    # over a cache of random keys each engine has its own
+    result.token_ids = [] if case.is_filled else answers[0]["token_ids"]
 
 
 def can_run(about: dict[str, Any], case: Case) -> bool:

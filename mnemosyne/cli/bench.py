@@ -18,11 +18,12 @@ from mnemosyne.bench.cases import Case, make_cases
 from mnemosyne.bench.compare import Result, can_run, compare
 from mnemosyne.bench.process import EngineProcess, Program
 from mnemosyne.bench.start import PROMPT, start_ours, start_peer
-from mnemosyne.checkpoint import path_on_disk
+from mnemosyne.checkpoint import find_checkpoint, path_on_disk
 from mnemosyne.config import EngineConfig
 from mnemosyne.config_bench import BenchConfig
 from mnemosyne.machine import num_cores
 
+OK, FAILED = 0, 2  # exit statuses
 PAGES_EACH = 2  # pages that a request may take beyond its tokens
 
 
@@ -30,27 +31,51 @@ def bench(config: BenchConfig) -> int:
     """Measure what the config asks for.
 
     Returns:
-        0.
+        0, or ``FAILED`` if a peer did not start or do what it was asked to: the others' results
+        are there, and the reason.
 
     Raises:
-        ValueError: if an engine does not start, or does not do what it is asked to.
+        ValueError: if this engine does not, or none is left.
     """
     _check_output(config.output)
     console = Console(stderr=True)
-    found = _starts(config, console) if config.start else _runs(config, console)
+    failures = Failures(console)
+    if config.start:
+        found = _starts(config, console, failures)
+    else:
+        found = _runs(config, console, failures)
+    if not found:
+        raise ValueError(next(iter(failures.reasons.values())))
     report.print_table(found, Console())
+    for name, reason in failures.reasons.items():
+        print(f"{name}: left out, {reason}")
     print(f"all runs: {config.output}")
     if config.plot is not None:
         _draw(found, config.plot)
-    return 0
+    return FAILED if failures.reasons else OK
 
 
-def _runs(config: BenchConfig, console: Console) -> list[Result]:
+class Failures:
+    """Which peers failed and why; they are left out of the rest."""
+
+    def __init__(self, console: Console) -> None:
+        self.reasons: dict[str, str] = {}
+        self._console = console
+
+    def add(self, name: str, error: ValueError) -> None:
+        """Note a peer's failure; that of our own engine is raised."""
+        if name == report.OURS:
+            raise error
+        self.reasons[name] = str(error)
+        self._console.print(f"{name}: left out, {error}", markup=False, highlight=False)
+
+
+def _runs(config: BenchConfig, console: Console, failures: Failures) -> list[Result]:
     """Every case on every engine, in turns."""
     model = str(path_on_disk(config.model, config.dtype))
     cases = make_cases(config)
     settings = engine_settings(config, cases, model)
-    with _engines(config, settings, console) as engines:
+    with _engines(config, settings, console, failures) as engines:
         versions = {engine.name: engine.about["version"] for engine in engines}
 
         def requests(case: Case) -> Any:
@@ -62,13 +87,29 @@ def _runs(config: BenchConfig, console: Console) -> list[Result]:
         def on_run(result: Result, results: Sequence[Result]) -> None:
             numbers = ", ".join(f"{k} {v:,.2f}" for k, v in result.runs[-1].items())
             console.print(f"{result.case}, {result.engine}: {numbers}", highlight=False)
-            kept = {**asdict(config), "versions": versions}
-            report.write(Path(config.output), kept, results)
+            _write(config, results, failures, versions=versions)
 
-        return compare(engines, cases, runs=config.runs, requests=requests, on_run=on_run)
+        found = compare(
+            engines,
+            cases,
+            runs=config.runs,
+            requests=requests,
+            on_run=on_run,
+            on_failure=failures.add,
+        )
+        if found:
+            _write(config, found, failures, versions=versions)
+        return found
 
 
-def _starts(config: BenchConfig, console: Console) -> list[Result]:
+def _write(
+    config: BenchConfig, results: Sequence[Result], failures: Failures, **known: Any
+) -> None:
+    settings = {**asdict(config), "failures": failures.reasons, **known}
+    report.write(Path(config.output), settings, results)
+
+
+def _starts(config: BenchConfig, console: Console, failures: Failures) -> list[Result]:
     """Fresh processes in turns: ours as the command, the peers as their own programs."""
     model = str(path_on_disk(config.model, config.dtype))
     case = Case("start", (len(PROMPT),), 1, is_filled=False)
@@ -80,26 +121,39 @@ def _starts(config: BenchConfig, console: Console) -> list[Result]:
     by_name = {program.name: program for program in programs}
     for _ in range(config.runs):
         for result in found:
-            if result.engine == report.OURS:
-                seconds = start_ours(words, settings["threads"])
-            else:
-                seconds = start_peer(by_name[result.engine], settings)
+            if result.engine in failures.reasons:
+                continue
+            try:
+                if result.engine == report.OURS:
+                    seconds = start_ours(words, settings["threads"])
+                else:
+                    program = by_name[result.engine]
+                    seconds = start_peer(program, peer_settings(program, config, settings))
+            except ValueError as error:
+                failures.add(result.engine, error)
+                continue
             result.runs.append({"start_s": seconds})
             console.print(f"start, {result.engine}: {seconds:.2f} s", highlight=False)
-    report.write(Path(config.output), asdict(config), found)
+    found = [result for result in found if result.runs]
+    if found:
+        _write(config, found, failures)
     return found
 
 
 @contextmanager
 def _engines(
-    config: BenchConfig, settings: dict[str, Any], console: Console
+    config: BenchConfig, settings: dict[str, Any], console: Console, failures: Failures
 ) -> Iterator[list[EngineProcess]]:
-    """All engines, open; they idle while another one runs."""
+    """All engines that open; they idle while another one runs."""
     with ExitStack() as stack:
         engines = []
         for program in engine_programs(config):
             started_s = time.perf_counter()
-            engine = EngineProcess(program, settings)
+            try:
+                engine = EngineProcess(program, peer_settings(program, config, settings))
+            except ValueError as error:
+                failures.add(program.name, error)
+                continue
             stack.callback(engine.close)
             seconds = time.perf_counter() - started_s
             console.print(f"{program.name}: {engine.about['version']}, ready in {seconds:.1f} s")
@@ -118,6 +172,7 @@ def engine_programs(config: BenchConfig) -> list[Program]:
 
 def engine_settings(config: BenchConfig, cases: Sequence[Case], model: str) -> dict[str, Any]:
     """The first line that every engine gets; see ``bench/peers``."""
+    spec = find_checkpoint(model).spec
     num_requests = max(len(case.lengths) + 1 for case in cases)
     room = max(case.num_cached for case in cases)
     longest = max(max(*case.lengths, case.beside or 0) + case.max_tokens for case in cases)
@@ -136,15 +191,27 @@ def engine_settings(config: BenchConfig, cases: Sequence[Case], model: str) -> d
         "max_length": longest,
         "max_requests": num_requests,
         "fills": any(case.is_filled for case in cases),
-        "vocab_size": _vocab_size(model),
+        "vocab_size": spec.vocab_size,
+        "token_bytes": spec.kv_bytes_per_token(),
         "engine": engine,
     }
 
 
-def _vocab_size(model: str) -> int:
-    from mnemosyne.checkpoint import find_checkpoint
+def peer_settings(
+    program: Program, config: BenchConfig, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """The first line for one engine; that of llama.cpp names its own file of the model.
 
-    return find_checkpoint(model).spec.vocab_size
+    Raises:
+        ValueError: if llama.cpp has no such model.
+    """
+    if program.name != "llamacpp":
+        return settings
+    from mnemosyne.bench.gguf_file import gguf_file
+
+    path = Path(settings["model"])
+    file = gguf_file(find_checkpoint(settings["model"]).spec, path, config.dtype)
+    return settings | {"gguf": str(file)}
 
 
 def _check_output(path: str) -> None:

@@ -49,6 +49,30 @@ def test_two_engines_give_the_same_tokens_and_a_table(
     assert plot.exists()
 
 
+@pytest.mark.parametrize("start", [False, True])
+def test_a_peer_that_fails_leaves_the_others_results_and_its_reason(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], start: bool
+) -> None:
+    output = tmp_path / "bench.json"
+
+    status = cli.main(
+        [
+            *("bench", f"model={checkpoint}", "dtype=float64", "peers=[vllm,llamacpp]"),
+            *(f"vllm_python={sys.executable}", "lengths=[40]", "max_tokens=10", "runs=1"),
+            *(f"output={output}", "plot=null", f"start={start}"),
+        ]
+    )
+
+    printed = capsys.readouterr()
+    assert status == cli.FAILED
+    content = json.loads(output.read_text())
+    assert [r["engine"] for r in content["results"]] == ["mnemosyne"]
+    assert "No module named 'vllm'" in content["settings"]["failures"]["vllm"]
+    assert "dtype must be one" in content["settings"]["failures"]["llamacpp"]
+    assert "llamacpp: left out, dtype must be one that llama.cpp has" in printed.out
+    assert "all runs" in printed.out
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

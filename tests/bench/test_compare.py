@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,32 @@ class Scripted:
         return [{"added_s": 0.0, "times_s": times_s, "token_ids": [4] * 8} for _ in requests]
 
 
-def run(engines: list[Any], cases: list[Case]) -> list[Result]:
+class Ending(Scripted):
+    """An engine that ends when its gaps do."""
+
+    def ask(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        try:
+            return super().ask(requests)
+        except StopIteration as error:
+            raise ValueError(f"{self.name} must answer") from error
+
+
+def reject(name: str, error: ValueError) -> None:
+    raise error
+
+
+def run(
+    engines: list[Any],
+    cases: list[Case],
+    on_failure: Callable[[str, ValueError], None] = reject,
+) -> list[Result]:
     return compare(
         engines,
         cases,
         runs=3,
         requests=lambda case: case.requests(0, 10),
         on_run=lambda result, results: None,
+        on_failure=on_failure,
     )
 
 
@@ -72,6 +92,30 @@ def test_an_engine_that_cannot_fill_or_batch_is_left_out() -> None:
         ("batch", "no fill"),
     ]
     assert not any(r.token_ids for r in results if r.case == "filled")
+
+
+def test_an_engine_that_fails_takes_no_further_turn_and_leaves_the_others() -> None:
+    turns: list[str] = []
+    engines = [
+        Scripted("a", [1] * 9, turns),
+        Ending("early", [], turns),
+        Ending("late", [2], turns),
+    ]
+    failures: dict[str, str] = {}
+
+    results = run(
+        engines,
+        [Case("first", (4,), 8, is_filled=False), Case("second", (4,), 8, is_filled=False)],
+        lambda name, error: failures.update({name: str(error)}),
+    )
+
+    assert failures == {"early": "early must answer", "late": "late must answer"}
+    assert [(r.case, r.engine, len(r.runs)) for r in results] == [
+        ("first", "a", 3),
+        ("first", "late", 1),
+        ("second", "a", 3),
+    ]
+    assert turns == ["a", "early", "late", "a", "late", "a", "a", "a", "a"]
 
 
 def test_tokens_agree_up_to_the_first_difference() -> None:

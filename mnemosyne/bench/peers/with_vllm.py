@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 FILLED = "filled-"  # begins the id of a request whose prompt is not computed
@@ -71,10 +69,7 @@ class Vllm:
 
 def _environment(settings: dict[str, Any]) -> dict[str, str]:
     """What lets vLLM use every core: by default it keeps one of two for itself."""
-    spec = json.loads((Path(settings["model"]) / "config.json").read_text())
-    head_dim = spec.get("head_dim") or spec["hidden_size"] // spec["num_attention_heads"]
-    token_bytes = 2 * spec["num_hidden_layers"] * spec["num_key_value_heads"] * head_dim * 2
-    cache_gib = settings["max_tokens"] * token_bytes / 2**30
+    cache_gib = settings["max_tokens"] * settings["token_bytes"] / 2**30
     return {
         "VLLM_CPU_KVCACHE_SPACE": str(math.ceil(1.1 * cache_gib) or 1),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
