@@ -104,7 +104,7 @@ def find_checkpoint(name: str, progress: Progress | None = None) -> Checkpoint:
         path = write_smollm2(cache_folder() / "smollm2", progress=progress)
     else:
         path = Path(os.path.expanduser(name))
-        if not path.exists() and is_hub_id(name):
+        if not os.path.exists(path) and is_hub_id(name):  # which is false where a name is too long
             path = find_snapshot(name)
     return Checkpoint(name, _checked(path), path)
 

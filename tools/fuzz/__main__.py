@@ -13,9 +13,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from tools.fuzz.door import Door, fuzz
+from tools.fuzz.files import files_door
 from tools.fuzz.params import params_door
 
-DOORS: dict[str, Callable[[], AbstractContextManager[Door]]] = {"params": params_door}
+DOORS: dict[str, Callable[[], AbstractContextManager[Door]]] = {
+    "files": files_door,
+    "params": params_door,
+}
 MIN_ACCEPTED = 0.3
 MAX_GROWTH_BYTES = 200 * 2**20
 
