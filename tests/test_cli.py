@@ -224,13 +224,13 @@ def test_cfg_prints_the_config_and_runs_nothing(
         (["generate", "+model=x"], "argument must be key=value, got '+model=x'"),
         (["generate", "~prompt"], "argument must be key=value, got '~prompt'"),
         (["generate", "stop=a,b"], "stop must be one value, got 'a,b'; write [...] for a list"),
-        (["generate", "stop=[a(,b]"], "put texts in quotes: stop=['a, b','c']"),
+        (["generate", "stop=['a,b]"], "put texts in quotes, and the whole in others: \"stop=['"),
         (["generate", "prompt=x"], "model must be set; add model=..."),
         (
             ["generate", "model=x", "temperature=hot"],
             "temperature must be float or null, got 'hot'",
         ),
-        (["generate", "model=x", "stop=a"], "stop must be list, got 'a'"),
+        (["generate", "model=x", "prompts=a"], "prompts must be list, got 'a'"),
         (["generate", "model=x", "cache={pages:3}"], "cache must be one of shared"),
         (
             ["generate", "model=x", "metrics={pth:y}"],
@@ -326,3 +326,34 @@ def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
     assert done.returncode == cli.FAILED
     assert done.stderr.endswith("got 'promt'; did you mean prompt?\n")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("word", "stop"),
+    [
+        (r'stop=["\n"]', ["\n"]),
+        (r"stop=['\n\n','User:']", ["\n\n", "User:"]),
+        (r"stop=[\n]", ["\n"]),  # the shell took the quotes
+        (r"stop=\n", ["\n"]),
+        ("stop=['\n']", ["\n"]),
+        (r"stop=['a\tb','\r']", ["a\tb", "\r"]),
+        (r"stop=['\\n']", [r"\n"]),
+        (r"stop=['\d+']", [r"\d+"]),
+        ("stop=[</s>,###, <|im_end|>]", ["</s>", "###", "<|im_end|>"]),
+        ("stop=['it\\'s ${x}']", ["it's ${x}"]),
+        ("stop=[a(,b]", ["a(", "b"]),
+        ("stop=[]", []),
+        ("stop=END", ["END"]),
+    ],
+)
+def test_stop_strings_are_what_they_look_like(word: str, stop: list[str], seen: Seen) -> None:
+    status = cli.main(["generate", "model=x", "prompt=y", word])
+
+    assert status == cli.OK
+    assert seen[0].stop == stop
+
+
+def test_a_prompt_of_a_list_keeps_its_backslashes(seen: Seen) -> None:
+    cli.main(["generate", "model=x", r"prompts=['\\alpha \n','b']"])
+
+    assert seen[0].prompts == [r"\\alpha \n", "b"]

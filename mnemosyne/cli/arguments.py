@@ -30,6 +30,8 @@ FLAGS = {
     "-i": True,
 }
 LITERAL_KEY = "prompt"  # its value is taken as it stands; other texts may hold ${...} and A,B
+ESCAPED_KEY = "stop"  # shells and Hydra leave these two characters as they are; here they are one
+ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
@@ -157,6 +159,8 @@ def _prepare_word(
         raise ValueError(f"{key} must be set key by key, got {value!r}; write {key}.NAME=...")
     if _is_text(types[key]):
         value = _quote_text(key, value, is_sweep)
+    elif types[key] == list[str]:
+        value = _quote_texts(key, value)
     _check_value(key, value, is_sweep)
     return f"{prefix}{key}={value}"
 
@@ -184,6 +188,27 @@ def _quote_text(key: str, value: str, is_sweep: bool) -> str:
     return quote(value, is_literal=False)
 
 
+def _quote_texts(key: str, value: str) -> str:
+    """A list of texts, or a single one, with each of them in quotes.
+
+    ``stop=["\\n"]`` means a newline, and ``stop=[</s>,###]``, which the shell took the quotes off,
+    what it says. What cannot be read as a list of texts stays as it is.
+    """
+    try:
+        texts = OverridesParser.create().parse_override(f"{key}={value}").value()
+    except HydraException:
+        inner = re.fullmatch(r"\[([^][{}'\"\\]*)\]", value)
+        texts = [text.strip() for text in inner[1].split(",")] if inner else None
+    if key == ESCAPED_KEY and isinstance(texts, str):
+        texts = [texts]
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return value
+    if key == ESCAPED_KEY:
+        texts = [re.sub(r"\\[ntr\\]", lambda match: ESCAPES[match[0]], text) for text in texts]
+    is_literal = key == ESCAPED_KEY
+    return "[" + ",".join(quote(text, is_literal=is_literal) for text in texts) + "]"
+
+
 def _check_options(key: str, value: str, options: list[str], is_sweep: bool) -> None:
     for option in value.split(",") if is_sweep else [value]:
         if option not in options:
@@ -199,7 +224,7 @@ def _check_value(key: str, value: str, is_sweep: bool) -> None:
     except HydraException as error:
         raise ValueError(
             f"{key} must be a value that Hydra can read, got {value!r}; "
-            f"put texts in quotes: {key}=['a, b','c']"
+            f"put texts in quotes, and the whole in others: \"{key}=['a, b','c']\""
         ) from error
     if override.is_sweep_override() and not is_sweep:
         raise ValueError(
