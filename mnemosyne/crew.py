@@ -132,10 +132,11 @@ class Follower:
 
 
 def report_lost(engine: Engine, reason: str) -> None:
-    """End the requests that still run, and say what they had."""
-    lost = engine.unfinished()
-    engine.abort("error", reason)
-    for output in lost:
+    """Say what the requests had that end with this process.
+
+    The engine is left alone: the thread that steps it may be in the middle of it.
+    """
+    for output in engine.unfinished():
         log.error(
             "request %s failed with %d tokens so far: %r",
             output.request_id,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -22,13 +22,13 @@ from mnemosyne.metrics import StepListener, StepLog, StepRecord
 from mnemosyne.options import typed
 from mnemosyne.parallel.keys import MeshKey, mesh_key
 from mnemosyne.parallel.trace import Trace, claim_trace, write_trace
-from mnemosyne.plain import plain_list
 from mnemosyne.request import Piece, RequestOutput, SamplingParams
 from mnemosyne.schedule.predictor import Predictor
+from mnemosyne.serve.calls import add_call, read_call
 from mnemosyne.serve.chat import Message
 from mnemosyne.serve.engine import Engine
-from mnemosyne.serve.intake import refused_output
-from mnemosyne.serve.prompts import MAX_PROMPTS, Prompt, list_conversations, list_prompts
+from mnemosyne.serve.ownership import Claim, Ownership
+from mnemosyne.serve.prompts import Prompt, list_conversations
 from mnemosyne.serve.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -132,6 +132,7 @@ class LLM:
         self._step_log = StepLog(path) if path else None
         # apart from the log of steps: one may fail without the other
         self._on_step = None if on_step is None else StepListener(on_step)
+        self._ownership = Ownership()
         self._engine: Engine | None = None
         self._trace: Trace | None = None
         self._driver: Driver | None = None
@@ -146,6 +147,7 @@ class LLM:
                 self._engine = build_engine(
                     rank, config, crew=self._driver, predictor=predictor, on_step=self._record
                 )
+                self._ownership = self._engine.ownership
             if self._driver is not None:
                 self._driver.tell_ready(self._engine)
         except BaseException as error:
@@ -184,6 +186,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Serve prompts together and wait for all.
 
+        Threads may call it together: on one rank their calls are served one after another, on a
+        mesh all but one are refused.
+
         Args:
             prompts: texts or token ids; a single one counts as a list of one.
             params: one for all, or one per prompt.
@@ -194,12 +199,15 @@ class LLM:
             "error" and says why in ``error``; the others are not affected.
 
         Raises:
-            ValueError: if the numbers of prompts and params differ, or a stream is not at its end.
+            ValueError: if the numbers of prompts and params differ, or the engine is used by a
+                stream that is not at its end or an ``AsyncEngine``; in a fork of the process.
         """
         if self._follower is not None:
-            return self._follower.follow_call()
-        with self._idle_engine() as engine:
-            outputs = self._add(prompts, params)
+            with self._claim("LLM.generate"):
+                return self._follower.follow_call()
+        asked = read_call(self.engine.intake, prompts, params)
+        with self._idle_engine("LLM.generate") as (engine, _):
+            outputs = add_call(engine, asked)
             if progress:
                 from mnemosyne.serve.progress import Bars
 
@@ -262,10 +270,12 @@ class LLM:
             ValueError: as ``generate`` does, when the first piece is asked for.
         """
         if self._follower is not None:
-            self._follower.follow_call()
+            with self._claim("LLM.stream"):
+                self._follower.follow_call()
             return
-        with self._idle_engine() as engine:
-            outputs = self._add(prompts, params)
+        asked = read_call(self.engine.intake, prompts, params)
+        with self._idle_engine("LLM.stream", ends_alone=False) as (engine, claim):
+            outputs = add_call(engine, asked)
             index_of = {
                 sample.request_id: index
                 for index, output in enumerate(outputs)
@@ -275,12 +285,16 @@ class LLM:
                 for index, output in enumerate(outputs):
                     if output.error is not None:
                         yield index, Piece(None, finish_reason="error", error=output.error)
-                while engine.has_work:
+                        claim.act()  # another thread may have asked for more
+                while engine.has_work and not claim.is_revoked:
                     for piece in engine.step():
                         yield index_of[piece.request_id], piece
+                        claim.act()
             except GeneratorExit:  # nobody wants the rest, which is no error on any rank
-                engine.abort("cancelled")
-                self._tell_outputs(outputs)
+                if self._ownership.is_here:  # not in a fork, which has a copy of the iterator
+                    claim.act()
+                    engine.abort("cancelled")
+                    self._tell_outputs(outputs)
                 raise
             self._tell_outputs(outputs)
 
@@ -295,13 +309,17 @@ class LLM:
     def close(self) -> None:
         """Release model and cache; unfinished requests are cancelled.
 
-        On a mesh, rank 0 lets the others go, and they wait for it here.
+        A ``generate`` of another thread is waited for; an open stream or ``AsyncEngine`` is cut
+        off. On a mesh, rank 0 lets the others go, and they wait for it here. In a fork of the
+        process it does nothing.
         """
         self._close(None)
 
     def _close(self, error: BaseException | None) -> None:
+        if not self._ownership.is_here:
+            return
         if self._engine is not None:
-            self._engine.abort("cancelled")
+            self._engine.close()
         if self._driver is not None:
             self._driver.close(error)
         elif self._trace is not None and self.config.metrics.trace and self._follower is None:
@@ -334,47 +352,37 @@ class LLM:
         if self._on_step is not None:
             self._on_step(record)
 
-    def _add(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None,
-    ) -> list[RequestOutput]:
-        listed = list_prompts(prompts)
-        each = _each(params, len(listed))
-        if len(each) != len(listed):
-            raise ValueError(
-                f"params must be one SamplingParams or one per prompt, got {len(each)} for "
-                f"{len(listed)} prompts; pass a single one to share it"
-            )
-        return [self._accept(p, s) for p, s in zip(listed, each, strict=True)]
+    def _claim(self, name: str, *, ends_alone: bool = True) -> AbstractContextManager[Claim]:
+        """The use of this rank's part for one call.
 
-    def _accept(self, prompt: Prompt, params: SamplingParams) -> RequestOutput:
-        try:
-            samples = self.engine.add(prompt, params)
-        except ValueError as error:
-            return refused_output(prompt, str(error))
-        if len(samples) > 1:
-            samples[0].samples = samples
-        return samples[0]
+        On a mesh calls do not wait for one another: each rank would choose an order of its own.
+        """
+        return self._ownership.claim(
+            name,
+            ends_alone=ends_alone,
+            remedy="exhaust or close its stream first, or use AsyncEngine",
+            waits=self.config.mesh.world_size == 1,
+        )
 
     @contextmanager
-    def _idle_engine(self) -> Iterator[Engine]:
+    def _idle_engine(self, name: str, *, ends_alone: bool = True) -> Iterator[tuple[Engine, Claim]]:
         """The engine, for one call at a time; whatever interrupts it ends what still runs."""
-        engine = self.engine
-        if engine.has_work:
-            raise ValueError(
-                "LLM must be idle when new prompts come, got one with requests that still run; "
-                "exhaust or close their stream first, or use AsyncEngine"
-            )
-        try:
-            yield engine
-        except GeneratorExit:
-            raise
-        except BaseException as error:
-            engine.abort("cancelled")
-            if self._driver is not None:
-                self._driver.tell_interrupted(error)
-            raise
+        with self._claim(name, ends_alone=ends_alone) as claim:
+            engine = self.engine
+            if engine.has_work:
+                raise ValueError(
+                    f"{name} must have an idle engine, got one with requests that were added to "
+                    "it; step it until they are done, or use AsyncEngine"
+                )
+            try:
+                yield engine, claim
+            except GeneratorExit:
+                raise
+            except BaseException as error:
+                engine.abort("cancelled")
+                if self._driver is not None:
+                    self._driver.tell_interrupted(error)
+                raise
 
 
 def _join(rank: Rank, key: MeshKey | None) -> tuple[Driver | None, Follower | None]:
@@ -382,12 +390,3 @@ def _join(rank: Rank, key: MeshKey | None) -> tuple[Driver | None, Follower | No
     from mnemosyne.crew import Driver, Follower  # one process needs no channel
 
     return (Driver(rank, key), None) if rank.mesh.rank == 0 else (None, Follower(rank, key))
-
-
-def _each(
-    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
-) -> list[SamplingParams]:
-    """The parameters of each prompt; whether they are right is asked with their prompt."""
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * num_prompts
-    return plain_list("params", params, limit=MAX_PROMPTS, of="SamplingParams")

@@ -64,7 +64,7 @@ TABLE = {
     "llm": Rule(
         (
             "options",
-            *("build", "checkpoint", "config", "crew", "metrics", "plain", "request", "serve"),
+            *("build", "checkpoint", "config", "crew", "metrics", "request", "serve"),
             *("parallel.keys", "parallel.trace", "schedule.predictor"),
         ),
         ("numpy",),

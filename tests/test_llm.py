@@ -19,6 +19,7 @@ from mnemosyne.model_zoo.haystack import cycle, haystack, text_of
 from mnemosyne.model_zoo.needle import write_needle
 from mnemosyne.request import SamplingParams
 from mnemosyne.schedule.work import StepWork
+from mnemosyne.serve.prompts import PromptIds
 from tests.engines import (
     WrappedExecutor,
     greedy,
@@ -189,9 +190,10 @@ def test_new_prompts_while_a_stream_is_open_are_refused(llm: LLM) -> None:
     pieces = llm.stream(PROMPTS, greedy(5))
     next(pieces)
 
-    with pytest.raises(ValueError, match=r"LLM must be idle .* exhaust or close their stream"):
+    said = r"must have an engine that nobody uses, got one that LLM\.stream uses; exhaust or close"
+    with pytest.raises(ValueError, match=rf"LLM\.generate {said}"):
         llm.generate(PROMPTS, greedy(5))
-    with pytest.raises(ValueError, match="LLM must be idle"):
+    with pytest.raises(ValueError, match=rf"LLM\.stream {said}"):
         next(llm.stream(PROMPTS, greedy(5)))
 
     assert sum(piece.finish_reason == "length" for _, piece in pieces) == 3
@@ -241,8 +243,8 @@ def test_an_interruption_while_prompts_are_added_leaves_none_behind(
 ) -> None:
     add = llm.engine.add
 
-    def interrupted_add(prompt: object, params: SamplingParams) -> object:
-        if prompt is PROMPTS[2]:
+    def interrupted_add(prompt: PromptIds, params: SamplingParams) -> object:
+        if np.array_equal(prompt.ids, PROMPTS[2]):
             raise KeyboardInterrupt
         return add(prompt, params)
 

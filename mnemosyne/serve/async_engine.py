@@ -1,4 +1,7 @@
-"""The engine behind an event loop: one thread steps, coroutines submit and receive pieces."""
+"""The engine behind an event loop: one thread steps, coroutines submit and receive pieces.
+
+Prompts are read in threads beside it: a text takes a second per megabyte, and no decode waits.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,27 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
-from mnemosyne.request import Piece, SamplingParams
+from mnemosyne.request import Piece, SamplingParams, own_params
 from mnemosyne.serve.engine import Engine
-from mnemosyne.serve.prompts import Prompt
+from mnemosyne.serve.mailbox import Mailbox
+from mnemosyne.serve.ownership import Claim
+from mnemosyne.serve.prompts import Prompt, PromptIds
 
 log = logging.getLogger(__name__)
+
+NUM_READERS = 4  # prompts that are read at a time; one of a few words waits behind long ones else
 
 
 class AsyncEngine:
     """Runs an engine in a thread of its own, for use from asyncio.
 
     Args:
-        engine: idle; nobody else may step it from here on.
+        engine: idle. Nobody else may use it inside ``async with``: other uses are refused there.
 
     Example:
         >>> async def main(llm):
@@ -36,16 +44,34 @@ class AsyncEngine:
         self._calls: deque[Callable[[], None]] = deque()  # run by the thread between steps
         self._lock = threading.Lock()  # a call is queued before the thread stops, or refused
         self._wake = threading.Event()
-        self._queues: dict[int, asyncio.Queue[Piece]] = {}
+        self._mailboxes: dict[int, Mailbox] = {}
         self._thread: threading.Thread | None = None
         self._is_stopping = False
         self._failure: BaseException | None = None
 
     async def __aenter__(self) -> Self:
+        """Start the thread.
+
+        Raises:
+            ValueError: if somebody else uses the engine, or it has requests.
+        """
+        if self._thread is not None and self._thread.is_alive():
+            raise ValueError(
+                "AsyncEngine must be entered once at a time, got one that runs; share it"
+            )
         self._loop = asyncio.get_running_loop()
         self._is_stopping, self._failure = False, None
-        self._thread = threading.Thread(target=self._run, name="mnemosyne-engine", daemon=True)
+        started: asyncio.Future[int] = self._loop.create_future()
+        self._thread = threading.Thread(
+            target=self._run, args=(started,), name="mnemosyne-engine", daemon=True
+        )
         self._thread.start()
+        try:
+            await started
+        except BaseException:
+            self._stop()
+            raise
+        self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="mnemosyne-prompts")
         return self
 
     async def __aexit__(
@@ -55,41 +81,60 @@ class AsyncEngine:
         trace: TracebackType | None,
     ) -> None:
         """Stop the thread after the step it is in; what still runs is cancelled."""
+        self._stop()
+        # nothing is cancelled there: who waits for a prompt hears that the engine stopped
+        self._readers.shutdown(wait=False)
+        assert self._thread is not None
+        await asyncio.to_thread(self._thread.join)
+
+    def _stop(self) -> None:
         with self._lock:
             self._is_stopping = True
         self._wake.set()
-        assert self._thread is not None
-        await asyncio.to_thread(self._thread.join)
 
     async def submit(self, prompt: Prompt, params: SamplingParams) -> AsyncIterator[Piece]:
         """Serve one prompt.
 
         Args:
-            prompt: text or token ids.
+            prompt: text, token ids, or a mapping that holds one of them.
             params: how to sample; with ``params.n`` above 1 the pieces of the samples interleave
                 and are told apart by ``request_id``.
 
         Yields:
-            New tokens and text, or how far the prompt is computed. The last piece of a sample has
-            a ``finish_reason``. Leaving the loop early cancels the request.
+            New tokens and text, or how far the prompt is computed. A reader that is slower than
+            the engine gets what has come meanwhile as one piece; one that stops reading holds no
+            more than what its request may say. The last piece of a sample has a
+            ``finish_reason``. Leaving the loop early cancels the request.
 
         Raises:
-            ValueError: if the prompt is refused.
+            ValueError: if the prompt is refused, or this is another event loop than the engine's.
             RuntimeError: if the engine failed or was stopped.
         """
-        queue: asyncio.Queue[Piece] = asyncio.Queue()
+        owned = own_params(params)
+        ids = await self._read(prompt)
+        mailbox = Mailbox(self._loop)
         is_done = False
         try:
-            num_running = await self._call(lambda: self._accept(prompt, params, queue))
+            num_running = await self._call(lambda: self._accept(ids, owned, mailbox))
             while num_running:
-                piece = await queue.get()
-                num_running -= piece.finish_reason is not None
-                is_done = num_running == 0
-                yield piece
+                for piece in await mailbox.take():
+                    num_running -= piece.finish_reason is not None
+                    is_done = num_running == 0
+                    yield piece
         finally:
-            # by the queue: a submitter may leave before it knows the ids of its requests
+            # by the mailbox: a submitter may leave before it knows the ids of its requests
             if not is_done:
-                self._post_if_running(lambda: self._drop(queue))
+                self._post_if_running(lambda: self._drop(mailbox))
+
+    async def _read(self, prompt: Prompt) -> PromptIds:
+        """The ids of a prompt, read in a thread of its own."""
+        self._check_runs()
+        if asyncio.get_running_loop() is not self._loop:
+            raise ValueError(
+                "submit must be awaited on the event loop that entered AsyncEngine, got another "
+                "one; submit there by asyncio.run_coroutine_threadsafe"
+            )
+        return await self._loop.run_in_executor(self._readers, self._engine.intake.read, prompt)
 
     def cancel(self, request_id: int) -> None:
         """End a request; its stream ends with a piece whose ``finish_reason`` is "cancelled"."""
@@ -111,6 +156,7 @@ class AsyncEngine:
         return await future
 
     def _check_runs(self) -> None:
+        self._engine.ownership.check_process()  # a fork has no thread that would answer
         if self._failure is not None:
             raise RuntimeError(f"the engine failed: {self._failure}") from self._failure
         if self._is_stopping or self._thread is None:
@@ -131,38 +177,56 @@ class AsyncEngine:
         with suppress(RuntimeError):  # the loop was closed, nobody listens any more
             self._loop.call_soon_threadsafe(call, *arguments)
 
-    def _accept(self, prompt: Prompt, params: SamplingParams, queue: asyncio.Queue[Piece]) -> int:
-        """Add a prompt; the number of its requests, whose pieces go to the queue from now on."""
+    def _accept(self, prompt: PromptIds, params: SamplingParams, mailbox: Mailbox) -> int:
+        """Add a prompt; the number of its requests, whose pieces go to the mailbox from now on."""
         self._check_runs()
         outputs = self._engine.add(prompt, params)
         for output in outputs:
             assert output.request_id is not None
-            self._queues[output.request_id] = queue
+            self._mailboxes[output.request_id] = mailbox
         return len(outputs)
 
     def _cancel(self, request_id: int) -> None:
         self._engine.cancel(request_id)
         self._deliver(Piece(request_id, finish_reason="cancelled"))
 
-    def _drop(self, queue: asyncio.Queue[Piece]) -> None:
+    def _drop(self, mailbox: Mailbox) -> None:
         """Cancel the requests of a submitter who left."""
-        for request_id in [i for i, own in self._queues.items() if own is queue]:
-            del self._queues[request_id]
+        for request_id in [i for i, own in self._mailboxes.items() if own is mailbox]:
+            del self._mailboxes[request_id]
             self._engine.cancel(request_id)
 
     def _deliver(self, piece: Piece) -> None:
         assert piece.request_id is not None
-        queue = self._queues.get(piece.request_id)
-        if queue is None:
+        mailbox = self._mailboxes.get(piece.request_id)
+        if mailbox is None:
             return
         if piece.finish_reason is not None:
-            del self._queues[piece.request_id]
-        self._to_loop(queue.put_nowait, piece)
+            del self._mailboxes[piece.request_id]
+        mailbox.put(piece)
 
-    def _run(self) -> None:
+    def _run(self, started: asyncio.Future[int]) -> None:
+        """What the thread does: claim the engine, serve, give it back."""
+        try:
+            with self._engine.ownership.claim(
+                "AsyncEngine", ends_alone=False, remedy="leave its `async with` first, or submit"
+            ) as claim:
+                if self._engine.has_work:
+                    raise ValueError(
+                        "AsyncEngine must have an idle engine, got one with requests that were "
+                        "added to it; step it until they are done"
+                    )
+                self._to_loop(_fulfil, started, 0)
+                self._serve(claim)
+        except ValueError as error:  # of the claim; serving lets nothing out
+            self._stop()
+            self._to_loop(_fail, started, error)
+
+    def _serve(self, claim: Claim) -> None:
         try:
             self._engine.measure()
             while not self._is_stopping:
+                claim.check()
                 while self._calls:
                     self._calls.popleft()()
                 if self._engine.has_work:
@@ -171,20 +235,20 @@ class AsyncEngine:
                 elif not self._calls:
                     self._wake.wait()
                     self._wake.clear()
-            self._end_all("cancelled", None)
+            self._end_all(claim, "cancelled", None)
         except BaseException as error:
             # nobody waits on this thread: hand the failure to every stream, and keep it
             self._failure = error
             log.exception("the engine failed; all its requests end")
-            self._end_all("error", f"the engine failed: {error}")
+            self._end_all(claim, "error", f"the engine failed: {error}")
 
-    def _end_all(self, reason: str, error: str | None) -> None:
-        with self._lock:
-            self._is_stopping = True
-        self._engine.abort(reason, error)
+    def _end_all(self, claim: Claim, reason: str, error: str | None) -> None:
+        self._stop()
+        if not claim.is_revoked:  # whoever took the engine has ended them
+            self._engine.abort(reason, error)
         while self._calls:
             self._calls.popleft()()
-        for request_id in list(self._queues):
+        for request_id in list(self._mailboxes):
             self._deliver(Piece(request_id, finish_reason=reason, error=error))
 
 

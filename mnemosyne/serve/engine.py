@@ -6,11 +6,9 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from mnemosyne.metrics import StepListener, StepRecord, percentiles
 from mnemosyne.request import (
-    Logprobs,
     Piece,
     Request,
     RequestMetrics,
@@ -20,8 +18,11 @@ from mnemosyne.request import (
 )
 from mnemosyne.schedule.plan import Chunk, Executor, Plan, StepResult
 from mnemosyne.schedule.scheduler import Scheduler
+from mnemosyne.serve.active import Active
 from mnemosyne.serve.intake import Intake
+from mnemosyne.serve.ownership import Ownership
 from mnemosyne.serve.prompts import Prompt
+from mnemosyne.serve.records import step_record
 from mnemosyne.serve.stream import TextStream
 
 log = logging.getLogger(__name__)
@@ -29,19 +30,11 @@ log = logging.getLogger(__name__)
 MAX_ERRORS = 4096  # steps that the error of the prediction is told over
 
 
-@dataclass(slots=True, eq=False)
-class Active:
-    """A request between acceptance and its last token."""
-
-    request: Request
-    output: RequestOutput
-    text: TextStream | None
-    last_token_s: float | None = None
-    prefilled: int = 0
-
-
 class Engine:
     """Admit, plan, step, sample, stream.
+
+    One user at a time: while somebody claims it (see ``ownership``), and in a fork of its process,
+    its methods are refused to all others with a ValueError.
 
     Args:
         scheduler: decides what a step holds.
@@ -67,6 +60,7 @@ class Engine:
         self.intake = intake
         self.on_step = on_step
         self.clock = clock
+        self.ownership = Ownership()
         self._executor = executor
         self._measure = measure
         self._active: dict[int, Active] = {}
@@ -101,12 +95,13 @@ class Engine:
         Raises:
             ValueError: if the prompt is refused; nothing else is affected.
         """
-        capacity = self.scheduler.router.max_request_tokens()
-        requests = self.intake.requests(prompt, params, self.clock(), capacity)
-        self.scheduler.check_fits(requests[0])  # they are of one size
-        if len(self._active) + len(requests) > 1:
-            self.measure()
-        return [self.accept(request) for request in requests]
+        with self.ownership.use("Engine.add"):
+            capacity = self.scheduler.router.max_request_tokens()
+            requests = self.intake.requests(prompt, params, self.clock(), capacity)
+            self.scheduler.check_fits(requests[0])  # they are of one size
+            if len(self._active) + len(requests) > 1:
+                self.measure()
+            return [self._accept(request) for request in requests]
 
     def measure(self) -> None:
         """Measure step times now, if that was put off and nothing runs.
@@ -124,6 +119,10 @@ class Engine:
         Raises:
             ValueError: if no empty cache could hold it.
         """
+        with self.ownership.use("Engine.accept"):
+            return self._accept(request)
+
+    def _accept(self, request: Request) -> RequestOutput:
         deadline_s = self.scheduler.add(request)
         output = RequestOutput(
             request_id=request.request_id,
@@ -157,9 +156,10 @@ class Engine:
 
     def cancel(self, request_id: int) -> None:
         """End a request now; its pages are free at the next step. Unknown ids are ignored."""
-        active = self._active.get(request_id)
-        if active is not None:
-            self._finish(active, "cancelled")
+        with self.ownership.use("Engine.cancel"):
+            active = self._active.get(request_id)
+            if active is not None:
+                self._finish(active, "cancelled")
 
     def step(self) -> list[Piece]:
         """Run one step.
@@ -167,6 +167,10 @@ class Engine:
         Returns:
             What each request of the step got: tokens, or how far its prompt is computed.
         """
+        with self.ownership.use("Engine.step"):
+            return self._step()
+
+    def _step(self) -> list[Piece]:
         while len(self._in_flight) < self._executor.depth:
             planned_s = self.clock()
             plan = self.scheduler.plan(planned_s)
@@ -194,6 +198,15 @@ class Engine:
 
     def abort(self, reason: str, error: str | None = None) -> None:
         """End every request after a step was interrupted or failed, and be ready for new ones."""
+        with self.ownership.use("Engine.abort"):
+            self._abort(reason, error)
+
+    def close(self) -> None:
+        """Cancel every request, after a ``generate`` of another thread; others are cut off."""
+        with self.ownership.take("LLM.close"):
+            self._abort("cancelled", None)
+
+    def _abort(self, reason: str, error: str | None) -> None:
         self.scheduler.reset([plan for plan, _ in self._in_flight])
         self._in_flight.clear()
         for active in self._active.values():
@@ -212,7 +225,7 @@ class Engine:
                 self._finish(active, "error")
             else:
                 self._end(active.output, "error")
-            return self._piece(active)
+            return active.piece()
 
     def _advance(self, active: Active, chunk: Chunk, result: StepResult) -> Piece:
         """Enter what a step brought for one request."""
@@ -223,12 +236,12 @@ class Engine:
         if output.prompt_logprobs is not None:
             output.prompt_logprobs += result.prompt_logprobs.get(chunk.request_id, [])
         if not chunk.samples:
-            return self._piece(active)
+            return active.piece()
         sampled = result.sampled[chunk.request_id]
         if sampled.error is not None:
             output.error = sampled.error
             self._finish(active, "error")
-            return self._piece(active)
+            return active.piece()
         return self._take_token(active, sampled)
 
     def _take_token(self, active: Active, sampled: Sampled) -> Piece:
@@ -237,7 +250,7 @@ class Engine:
         output.token_ids.append(sampled.token_id)
         if output.logprobs is not None and sampled.logprobs is not None:
             output.logprobs.append(sampled.logprobs)
-        reason = self._finish_reason(active, sampled.token_id)
+        reason = active.finish_reason(sampled.token_id)
         text = ""
         if active.text is not None:
             # the token that ends a request is no part of its text
@@ -252,25 +265,13 @@ class Engine:
                 output.stop_reason = sampled.token_id
             self._finish(active, reason)
         logprobs = () if sampled.logprobs is None else (sampled.logprobs,)
-        return self._piece(active, (sampled.token_id,), text, logprobs)
+        return active.piece((sampled.token_id,), text, logprobs)
 
     def _note_admitted(self, plan: Plan, now_s: float) -> None:
         for admission in plan.admitted:
             metrics = self._active[admission.request_id].output.metrics
             metrics.queued_s = now_s - metrics.arrival_s
             metrics.num_shards = len(admission.placement.shards)
-
-    @staticmethod
-    def _finish_reason(active: Active, token_id: int) -> str | None:
-        request, num_output = active.request, len(active.output.token_ids)
-        params = request.params
-        is_end = token_id in params.stop_token_ids or (
-            not params.ignore_eos and token_id in request.end_token_ids
-        )
-        if is_end and num_output >= params.min_tokens:
-            return "stop"
-        is_full = request.num_prompt_tokens + num_output >= request.max_tokens
-        return "length" if is_full else None
 
     def _time_token(self, active: Active) -> None:
         now_s, metrics = self.clock(), active.output.metrics
@@ -292,25 +293,6 @@ class Engine:
         output.finish_reason = reason
         output.metrics.finished_s = self.clock()
 
-    @staticmethod
-    def _piece(
-        active: Active,
-        token_ids: tuple[int, ...] = (),
-        text: str = "",
-        logprobs: tuple[Logprobs, ...] = (),
-    ) -> Piece:
-        output, request = active.output, active.request
-        return Piece(
-            request.request_id,
-            token_ids,
-            text,
-            logprobs,
-            output.finish_reason,
-            output.error,
-            active.prefilled,
-            len(request.prompt_ids),
-        )
-
     def _record(self, plan: Plan, planned_s: float) -> None:
         """Measure the step from its planning to here, learn from it, report it."""
         actual_s = self.clock() - planned_s
@@ -320,23 +302,12 @@ class Engine:
             self._errors.append(abs(plan.predicted_s / actual_s - 1))
         if self._on_step is None:
             return
-        num_decodes = plan.num_decodes
-        decodes, prefills = plan.chunks[:num_decodes], plan.chunks[num_decodes:]
         self._on_step(
-            StepRecord(
-                index=plan.index,
+            step_record(
+                plan,
+                self.scheduler,
                 time_s=planned_s - self._started_s,
-                num_decodes=num_decodes,
-                chunks=tuple((c.request_id, c.start, c.num_tokens) for c in prefills),
-                predicted_s=plan.predicted_s,
                 actual_s=actual_s,
-                pages_used=self.scheduler.router.num_used,
-                num_pages=self.scheduler.router.num_pages,
-                num_running=self.scheduler.num_running,
-                num_waiting=self.scheduler.num_waiting,
-                num_sampled=num_decodes + sum(chunk.samples for chunk in prefills),
-                decode_keys=num_decodes + sum(chunk.start for chunk in decodes),
-                slack_s=plan.slack_s,
                 num_missed=num_missed,
             )
         )

@@ -14,6 +14,7 @@ from mnemosyne.llm import LLM
 from mnemosyne.request import Piece, SamplingParams
 from mnemosyne.schedule.plan import Plan
 from mnemosyne.serve.async_engine import AsyncEngine
+from mnemosyne.serve.prompts import PromptIds, PromptReader
 from tests.engines import WrappedExecutor, greedy, open_tiny, pages_used, random_prompts
 from tests.model_zoo.tiny import tiny_checkpoint
 
@@ -123,9 +124,9 @@ def test_cancelling_the_task_frees_the_pages(llm: LLM) -> None:
             with pytest.raises(asyncio.CancelledError):
                 await task
             await until(lambda: pages_used(llm.engine) == 0)
-            return len(await collect(engine, PROMPTS[2], greedy(3)))
+            return len(tokens_of(await collect(engine, PROMPTS[2], greedy(3))))
 
-    assert run(main()) == 4
+    assert run(main()) == 3
 
 
 def test_a_task_cancelled_before_its_prompt_is_accepted_leaves_no_request(llm: LLM) -> None:
@@ -146,7 +147,7 @@ def test_a_task_cancelled_before_its_prompt_is_accepted_leaves_no_request(llm: L
             first = asyncio.create_task(collect(engine, PROMPTS[0], greedy(20)))
             await until(is_stepping.is_set)
             second = asyncio.create_task(collect(engine, PROMPTS[1], FOREVER))
-            await asyncio.sleep(0)  # it waits to be accepted
+            await until(lambda: bool(engine._calls))  # it waits to be accepted
             second.cancel()
             await asyncio.gather(second, return_exceptions=True)
             may_go_on.set()
@@ -296,10 +297,140 @@ def test_many_submitters_that_come_and_go_leave_nothing(llm: LLM) -> None:
         async with AsyncEngine(llm.engine) as engine:
             found = await asyncio.gather(*(come_and_go(engine, index) for index in range(24)))
             await until(lambda: not llm.engine.has_work)
-            assert not engine._queues
+            assert not engine._mailboxes
             return found
 
     found = run(main())
 
     assert found == [expected[i % 3] if i % 3 else None for i in range(24)]
     assert pages_used(llm.engine) == 0
+
+
+def test_prompts_are_read_in_other_threads_than_the_one_that_steps(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers: list[str] = []
+    read = PromptReader.read
+
+    def note(reader: PromptReader, prompt: Any) -> Any:
+        if not isinstance(prompt, PromptIds):
+            readers.append(threading.current_thread().name)
+        return read(reader, prompt)
+
+    monkeypatch.setattr(PromptReader, "read", note)
+
+    async def main() -> None:
+        async with AsyncEngine(llm.engine) as engine:
+            await asyncio.gather(*(collect(engine, prompt, greedy(2)) for prompt in PROMPTS))
+
+    run(main())
+
+    assert len(readers) == 3
+    assert all(name.startswith("mnemosyne-prompts") for name in readers)
+    assert not [t for t in threading.enumerate() if t.name.startswith("mnemosyne-prompts")]
+
+
+def test_what_a_reader_misses_comes_as_one_piece(llm: LLM) -> None:
+    expected = llm.generate(PROMPTS[0], greedy(200))[0].token_ids
+
+    async def main() -> list[Piece]:
+        pieces = []
+        async with AsyncEngine(llm.engine) as engine:
+            async for piece in engine.submit(PROMPTS[0], greedy(200)):
+                pieces.append(piece)
+                if len(pieces) == 1:
+                    await until(lambda: not llm.engine.has_work)
+        return pieces
+
+    pieces = run(main())
+
+    assert len(pieces) <= 3
+    assert tokens_of(pieces) == expected
+    assert pieces[-1].finish_reason == "length"
+    assert pieces[-1].prefilled == len(PROMPTS[0])
+
+
+def test_other_users_are_refused_by_name_while_it_runs(llm: LLM) -> None:
+    async def main() -> list[Piece]:
+        async with AsyncEngine(llm.engine) as engine:
+            task = asyncio.create_task(collect(engine, PROMPTS[0], greedy(60)))
+            said = r"must have an engine that nobody uses, got one that AsyncEngine uses; leave"
+            for use in (
+                lambda: llm.generate(PROMPTS[1], greedy(2)),
+                lambda: next(llm.stream(PROMPTS[1], greedy(2))),
+                lambda: llm.engine.add(PROMPTS[1], greedy(2)),
+                llm.engine.step,
+                lambda: llm.engine.cancel(0),
+                lambda: llm.engine.abort("cancelled"),
+            ):
+                with pytest.raises(ValueError, match=said):
+                    await asyncio.to_thread(lambda use=use: list(use() or ()))
+            with pytest.raises(ValueError, match=said):
+                await AsyncEngine(llm.engine).__aenter__()
+            with pytest.raises(ValueError, match="must be entered once at a time"):
+                await engine.__aenter__()
+            return await task
+
+    expected = llm.generate(PROMPTS[0], greedy(60))[0].token_ids
+    assert tokens_of(run(main())) == expected
+    assert llm.generate(PROMPTS[0], greedy(60))[0].token_ids == expected
+
+
+def test_an_engine_that_is_used_is_not_entered(llm: LLM) -> None:
+    async def enter() -> None:
+        async with AsyncEngine(llm.engine):
+            pass
+
+    pieces = llm.stream(PROMPTS, greedy(5))
+    next(pieces)
+    with pytest.raises(ValueError, match=r"AsyncEngine must .* one that LLM\.stream uses; exhaust"):
+        run(enter())
+    pieces.close()
+    llm.engine.add(PROMPTS[0], greedy(5))
+    with pytest.raises(ValueError, match="AsyncEngine must have an idle engine, got one with req"):
+        run(enter())
+    llm.engine.abort("cancelled")
+    run(enter())
+
+
+def test_closing_the_llm_ends_the_streams_with_its_name(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> list[Piece]:
+        llm = open_tiny(checkpoint, max_tokens=4096)
+        engine = llm.engine
+        async with AsyncEngine(engine) as served:
+            task = asyncio.create_task(collect(served, PROMPTS[0], FOREVER))
+            await until(lambda: pages_used(engine) > 0)
+            await asyncio.to_thread(llm.close)
+            return await task
+
+    pieces = run(main())
+
+    assert pieces[-1].finish_reason == "error"
+    assert "AsyncEngine must have an open LLM, got one that was closed" in str(pieces[-1].error)
+
+
+def test_another_event_loop_is_refused(llm: LLM) -> None:
+    async def main() -> None:
+        async with AsyncEngine(llm.engine) as engine:
+
+            def elsewhere() -> None:
+                asyncio.run(collect(engine, PROMPTS[0], greedy(2)))
+
+            with pytest.raises(ValueError, match="must be awaited on the event loop that entered"):
+                await asyncio.to_thread(elsewhere)
+
+    run(main())
+
+
+def test_parameters_changed_after_submitting_change_nothing(llm: LLM) -> None:
+    async def main() -> list[Piece]:
+        params = greedy(30)
+        async with AsyncEngine(llm.engine) as engine:
+            task = asyncio.create_task(collect(engine, PROMPTS[0], params))
+            await asyncio.sleep(0)
+            params.max_tokens = "many"  # type: ignore[assignment]
+            return await task
+
+    assert len(tokens_of(run(main()))) == 30
