@@ -84,7 +84,7 @@ TABLE = {
         (
             *("build", "llm", "request", "serve.progress", "serve.prompts"),
             *("config", "config_bench", "config_simulate"),
-            *("parallel.launch", "build_simulated", "process"),
+            *("parallel.launch", "parallel.start", "build_simulated", "process"),
         ),
         ("hydra", "omegaconf", "rich"),
     ),
@@ -168,7 +168,9 @@ TABLE = {
     ),
     "cache.capacity": Rule(("config", "cache.pages", "cache.layout"), ("torch",)),
     "kernels": Rule((), ("torch", "triton")),
-    "parallel": Rule(("config", "kernels", "machine", "shape"), ("torch", "numpy", "msgspec")),
+    "parallel": Rule(
+        ("config", "kernels", "machine", "process", "shape"), ("torch", "numpy", "msgspec")
+    ),
     # plans travel, and they are free of torch
     "parallel.codec": Rule(
         ("schedule.plan", "request", "cache.layout"), ("msgspec", "numpy"), itself=False

@@ -15,6 +15,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from mnemosyne.cli.arguments import LITERAL_KEY
 from mnemosyne.config import EngineConfig, MeshConfig
+from mnemosyne.parallel.start import started_rank
+from mnemosyne.process import INTERRUPTED, TERMINATED, Terminated
 
 RANK_0_FIRST_S = 1.0  # an error that all ranks meet is said by rank 0, which ends the others
 
@@ -44,9 +46,18 @@ def run_on_ranks(
 
 def run_as_rank(rank: int, run: Callable[[Any], int], config: EngineConfig) -> int:
     """Run a command on rank 0, follow it on the others, which print nothing but what goes wrong."""
-    if rank == 0:
+    with started_rank(rank) as termination:
+        if rank > 0:
+            return _run_follower(rank, config)
         with labelled(rank, config.mesh, logging.INFO):
-            return run(config)
+            try:
+                status = run(config)
+            except Terminated:
+                return TERMINATED
+        return TERMINATED if termination.came and status == INTERRUPTED else status
+
+
+def _run_follower(rank: int, config: EngineConfig) -> int:
     with (
         labelled(rank, config.mesh, logging.ERROR),
         open(os.devnull, "w") as nowhere,

@@ -9,16 +9,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 
-INTERRUPTED = 128 + signal.SIGINT  # exit status
-TERMINATED = 128 + signal.SIGTERM
-
 
 class Signals:
     """SIGTERM and Ctrl-C, for the thread that watches.
 
-    SIGTERM is kept from ending the process at once, so that the watcher can say why. Ctrl-C is a
-    matter of rank 0, which tells the others; there it waits for the end of what must not be cut
-    short.
+    SIGTERM is kept from ending the process at once, so that the watcher can say why. On rank 0,
+    where the program handles SIGTERM itself, the watcher passes it on once it knows that no other
+    rank is lost. Ctrl-C is a matter of rank 0, which tells the others. Both wait there for the end
+    of what must not be cut short.
 
     Handlers are set where this runs in the main thread of the process, which Python asks for.
 
@@ -34,11 +32,25 @@ class Signals:
         self._is_driver = is_driver
         self._is_busy = is_busy
         self._kept = 0  # Ctrl-C that came in a busy time
+        self._passes_on = False  # whether SIGTERM is the program's now
+        self._is_kept_back = False  # a SIGTERM that is the program's, in a busy time
         self._has_handlers = threading.current_thread() is threading.main_thread()
         if self._has_handlers:
             self._wakeup_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-            self._on_term = signal.signal(signal.SIGTERM, self._ignore)
+            self._on_term = signal.signal(signal.SIGTERM, self._terminate)
             self._on_int = signal.signal(signal.SIGINT, self._interrupt)
+
+    @property
+    def can_pass_on(self) -> bool:
+        """Whether the program of rank 0 wants to hear of SIGTERM."""
+        return self._is_driver and self._has_handlers and callable(self._on_term)
+
+    def pass_on(self) -> None:
+        """Raise in the main thread what the program raises at SIGTERM."""
+        self._passes_on = True
+        main = threading.main_thread().ident
+        assert main is not None, "it runs"
+        signal.pthread_kill(main, signal.SIGTERM)  # wakes it up if it waits
 
     def wake(self) -> None:
         """Wake the thread that waits for ``reader``."""
@@ -55,7 +67,10 @@ class Signals:
         return signal.SIGTERM in received, interrupts
 
     def raise_kept(self) -> None:
-        """Raise the KeyboardInterrupt that was kept back, if one was."""
+        """Raise the KeyboardInterrupt that was kept back, if one was; or pass SIGTERM on."""
+        if self._is_kept_back:
+            self._is_kept_back = False
+            self._terminate(signal.SIGTERM, None)
         if self._kept:
             self._kept = 0
             raise KeyboardInterrupt
@@ -69,8 +84,14 @@ class Signals:
         self.reader.close()
         self._writer.close()
 
-    def _ignore(self, number: int, frame: FrameType | None) -> None:
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
         """The bare existence of a handler makes Python write the signal to the socket."""
+        if not self._passes_on:
+            return
+        if self._is_busy(threading.get_ident()):
+            self._is_kept_back = True
+        elif callable(self._on_term):
+            self._on_term(number, frame)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if not self._is_driver:

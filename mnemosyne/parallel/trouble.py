@@ -14,14 +14,15 @@ class Kind(IntEnum):
     """Causes first: where several are reported, the smallest is what happened."""
 
     FAILED = 0  # an exception of its own
-    LOST = 1  # its connection ended without a word
-    LEFT = 2  # it ended properly, but others still needed it
-    STUCK = 3  # a task takes too long; perhaps because of another rank
-    BROKEN = 4  # an exception in a collective: another rank may be why
-    TOLD = 5  # a signal: whoever sent it may have seen another rank end
+    PAUSED = 1  # it did not run for so long that others may have given it up
+    LOST = 2  # its connection ended without a word
+    LEFT = 3  # it ended properly, but others still needed it
+    STUCK = 4  # a task takes too long; perhaps because of another rank
+    BROKEN = 5  # an exception in a collective: another rank may be why
+    TOLD = 6  # a signal: whoever sent it may have seen another rank end
 
 
-CAUSES = (Kind.FAILED, Kind.LOST, Kind.LEFT)
+CAUSES = (Kind.FAILED, Kind.PAUSED, Kind.LOST, Kind.LEFT)
 
 
 class Trouble(Struct, array_like=True, frozen=True, tag="trouble"):
@@ -51,6 +52,8 @@ def judge(
     match kind:
         case Kind.FAILED | Kind.BROKEN:
             return f"{name} failed {first.where}: {first.text}"
+        case Kind.PAUSED:
+            return f"{name} did not run for {first.text}; was it stopped?"
         case Kind.LOST:
             lost = sorted({trouble.rank for trouble in troubles if trouble.kind == kind})
             verb = "was" if len(lost) == 1 else "were"
@@ -73,10 +76,15 @@ def name_of(ranks: Sequence[int], labels: Mapping[int, str]) -> str:
 def _stuck(
     trouble: Trouble, answers: Mapping[int, Whereabouts | None], labels: Mapping[int, str]
 ) -> str:
-    """Who holds the others up: a rank that does not answer, or one that waits for nobody."""
+    """Who holds the others up: a rank that does not answer, did not run, or waits for nobody."""
     silent = sorted(rank for rank, answer in answers.items() if answer is None)
     if silent:
         return f"{name_of(silent, labels)} did not answer; {trouble.text}"
+    paused = {r: answer.paused_s for r, answer in answers.items() if answer and answer.paused_s > 0}
+    if paused:
+        longest = max(paused, key=lambda rank: paused[rank])
+        seconds = f"{paused[longest]:.1f} s"
+        return f"{name_of([longest], labels)} did not run for {seconds}; {trouble.text}"
     busy = {
         rank: answer
         for rank, answer in sorted(answers.items())

@@ -17,10 +17,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import NoReturn
 
+from msgspec.structs import replace
+
 from mnemosyne.parallel.address import Store
 from mnemosyne.parallel.keys import MeshKey
 from mnemosyne.parallel.links import Answer, Ask, Left, Verdict, Word, open_links
-from mnemosyne.parallel.signals import INTERRUPTED, TERMINATED, Signals
+from mnemosyne.parallel.pauses import Pauses
+from mnemosyne.parallel.signals import Signals
+from mnemosyne.parallel.termination import Termination
 from mnemosyne.parallel.trouble import CAUSES, Kind, Trouble, judge
 from mnemosyne.parallel.whereabouts import (
     Task,
@@ -29,6 +33,7 @@ from mnemosyne.parallel.whereabouts import (
     live_stack,
     whereabouts,
 )
+from mnemosyne.process import INTERRUPTED, TERMINATED
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +42,7 @@ TICK_S = 0.2
 SETTLE_S = 0.5  # from the first cause to the verdict: others may tell more
 DOUBT_S = 2.0  # the same while only consequences are known
 JUDGE_S = 5.0  # after which a rank ends without a verdict
+TERM_S = 8.0  # for rank 0 to end by itself after SIGTERM, and print what is finished
 GRACE_S = 5.0  # for other ranks to end by themselves when one ended properly
 FAREWELL_S = 3.0  # for the last line, and for reporting requests that are lost
 CONNECT_S = 300.0  # other ranks may still be importing torch
@@ -103,6 +109,8 @@ class Watchdog:
         self._goodbye: Left | None = None
         self._failed_at: Whereabouts | None = None
         self._is_stuck = False
+        self._pauses = Pauses(TICK_S)
+        self._termination = Termination()
         self._interrupts = 0  # since the task began that must not be cut short
         # Under torchrun, a rank whose launcher is gone has nobody left to end it.
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -186,7 +194,9 @@ class Watchdog:
 
     def _run(self) -> None:
         while True:
-            for rank, word in self._links.receive([self._signals.reader], TICK_S):
+            words = list(self._links.receive([self._signals.reader], TICK_S))
+            self._pauses.tick()
+            for rank, word in words:
                 self._hear(rank, word)
             self._check()
             if self._troubles:
@@ -202,7 +212,10 @@ class Watchdog:
                 if rank not in self._left:
                     self._add(Trouble(rank, Kind.LOST, word))
             case Trouble():
-                self._add(word)
+                if word.kind == Kind.TOLD and self._signals.can_pass_on:
+                    self._termination.ask(word)
+                else:
+                    self._add(word)
             case Ask():
                 self._links.send(Answer(self._where()))
             case Answer():
@@ -219,7 +232,8 @@ class Watchdog:
             self._add(self._reports.popleft())
         terminated, interrupts = self._signals.read()
         if terminated:
-            self._add(Trouble(self._rank, Kind.TOLD, "SIGTERM", self._where()))
+            self._hear_sigterm()
+        self._end_in_turn()
         task, now_s = self._task, time.monotonic()
         is_busy = task is not None and task.is_fatal
         self._interrupts = self._interrupts + interrupts if is_busy else 0
@@ -228,7 +242,7 @@ class Watchdog:
         if self._launcher not in (None, os.getppid()):
             self._launcher = None
             self._add(Trouble(self._rank, Kind.TOLD, "its launcher is gone", self._where()))
-        if task is not None and now_s - task.started_s > task.limit_s and not self._is_stuck:
+        if task is not None and not self._is_stuck and self._ran_s(task) > task.limit_s:
             self._is_stuck = True
             limit = f"the limit was {task.limit_s:.1f} s"
             self._add(Trouble(self._rank, Kind.STUCK, limit, self._where()))
@@ -237,13 +251,40 @@ class Watchdog:
                 self._left[rank] = (math.inf, error)
                 self._add(Trouble(rank, Kind.LEFT, error))
 
+    def _hear_sigterm(self) -> None:
+        """Rank 0 ends as after Ctrl-C, if the program sees to that; a lost rank comes first."""
+        trouble = Trouble(self._rank, Kind.TOLD, "SIGTERM", self._where())
+        if self._signals.can_pass_on:
+            self._termination.ask(trouble)
+        elif self._rank > 0 and self._links.peers and not self._termination.trouble:
+            self._termination.ask(trouble)  # rank 0 decides
+            self._links.send(trouble)
+        else:
+            self._add(trouble)
+
+    def _end_in_turn(self) -> None:
+        """Have rank 0 finish; end all where it does not."""
+        termination = self._termination
+        if termination.trouble is None or self._troubles:
+            return
+        if self._signals.can_pass_on and termination.is_due(SETTLE_S):
+            log.error("%s", judge([termination.trouble], {}, self._links.labels))
+            self._signals.pass_on()
+        if termination.is_overdue(TERM_S):
+            self._add(termination.trouble)
+
+    def _ran_s(self, task: Task) -> float:
+        """How long a task has taken, less the time in which this whole process did not run."""
+        return time.monotonic() - task.started_s - self._pauses.since(task.started_s)
+
     def _where(self) -> Whereabouts:
         task = self._task
         if self._failed_at is not None:
             return self._failed_at
         if task is None:
             return Whereabouts()
-        return whereabouts(task, live_stack(sys._current_frames().get(task.thread)))
+        where = whereabouts(task, live_stack(sys._current_frames().get(task.thread)))
+        return replace(where, paused_s=self._pauses.since(task.started_s))
 
     def _add(self, trouble: Trouble) -> None:
         if not self._troubles:
@@ -265,7 +306,12 @@ class Watchdog:
         if not is_due:
             return
         told = all(trouble.kind == Kind.TOLD for trouble in self._troubles)
-        answers = {**self._answers, self._rank: self._where()} if self._rank == 0 else {}
+        paused_s = self._pauses.since(time.monotonic() - 2 * JUDGE_S)
+        if paused_s > JUDGE_S:  # whoever is gone has given this rank up
+            self._troubles.append(Trouble(self._rank, Kind.PAUSED, f"{paused_s:.1f} s"))
+        answers = {**self._answers, self._rank: self._where()}
+        if self._rank > 0:
+            answers = dict.fromkeys(self._links.peers)  # rank 0 would have judged
         text = judge(self._troubles, answers, self._links.labels)
         self._end(text, TERMINATED if told else FAILED)
 

@@ -43,6 +43,7 @@ class Whereabouts(Struct, array_like=True, frozen=True):
     seconds: float = 0.0  # since it began
     collective: str | None = None  # that it waits in
     place: str = ""
+    paused_s: float = 0.0  # of these seconds, how long its process did not run
 
     def __str__(self) -> str:
         if self.task is None:
