@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from mnemosyne.files import shown
 from mnemosyne.hub import find_snapshot, is_hub_id
 from mnemosyne.kept import kept_folder
 from mnemosyne.machine import cache_folder
@@ -24,7 +25,7 @@ from mnemosyne.model_zoo.needle import write_needle
 from mnemosyne.model_zoo.smollm2 import write_smollm2
 from mnemosyne.model_zoo.spec import ModelSpec, read_spec
 from mnemosyne.model_zoo.stages import cut_stages
-from mnemosyne.model_zoo.tensors import tensor_shapes
+from mnemosyne.model_zoo.tensors import entries_of, tensor_shapes
 from mnemosyne.parallel.mesh import Mesh
 from mnemosyne.parallel.shards import held_slices
 from mnemosyne.runtime.headers import check_tensors, head_differs, read_headers
@@ -35,6 +36,7 @@ from mnemosyne.serve.tokenizer import Tokenizer
 Progress = Callable[[int, int], None]  # how much is done (bytes of weights, say), how much in all
 
 BENCH_SEED = 0
+ADAPTER = "adapter_config.json"  # transformers loads the adapter on top where there is one
 
 log = logging.getLogger(__name__)
 
@@ -111,11 +113,16 @@ def find_checkpoint(name: str, progress: Progress | None = None) -> Checkpoint:
 
 def _checked(path: Path) -> ModelSpec:
     """The spec of a directory, once the headers of its weights agree with it."""
+    if os.path.lexists(path / ADAPTER):
+        raise ValueError(
+            f"model must be whole, got {shown(str(path), 400)} with {ADAPTER}, which changes its "
+            "weights; merge the adapter, or remove the file"
+        )
     spec, headers = read_spec(path), read_headers(path)
     if spec.tied and head_differs(headers):
         log.warning("tie_word_embeddings is true, but the stored head differs: it is used")
         spec = replace(spec, tied=False)
-    check_tensors(path, headers, tensor_shapes(spec))
+    check_tensors(path, headers, tensor_shapes(spec), entries_of)
     return spec
 
 

@@ -55,7 +55,11 @@ def read_rope(config: Config, head_dim: int, max_positions: int) -> RopeSpec:
         rotated = part.number("partial_rotary_factor", 1.0)
         part.require(rotated == 1, "partial_rotary_factor", "be 1", rotated)
     rope = new or old or Config({})
-    kind = rope.value("rope_type", absent=rope.value("type", absent="default"))
+    old_kind = rope.value("type", absent="default")
+    kind = rope.value("rope_type", absent=old_kind)
+    rope.require(
+        kind == old_kind or rope.value("type") is None, "type", "agree with rope_type", old_kind
+    )
     rope.require(
         kind in ("default", "linear", "llama3", "yarn"),
         "rope_type",

@@ -112,8 +112,13 @@ def _family(config: Config) -> tuple[str, Family]:
 
 def _dtype(config: Config) -> str:
     """The dtype of the weights; float32 where the file is silent, as its readers assume."""
-    name = config.value("dtype") or config.value("torch_dtype") or "float32"
-    config.require(name in DTYPE_BYTES, "dtype", f"be one of {', '.join(DTYPE_BYTES)}", name)
+    new, old = config.value("dtype"), config.value("torch_dtype")
+    config.require(
+        not new or not old or new == old, "torch_dtype", "agree with dtype", old, "keep dtype alone"
+    )
+    name = new or old or "float32"
+    is_known = isinstance(name, str) and name in DTYPE_BYTES
+    config.require(is_known, "dtype", f"be one of {', '.join(DTYPE_BYTES)}", name)
     return str(name)
 
 

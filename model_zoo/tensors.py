@@ -8,6 +8,19 @@ from mnemosyne.model_zoo.spec import ModelSpec
 
 Shape = tuple[int, ...]
 
+# Entries of config.json that a tensor's sizes come from, by the last part of its module.
+ENTRIES = {
+    "embed_tokens": "vocab_size, hidden_size",
+    "lm_head": "vocab_size, hidden_size",
+    "q_proj": "num_attention_heads x head_dim, hidden_size",
+    "k_proj": "num_key_value_heads x head_dim, hidden_size",
+    "v_proj": "num_key_value_heads x head_dim, hidden_size",
+    "o_proj": "hidden_size, num_attention_heads x head_dim",
+    "gate_proj": "intermediate_size, hidden_size",
+    "up_proj": "intermediate_size, hidden_size",
+    "down_proj": "hidden_size, intermediate_size",
+}
+
 
 def tensor_shapes(spec: ModelSpec) -> dict[str, Shape]:
     """Shape of every tensor of the whole model, by its Hugging Face name."""
@@ -18,6 +31,12 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, Shape]:
         shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
     shapes["model.norm.weight"] = (spec.width,)
     return shapes if spec.tied else shapes | {"lm_head.weight": table}
+
+
+def entries_of(name: str) -> str:
+    """What config.json calls the sizes of a tensor."""
+    module = name.rpartition(".")[0].rpartition(".")[2]
+    return ENTRIES.get(module, "head_dim" if module in ("q_norm", "k_norm") else "hidden_size")
 
 
 def _layer(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,9 +85,18 @@ def open_weights(file: Path) -> Any:
 
 
 def check_tensors(
-    path: Path, headers: dict[str, Header], shapes: dict[str, tuple[int, ...]]
+    path: Path,
+    headers: dict[str, Header],
+    shapes: dict[str, tuple[int, ...]],
+    entries_of: Callable[[str], str] | None = None,
 ) -> None:
     """Compare the files with the whole model; list everything that does not match.
+
+    Args:
+        path: of the files.
+        headers: of all their tensors.
+        shapes: of all tensors that the model has.
+        entries_of: gives the entries of config.json that the sizes of a tensor come from.
 
     Raises:
         ValueError: if tensors are missing, surplus, misshapen or of an integer dtype.
@@ -98,6 +108,7 @@ def check_tensors(
         "surplus": sorted(surplus),
         "misshapen": [
             f"{name} {list(headers[name].shape)} instead of {list(shapes[name])}"
+            + (f" ({entries_of(name)})" if entries_of else "")
             for name in present
             if headers[name].shape != shapes[name]
         ],

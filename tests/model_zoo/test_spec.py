@@ -237,6 +237,10 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ({"rope_theta": 1.0}, "rope_theta"),
         ({"architectures": [["LlamaForCausalLM"]]}, "architectures"),
         ({"architectures": None, "model_type": ["llama"]}, "architectures"),
+        ({"torch_dtype": ["bfloat16"]}, "dtype"),
+        ({"torch_dtype": {}, "dtype": {"a": 1}}, "dtype"),
+        ({"hidden_act": ["silu"]}, "hidden_act"),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, "rope_scaling.rope_type"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 1e39}}, "rope_scaling.factor"),
         ({"rope_scaling": {**YARN, "beta_fast": 1e30}}, "rope_scaling.beta_fast"),
         ({"rope_scaling": {**YARN, "beta_slow": 1e-30}}, "rope_scaling.beta_slow"),
@@ -252,6 +256,17 @@ def test_absurd_values_are_refused_by_the_name_of_their_entry(
         read(tmp_path, LLAMA_3_8B, **changes)
 
     assert len(str(caught.value)) < 400
+
+
+def test_two_entries_for_one_thing_must_agree(tmp_path: Path) -> None:
+    assert read(tmp_path, LLAMA_3_8B, dtype="bfloat16").dtype == "bfloat16"
+    with pytest.raises(ValueError, match=r"torch_dtype .* must agree with dtype, got 'bfloat16'"):
+        read(tmp_path, LLAMA_3_8B, dtype="float32")
+
+    both = {"type": "linear", "rope_type": "linear", "factor": 2.0}
+    assert read(tmp_path, LLAMA_3_8B, rope_scaling=both).rope.factor == 2.0
+    with pytest.raises(ValueError, match=r"rope_scaling\.type .* agree with rope_type, got 'yarn'"):
+        read(tmp_path, LLAMA_3_8B, rope_scaling={**both, "type": "yarn"})
 
 
 def test_names_of_entries_are_shown_harmlessly(tmp_path: Path) -> None:

@@ -211,17 +211,33 @@ def test_names_of_tensors_are_shown_harmlessly(tmp_path: Path) -> None:
     assert len(said) < 2000
 
 
+def test_an_adapter_on_top_is_refused(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path)
+    (path / "adapter_config.json").write_text("{}")
+
+    assert "with adapter_config.json" in refusal(path)
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [{"vocab_size": 2**24}, {"num_hidden_layers": 10_000}, {"intermediate_size": 2**20}],
+    ("changes", "named"),
+    [
+        ({"vocab_size": 2**24}, "instead of [16777216, 32] (vocab_size, hidden_size)"),
+        ({"num_hidden_layers": 10_000}, "missing: model.layers."),
+        ({"intermediate_size": 2**20}, "(intermediate_size, hidden_size)"),
+        ({"hidden_size": 64}, "[32] instead of [64] (hidden_size)"),
+        ({"num_key_value_heads": 1}, "(num_key_value_heads x head_dim, hidden_size)"),
+    ],
     ids=str,
 )
 def test_sizes_are_held_against_the_headers_before_anything_is_built(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, int], named: str
 ) -> None:
     path = tiny_checkpoint(tmp_path)
     entries = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(entries | changes))
     monkeypatch.setattr("mnemosyne.checkpoint.Decoder", None)
 
-    assert "must be those that its config.json describes" in refusal(path)
+    said = refusal(path)
+
+    assert "must be those that its config.json describes" in said
+    assert named in said
