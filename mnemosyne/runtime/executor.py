@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+import torch
+
 from mnemosyne.runtime.worker import Worker
 from mnemosyne.schedule.plan import Plan, StepResult
+
+log = logging.getLogger(__name__)
 
 
 class LocalExecutor:
@@ -24,14 +29,31 @@ class LocalExecutor:
         self._results: deque[StepResult] = deque()
 
     def submit(self, plan: Plan) -> None:
-        """Run a step; ``collect`` gives its result."""
-        result = self.worker.run(plan)
+        """Run a step; ``collect`` gives its result. Without memory for it, it is a failed one."""
+        try:
+            result = self.worker.run(plan)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            log.warning("memory ran out in step %d: %s", plan.index, error)
+            num_tokens = sum(chunk.num_tokens for chunk in plan.chunks)
+            reason = (
+                f"memory must suffice for a step, got one of {num_tokens} tokens for which it "
+                "did not; lower schedule.max_chunk, schedule.max_sequences or cache.max_tokens"
+            )
+            result = StepResult(plan.index, error=reason)
         assert result is not None, "the only rank reports every step"
         self._results.append(result)
 
     def collect(self) -> StepResult:
         """The result of the oldest step not yet collected."""
         return self._results.popleft()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or a CPU; torch has no type for the latter."""
+    is_ours = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return is_ours or "can't allocate memory" in str(error)
 
 
 class Crew(Protocol):

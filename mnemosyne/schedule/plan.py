@@ -74,6 +74,7 @@ class StepResult:
     index: int
     sampled: dict[int, Sampled] = field(default_factory=dict)  # by request
     prompt_logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)
+    error: str | None = None  # why the step failed; its requests end with it
 
 
 class Executor(Protocol):

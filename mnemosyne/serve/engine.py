@@ -187,6 +187,8 @@ class Engine:
             result = self._executor.collect()
         self._in_flight.popleft()
         tokens = {request_id: sampled.token_id for request_id, sampled in result.sampled.items()}
+        if result.error is not None:
+            tokens = {chunk.request_id: 0 for chunk in plan.chunks}  # of requests that end here
         self.scheduler.complete(plan, tokens)
         pieces = [
             self._advance_or_end(self._active[chunk.request_id], chunk, result)
@@ -230,6 +232,10 @@ class Engine:
     def _advance(self, active: Active, chunk: Chunk, result: StepResult) -> Piece:
         """Enter what a step brought for one request."""
         output = active.output
+        if result.error is not None:
+            output.error = result.error
+            self._finish(active, "error")
+            return active.piece()
         if not chunk.is_decode:
             active.prefilled = chunk.stop
             output.metrics.chunks.append(chunk.num_tokens)
