@@ -357,3 +357,15 @@ def test_a_prompt_of_a_list_keeps_its_backslashes(seen: Seen) -> None:
     cli.main(["generate", "model=x", r"prompts=['\\alpha \n','b']"])
 
     assert seen[0].prompts == [r"\\alpha \n", "b"]
+
+
+@pytest.mark.parametrize("word", ["hydra.x=1", "hydra.verbose=[", "hydra/launcher=nowhere"])
+def test_what_hydra_refuses_is_one_line(word: str, seen: Seen, capsys: Any) -> None:
+    status = cli.main(["generate", "model=x", word])
+
+    said = capsys.readouterr().err
+    assert status == cli.FAILED
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert said.endswith("; see --help\n")
+    assert seen == []

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import hydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
@@ -133,7 +134,7 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
         statuses.append(status)
         if status != OK and os.getpid() != process:
             # A launcher of Hydra runs this elsewhere; an error is all that comes back from there.
-            raise RuntimeError(f"mnemosyne {name} ended with status {status}")
+            raise EndedElsewhereError(f"mnemosyne {name} ended with status {status}")
         if status == INTERRUPTED:
             raise KeyboardInterrupt  # no further run of a sweep begins
 
@@ -143,10 +144,37 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
         process_arguments(f"mnemosyne {name}", *flags, *folder, *words),
     ):
         try:
-            run()
+            with errors_of_hydra():
+                run()
         except SystemExit as stop:  # after --help, or what Hydra itself refuses
             return int(stop.code or OK)
+        except EndedElsewhereError as error:
+            return complain(error)
     return max(statuses, default=OK)
+
+
+class EndedElsewhereError(RuntimeError):
+    """A run of a sweep failed in another process, where the reason was said."""
+
+
+@contextmanager
+def errors_of_hydra() -> Iterator[None]:
+    """Make one ValueError of what Hydra refuses, which it would print over several lines.
+
+    Raises:
+        ValueError: with its first line.
+    """
+    name = "HYDRA_FULL_ERROR"  # the only way to have it raise
+    usual = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(f"{str(error).strip().partition(chr(10))[0]}; see --help") from error
+    finally:
+        del os.environ[name]
+        if usual is not None:
+            os.environ[name] = usual
 
 
 @contextmanager

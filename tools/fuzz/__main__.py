@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
+from tools.fuzz.command_line import command_line_door
 from tools.fuzz.door import Door, fuzz
 from tools.fuzz.files import files_door
 from tools.fuzz.params import params_door
 
 DOORS: dict[str, Callable[[], AbstractContextManager[Door]]] = {
     "files": files_door,
+    "command_line": command_line_door,
     "params": params_door,
 }
 MIN_ACCEPTED = 0.3
