@@ -65,12 +65,13 @@ class Driver:
         Args:
             error: what ends this rank before its time, if anything does.
         """
-        if error is None:
-            self._channel.send_stop()
-            self._rank.worker.close()
-            finish_trace(self._rank)
-        self._watchdog.close(error)
-        self._channel.close()
+        with self._watchdog.shielded():
+            if error is None:
+                self._channel.send_stop()
+                self._rank.worker.close()
+                finish_trace(self._rank)
+            self._watchdog.close(error)
+            self._channel.close()
 
 
 class Follower:

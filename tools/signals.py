@@ -213,6 +213,9 @@ def judge(moment: Moment, phase: str, status: int | None, out: str, err: str) ->
     finished = f"[2] {LONG_TOKENS} tokens" in out or "2 of 2 prompts finished" in err
     if status == 0 and phase != "done" and not finished:
         faults.append("status 0, but not all was printed")
+    is_due = phase == "decode" and moment.signal in ("INT", "TERM") and status in (130, 143)
+    if is_due and moment.launcher == "own" and " of 2 prompts finished" not in err:
+        faults.append("what is finished is not printed")
     return faults
 
 

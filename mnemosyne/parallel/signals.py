@@ -78,7 +78,10 @@ class Signals:
     def close(self) -> None:
         """Give the signals back to who had them."""
         if self._has_handlers:
-            signal.set_wakeup_fd(self._wakeup_fd)
+            try:
+                signal.set_wakeup_fd(self._wakeup_fd)
+            except (OSError, ValueError):  # at the exit: whoever had it has closed it
+                signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, self._on_term)
             signal.signal(signal.SIGINT, self._on_int)
         self.reader.close()

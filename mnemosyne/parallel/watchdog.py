@@ -109,6 +109,7 @@ class Watchdog:
         self._goodbye: Left | None = None
         self._failed_at: Whereabouts | None = None
         self._is_stuck = False
+        self._is_shielded = False
         self._pauses = Pauses(TICK_S)
         self._termination = Termination()
         self._interrupts = 0  # since the task began that must not be cut short
@@ -156,6 +157,15 @@ class Watchdog:
             limit_s = max(limit_s, FIRST_STEP_S)
         return self.watch(f"step {index}", limit_s=limit_s)
 
+    @contextmanager
+    def shielded(self) -> Iterator[None]:
+        """Keep one Ctrl-C, and SIGTERM for a while, out of the end that all ranks come to."""
+        self._is_shielded = True
+        try:
+            yield
+        finally:
+            self._is_shielded = False
+
     def fail(self, error: BaseException) -> NoReturn:
         """End all ranks because of an exception on this one; or because of its cause elsewhere."""
         where = self._failed_at = whereabouts(self._task, broken_stack(error))
@@ -184,7 +194,8 @@ class Watchdog:
     def _is_busy(self, thread: int) -> bool:
         """Whether a thread must not be interrupted."""
         task = self._task
-        return task is not None and task.is_fatal and task.thread == thread
+        is_in_task = task is not None and task.is_fatal and task.thread == thread
+        return is_in_task or self._is_shielded
 
     def _report(self, trouble: Trouble) -> None:
         self._reports.append(trouble)
@@ -235,7 +246,7 @@ class Watchdog:
             self._hear_sigterm()
         self._end_in_turn()
         task, now_s = self._task, time.monotonic()
-        is_busy = task is not None and task.is_fatal
+        is_busy = self._is_shielded or (task is not None and task.is_fatal)
         self._interrupts = self._interrupts + interrupts if is_busy else 0
         if self._interrupts > 1:
             self._end("interrupted twice", INTERRUPTED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -116,3 +117,42 @@ def test_after_sigterm_all_ranks_end_where_the_program_does_not_see_to_it(
         assert ranks.processes[0].exitcode == 128 + signal.SIGTERM
     for line in last_lines(tmp_path).values():
         assert f"rank {told} (pp0/kvp0/tp{told}) was told to end: SIGTERM" in line
+
+
+def signals_at_the_end(folder: Path, number: int) -> list[str]:
+    """Rank 0 is told to end while it ends already, which nothing may cut short."""
+    rank = int(os.environ["RANK"])
+    seen = []
+    if rank == 0:
+        signal.signal(signal.SIGTERM, tell)
+    with joined(folder, rank) as watchdog:
+        dist.all_reduce(torch.zeros(1))
+        with watchdog.shielded():
+            if rank == 0:
+                os.kill(os.getpid(), number)
+                time.sleep(1.5)  # SIGTERM is passed on by now
+            seen.append("shielded")
+            watchdog.close()
+    return seen
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_mesh_that_ends_already_is_not_cut_short(number: signal.Signals, tmp_path: Path) -> None:
+    with start_ranks(signals_at_the_end, 2, tmp_path, number) as ranks:
+        assert ranks.results(60) == [["shielded"]] * 2
+
+
+def close_after_the_guard(folder: Path) -> bool:
+    """The descriptor that signals went to before is closed when the watchdog gives them back."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno())
+    with joined(folder, int(os.environ["RANK"])):
+        reader.close()
+        writer.close()
+    return signal.set_wakeup_fd(-1) == -1
+
+
+def test_signals_are_given_back_though_who_had_them_is_gone(tmp_path: Path) -> None:
+    with start_ranks(close_after_the_guard, 2, tmp_path) as ranks:
+        assert ranks.results(60) == [True, True]
