@@ -1,4 +1,4 @@
-"""The log-sum-exp merge: twin of ``merge_partials`` in torch, and its ragged form."""
+"""The log-sum-exp merge of any number of partials per row; ``merge_partials`` in torch."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ def merge_kernel(
     partial_lse,  # [X, H]
     out,  # [T, H, D]
     lse,  # [T, H]
-    merges,  # int64 [M, 4]: row, first partial, number, distance; None: all rows alike
-    num_partials,
-    num_rows,
+    merges,  # int64 [M, 4]: row, first partial, number, distance
     num_heads,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -36,15 +34,11 @@ def merge_kernel(
         gdc_wait()
     pid = tl.program_id(0).to(tl.int64)
     head = pid % num_heads
-    if merges is None:
-        row = pid // num_heads
-        partial, count, distance = row, num_partials, num_rows
-    else:
-        fields = merges + pid // num_heads * 4
-        row = tl.load(fields)
-        partial = tl.load(fields + 1)
-        count = tl.load(fields + 2).to(tl.int32)
-        distance = tl.load(fields + 3)
+    fields = merges + pid // num_heads * 4
+    row = tl.load(fields)
+    partial = tl.load(fields + 1)
+    count = tl.load(fields + 2).to(tl.int32)
+    distance = tl.load(fields + 3)
     d = tl.arange(0, BLOCK_D)
     inside = d < HEAD_DIM
     acc = tl.zeros([BLOCK_D], dtype=partial_lse.dtype.element_ty)
@@ -68,38 +62,6 @@ def merge_kernel(
     tl.store(out + at * HEAD_DIM + d, (acc / safe).to(out.dtype.element_ty), mask=inside)
     # top is -inf where no partial saw a key, and so is the sum
     tl.store(lse + at, top + tl.log(safe))
-
-
-def merge_partials(out_RTHD: Tensor, lse_RTH: Tensor) -> tuple[Tensor, Tensor]:
-    """Combine R partial results into attention over the union of their keys.
-
-    Args:
-        out_RTHD: partial outputs, contiguous; 0 where they saw no key.
-        lse_RTH: natural-log LSE of each, float32 or float64, contiguous.
-
-    Returns:
-        ``out_THD`` in the dtype of ``out_RTHD`` and ``lse_TH`` in the dtype of ``lse_RTH``;
-        (0, -inf) for a row that no partial saw.
-    """
-    _check(out_RTHD, lse_RTH)
-    num_partials, num_rows, num_heads, head_dim = out_RTHD.shape
-    out_THD, lse_TH = torch.empty_like(out_RTHD[0]), torch.empty_like(lse_RTH[0])
-    if num_rows:
-        merge_kernel[(num_rows * num_heads,)](
-            out_RTHD,
-            lse_RTH,
-            out_THD,
-            lse_TH,
-            None,
-            num_partials,
-            num_rows,
-            num_heads,
-            HEAD_DIM=head_dim,
-            BLOCK_D=triton.next_power_of_2(head_dim),
-            BLOCK_P=min(MOST_PARTIALS, triton.next_power_of_2(num_partials)),
-            EARLY=False,
-        )
-    return out_THD, lse_TH
 
 
 def merge_splits(
@@ -133,8 +95,6 @@ def merge_splits(
             out_THD,
             lse_TH,
             merges,
-            0,
-            0,
             num_heads,
             HEAD_DIM=head_dim,
             BLOCK_D=triton.next_power_of_2(head_dim),

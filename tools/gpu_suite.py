@@ -41,12 +41,11 @@ SECTIONS = {
     "decode": ("speed", 80),
     "chunk": ("speed", 80),
     "step": ("step", 110),
-    "fused": ("speed", 50),
     "far": ("correctness", 200),
 }
 STAGES = (
     *(("machine",), ("triton", "flex", "needle", "far")),
-    *(("configs",), ("decode",), ("chunk",), ("step",), ("fused",)),
+    *(("configs",), ("decode",), ("chunk",), ("step",)),
 )
 FOR_THE_TABLE = ("machine", "triton", "configs", "decode", "chunk")  # must not have failed
 PEAKS = {"GB_s": ("copy", "percent_of_copy"), "TFLOP_s": ("matmul", "percent_of_matmul")}

@@ -22,19 +22,16 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-from mnemosyne.kernels.add_rms_norm import add_rms_norm_kernel, norm_warps
 from mnemosyne.kernels.configs import configs_for
 from mnemosyne.kernels.hopper_chunk import BUFFERS, GLUON_DTYPES, LAUNCH, hopper_chunk_kernel
 from mnemosyne.kernels.merge_partials import MOST_PARTIALS, merge_kernel
 from mnemosyne.kernels.paged_chunk import chunk_kernel
 from mnemosyne.kernels.paged_decode import decode_kernel
-from mnemosyne.kernels.rotate_and_write import BLOCK_H, rotate_and_write_kernel
 from mnemosyne.kernels.tile import TileConfig, block_sizes
 
 SHARED_BYTES = {80: 166912, 90: 232448, 100: 232448}  # a block's most, of A100, H100 and B200
@@ -95,10 +92,6 @@ def builds() -> Iterator[Build]:
                         build = hopper_build(arch, dtype, head_dim, page_size, config)
                         yield replace(build, name=f"{role} {build.name}")
         yield merge_build(arch, "bf16", "fp32", 128)
-        for dtype, head_dim in (("bf16", 128), ("bf16", 256), ("fp64", 128)):
-            yield rotate_build(arch, dtype, head_dim)
-        for dtype, width in (("bf16", 4096), ("bf16", 8192), ("fp32", 8192), ("fp64", 8192)):
-            yield norm_build(arch, dtype, width)
 
 
 def attention_build(
@@ -162,28 +155,6 @@ def merge_build(arch: int, dtype: str, wide: str, head_dim: int) -> Build:
     constants |= {"BLOCK_P": MOST_PARTIALS, "EARLY": arch >= 90}
     name = f"used merge_partials {dtype} D{head_dim}"
     return Build(name, merge_kernel, arch, types, constants)
-
-
-def rotate_build(arch: int, dtype: str, head_dim: int) -> Build:
-    """RoPE with the write to pages."""
-    wide = "fp64" if dtype == "fp64" else "fp32"
-    types = dict.fromkeys(("q", "k", "v", "out", "k_pool", "v_pool"), f"*{dtype}")
-    types |= {"cos": f"*{wide}", "sin": f"*{wide}", "slots": "*i64"}
-    half = head_dim // 2
-    constants: dict[str, object] = {"HALF": half, "BLOCK_H": BLOCK_H, "BLOCK_D": half}
-    name = f"used rotate_and_write {dtype} D{head_dim}"
-    return Build(name, rotate_and_write_kernel, arch, types, constants, {"num_warps": 4})
-
-
-def norm_build(arch: int, dtype: str, width: int) -> Build:
-    """The residual add with its RMSNorm."""
-    types = dict.fromkeys(("hidden", "delta", "weight", "total", "normed"), f"*{dtype}")
-    wide = tl.float64 if dtype == "fp64" else tl.float32
-    constants: dict[str, object] = {"EPS": 1e-5, "WIDE": wide}
-    constants["BLOCK_E"] = triton.next_power_of_2(width)
-    name = f"used add_rms_norm {dtype} E{width}"
-    options = {"num_warps": norm_warps(width)}
-    return Build(name, add_rms_norm_kernel, arch, types, constants, options)
 
 
 def compile_build(build: Build) -> Usage:

@@ -48,7 +48,6 @@ def test_the_gpu_suite_runs_on_cpu_and_reports_every_section(tmp_path: Path) -> 
     assert "unavailable" in results["decode"]["sdpa cudnn 128"]  # a refusal is a result
     assert len(results["configs"]) == 4
     assert results["step"].keys() == {"eager 150", "replayed 150"}
-    assert results["fused"]["rotate_and_write 4 triton"]["GB_s"] > 0
     for entry in results["triton"].values():
         errors = (entry[key] for key in ("out", "lse") if key in entry)
         assert all(e["error"] <= e["budget"] for e in errors)

@@ -30,11 +30,11 @@ def report(*patterns: str) -> list[tuple[str, int, int, int]]:
 
 def test_the_kernels_of_the_usual_model_do_not_spill() -> None:
     lines = report(
-        "used (paged_(decode|chunk) bf16 D128 N128|merge|rotate.* bf16 D128|add.* bf16 E4096)",
+        "used (paged_(decode|chunk) bf16 D128 N128|merge)",
         "sm_90 used hopper_chunk bf16 D128",
     )
 
-    assert len(lines) == 3 * 5 + 1
+    assert len(lines) == 3 * 3 + 1
     for label, registers, _, stack_bytes in lines:
         assert stack_bytes == 0, label
         assert registers <= most_registers(label), label
@@ -53,5 +53,5 @@ def most_registers(label: str) -> int:
 def test_no_kernel_that_may_be_used_spills() -> None:
     lines = report("used")
 
-    assert len(lines) == 3 * (7 * 2 + 1 + 3 + 4) + 3
+    assert len(lines) == 3 * (7 * 2 + 1) + 3
     assert not any(stack_bytes for *_, stack_bytes in lines)

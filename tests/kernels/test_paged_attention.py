@@ -14,7 +14,7 @@ from mnemosyne.attention import ReferenceBackend, Segment
 from mnemosyne.attention import merge_partials as merge_in_torch
 from mnemosyne.attention.tiles import cut_rows, split_keys
 from mnemosyne.attention.triton import make_tiles
-from mnemosyne.kernels.merge_partials import merge_partials
+from mnemosyne.kernels.merge_partials import merge_splits
 from mnemosyne.kernels.paged_chunk import paged_chunk
 from mnemosyne.kernels.paged_decode import paged_decode
 from mnemosyne.kernels.tile import TileConfig, Tiles, block_offsets, load_pages
@@ -104,7 +104,10 @@ def test_partials_merge_as_in_torch(dtype: torch.dtype) -> None:
     lse[1:, 0], lse[:, 1, 0] = -torch.inf, -torch.inf  # one partial saw a key; none did
     out[lse.isneginf()] = 0
 
-    merged, merged_lse = merge_partials(out, lse)
+    merged, merged_lse = torch.empty_like(out[0]), torch.empty_like(lse[0])
+    rows = torch.arange(3)
+    merges = torch.stack((rows, rows, 0 * rows + 4, 0 * rows + 3), dim=1).to(DEVICE)
+    merge_splits(out.flatten(0, 1), lse.flatten(0, 1), merged, merged_lse, merges)
 
     expected, expected_lse = merge_in_torch(out, lse)
     torch.testing.assert_close(merged, expected)

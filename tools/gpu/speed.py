@@ -1,4 +1,4 @@
-"""Speed of attention by backend and keys, beside torch's own kernels; and of the fused kernels."""
+"""Speed of attention by backend and keys, beside torch's own kernels."""
 
 from __future__ import annotations
 
@@ -17,14 +17,11 @@ from torch.nn.attention.bias import causal_lower_right
 
 from mnemosyne.attention import AttentionBackend, AttentionBatch, FlexBackend, Segment
 from mnemosyne.attention.triton import TritonBackend
-from mnemosyne.kernels.add_rms_norm import add_rms_norm
 from mnemosyne.kernels.configs import configs_for, shape_key
-from mnemosyne.kernels.rotate_and_write import rotate_and_write
 from mnemosyne.kernels.tile import TileConfig
-from mnemosyne.model_zoo.rope import RopeSpec, rotary_cos_sin, rotate
 from tools.gpu.setting import Entry, Setting
 
-HEADS, KV_HEADS, HEAD_DIM, WIDTH = 32, 8, 128, 4096  # those of Llama-3-8B
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # those of Llama-3-8B
 PAGE_SIZES = (128, 16)  # the usual one, and one of which several make a block of keys
 SCALE = HEAD_DIM**-0.5
 KEYS = (2**13, 2**16, 2**17, 2**20, 2**22)
@@ -131,63 +128,3 @@ def varlen(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor) -> Callable[[], Any]:
         return varlen_attn(q_THD, k_SKD, v_SKD, *ends, len(q_THD), len(k_SKD), **options)
 
     return work
-
-
-def fused(setting: Setting) -> Iterator[Entry]:
-    """RoPE with write, and add with norm: ours, plain torch and torch.compile, GB/s.
-
-    They stand beside what the compiled step makes of the same lines; ours would be wired in
-    where they are faster. Their tensors may come from the L2 cache, as in a step.
-    """
-    device = setting.device
-    options = {"dtype": torch.bfloat16, "device": device}
-    for rows in (4,) if setting.smoke else (1, 64, 2048):
-        q = torch.randn(rows, HEADS, HEAD_DIM, **options)
-        k, v = (torch.randn(rows, KV_HEADS, HEAD_DIM, **options) for _ in "kv")
-        pools = [torch.zeros(KV_HEADS, 4096, HEAD_DIM, **options) for _ in "kv"]
-        positions, slots = (
-            torch.arange(rows, device=device),
-            torch.randperm(4096, device=device)[:rows],
-        )
-        rotary = rotary_cos_sin(positions, RopeSpec(theta=500_000.0, dim=HEAD_DIM), q.dtype)
-        arguments = q, k, v, *rotary, slots, *pools
-        moved = 2 * 2 * (q.numel() + k.numel() + v.numel()) / 1e9
-        works = rotate_and_write, rotate_then_write
-        yield from beside(setting, f"rotate_and_write {rows}", *works, arguments, moved)
-        hidden, delta = (torch.randn(rows, WIDTH, **options) for _ in "ab")
-        norm = hidden, delta, torch.ones(WIDTH, **options), 1e-5
-        moved = 4 * 2 * hidden.numel() / 1e9
-        yield from beside(setting, f"add_rms_norm {rows}", add_rms_norm, add_then_norm, norm, moved)
-
-
-def beside(
-    setting: Setting,
-    name: str,
-    ours: Callable[..., Any],
-    original: Callable[..., Any],
-    arguments: tuple[Any, ...],
-    moved: float,
-) -> Iterator[Entry]:
-    """Our kernel, its torch original, and what the compiler makes of that."""
-    works = {"triton": ours, "torch": original}
-    if not setting.smoke:
-        works["compiled"] = torch.compile(original, dynamic=False)
-    for kind, work in works.items():
-        yield f"{name} {kind}", setting.timed(partial(work, *arguments), "GB_s", moved)
-
-
-def rotate_then_write(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, *pools: Tensor
-) -> Tensor:
-    """What the model does."""
-    pools[0].index_copy_(1, slots, rotate(k, cos, sin).transpose(0, 1))
-    pools[1].index_copy_(1, slots, v.transpose(0, 1))
-    return rotate(q, cos, sin)
-
-
-def add_then_norm(
-    hidden: Tensor, delta: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """What the model does."""
-    total = hidden + delta
-    return total, F.rms_norm(total, weight.shape, weight, eps)
