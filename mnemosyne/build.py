@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
-from mnemosyne.attention import AttentionBackend, NativeBackend, choose_backend
 from mnemosyne.cache.capacity import count_pages, describe_cache, tokens_per_group
 from mnemosyne.cache.pages import PagePool
 from mnemosyne.checkpoint import Checkpoint, Progress, find_checkpoint, weight_bytes
+from mnemosyne.compute import AS_THEY_ARE, Wraps, choose_compute
 from mnemosyne.config import CacheConfig, EngineConfig, MetricsConfig
 from mnemosyne.device import choose_device
 from mnemosyne.kernels.cpu.memory import keep_freed
@@ -32,15 +31,8 @@ from mnemosyne.parallel.mesh import (
 from mnemosyne.parallel.pipeline import Pipeline
 from mnemosyne.parallel.trace import Trace
 from mnemosyne.roofline import expected_rates, measure_peaks
-from mnemosyne.runtime.compile import CompiledModel
 from mnemosyne.runtime.executor import Crew, LocalExecutor, MeshExecutor
-from mnemosyne.runtime.graphs import (
-    DecodeGraphs,
-    capture_decodes,
-    record_decodes,
-    replayable,
-)
-from mnemosyne.runtime.step import LayerShape, Model
+from mnemosyne.runtime.step import LayerShape
 from mnemosyne.runtime.worker import Worker
 from mnemosyne.schedule.calibrate import Limits
 from mnemosyne.schedule.plan import Executor
@@ -67,6 +59,7 @@ class Rank:
     trace: Trace | None  # of what this rank does
     metrics: MetricsConfig  # where rank 0 writes it
     backend: str  # of attention
+    operators: str  # of all else
 
 
 def build_rank(
@@ -74,6 +67,7 @@ def build_rank(
     *,
     progress: Progress | None = None,
     compiling: Progress | None = None,
+    wraps: Wraps = AS_THEY_ARE,
 ) -> Rank:
     """Load this rank's layers and slices, and give it its pages. Every rank calls it.
 
@@ -81,6 +75,7 @@ def build_rank(
         config: all choices, the same on every rank.
         progress: called while weights are fetched and read.
         compiling: called while the model is compiled.
+        wraps: what a bench puts around its parts.
 
     Raises:
         ValueError: for a checkpoint, device, mesh or memory that cannot be used; for all that the
@@ -93,10 +88,10 @@ def build_rank(
     local = spec.local(config.mesh)
     if config.dtype != "auto":
         local = replace(local, dtype=config.dtype)
-    dtype = getattr(torch, local.dtype)
-    backend = _backend(config, device, dtype, spec.head_dim)
+    compute = choose_compute(config, device=device, local=local, wraps=wraps)
+    dtype = compute.dtype
     mesh = init_mesh(config.mesh, device.type)
-    decoder = checkpoint.decoder(mesh, dtype)
+    decoder = checkpoint.decoder(mesh, dtype, compute.operators)
     token_bytes = local.kv_bytes_per_token(len(decoder.layers))
     num_pages = _count_pages(config.cache, decoder, token_bytes, device)
     intake = _intake(checkpoint)
@@ -104,9 +99,7 @@ def build_rank(
     max_tokens = tokens_per_group(config.cache, num_pages)
     num_bytes = gather_counts(checkpoint.load(decoder, device, progress), mesh)
     trace = _trace(config.metrics, mesh, device)
-    model: Model = decoder
-    if config.compile in ("layer", "step") and not _records(config, backend):
-        model = _compile(decoder, config.compile, device, compiling)
+    model = wraps.model(compute.model(decoder, compiling))
     layers = _layer_shape(decoder, spec)
     pool = PagePool(
         num_pages=num_pages,
@@ -121,16 +114,18 @@ def build_rank(
         model,
         layers,
         pool=pool,
-        backend=backend,
+        backend=compute.backend,
+        operators=compute.operators,
         device=device,
         mesh=mesh,
         pipeline=_pipeline(mesh, spec, dtype, device, trace),
         trace=trace,
-        graphs=_graphs(config, model, layers, pool, backend),
+        graphs=compute.graphs(model, layers, pool),
     )
     rank = Rank(
         *(mesh, checkpoint, worker, intake, num_pages, max_tokens, trace, config.metrics),
-        backend=backend.name,
+        backend=compute.backend.name,
+        operators=compute.operators.name,
     )
     _announce(rank, f"{dtype} on {device}", num_bytes, token_bytes)
     return rank
@@ -140,7 +135,8 @@ def _announce(rank: Rank, where: str, num_bytes: Sequence[int], token_bytes: int
     """Say what was loaded and what fits."""
     if any(num_bytes):
         log.info("%s", describe_reads(num_bytes))
-    log.info("%s, %s, %s attention", rank.checkpoint.name, where, rank.backend)
+    parts = f"{rank.backend} attention, {rank.operators} operators"
+    log.info("%s, %s, %s", rank.checkpoint.name, where, parts)
     said = describe_cache(
         rank.num_pages,
         rank.worker.pool.page_size,
@@ -230,44 +226,6 @@ def _find(config: EngineConfig, progress: Progress | None) -> tuple[torch.device
     return device, checkpoint
 
 
-def _backend(
-    config: EngineConfig, device: torch.device, dtype: torch.dtype, head_dim: int
-) -> AttentionBackend:
-    """How attention is computed; refused if decodes are to be replayed and it cannot be."""
-    backend = choose_backend(config.attention, device=device, dtype=dtype, head_dim=head_dim)
-    if _replays(config, device):
-        replayable(backend)
-    return backend
-
-
-def _graphs(
-    config: EngineConfig,
-    model: Model,
-    layers: LayerShape,
-    pool: PagePool,
-    backend: AttentionBackend,
-) -> DecodeGraphs | None:
-    """The decode steps that are replayed, if any are."""
-    if _replays(config, pool.k[0].device):
-        return capture_decodes(model, layers, pool, backend)
-    if _records(config, backend):
-        assert isinstance(backend, NativeBackend)
-        return record_decodes(model, layers, pool, backend)
-    return None
-
-
-def _replays(config: EngineConfig, device: torch.device) -> bool:
-    return device.type == "cuda" and config.compile == "step"
-
-
-def _records(config: EngineConfig, backend: AttentionBackend) -> bool:
-    """Whether decodes are recorded; C++ kernels do all of a step then, and no compiler does."""
-    is_wanted = config.compile == "step" or (
-        config.compile == "auto" and config.mesh.world_size == 1
-    )
-    return is_wanted and isinstance(backend, NativeBackend)
-
-
 def _count_pages(
     config: CacheConfig, decoder: Decoder, token_bytes: int, device: torch.device
 ) -> int:
@@ -293,14 +251,6 @@ def _intake(checkpoint: Checkpoint) -> Intake:
 def _layer_shape(decoder: Decoder, spec: ModelSpec) -> LayerShape:
     windows = [spec.windows[int(index)] for index in decoder.layers]
     return LayerShape(windows=windows, scale=spec.head_dim**-0.5)
-
-
-def _compile(decoder: Decoder, mode: str, device: torch.device, progress: Progress | None) -> Model:
-    started_s = time.perf_counter()
-    model = CompiledModel(decoder, mode, device)
-    model.warm_up(progress)
-    log.info("compile=%s: ready in %.1f s", mode, time.perf_counter() - started_s)
-    return model
 
 
 def _pipeline(
@@ -337,6 +287,7 @@ def _fit_key(config: EngineConfig, rank: Rank) -> dict[str, str]:
         "layout": repr(config.mesh),
         "dtype": str(keys.dtype),
         "backend": rank.backend,
+        "operators": rank.operators,
         "compile": config.compile,
         "pages": f"{config.cache.page_size} tokens",
         **describe_machine(keys.device),

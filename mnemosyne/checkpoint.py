@@ -26,6 +26,7 @@ from mnemosyne.model_zoo.smollm2 import write_smollm2
 from mnemosyne.model_zoo.spec import ModelSpec, read_spec
 from mnemosyne.model_zoo.stages import cut_stages
 from mnemosyne.model_zoo.tensors import entries_of, tensor_shapes
+from mnemosyne.operators import Operators
 from mnemosyne.parallel.mesh import Mesh
 from mnemosyne.parallel.shards import held_slices
 from mnemosyne.runtime.headers import check_tensors, head_differs, read_headers
@@ -49,11 +50,11 @@ class Checkpoint:
     spec: ModelSpec
     path: Path | None  # None: weights from a seed
 
-    def decoder(self, mesh: Mesh, dtype: torch.dtype) -> Decoder:
+    def decoder(self, mesh: Mesh, dtype: torch.dtype, operators: Operators) -> Decoder:
         """This rank's layers and slices of them, on the meta device."""
         spec = self.spec
         layers = cut_stages(spec, mesh.pp.degree)[mesh.pp.index]
-        decoder = Decoder(spec, layers=layers, dtype=dtype, device="meta")
+        decoder = Decoder(spec, layers=layers, dtype=dtype, device="meta", operators=operators)
         if mesh.tp.degree > 1 or mesh.ffn.degree > 1:
             from mnemosyne.model_zoo.parallelize import parallelize  # DTensor imports slowly
 

@@ -16,7 +16,8 @@ Duration = float | int | str  # OmegaConf takes no whole number for a float of s
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # of one element
 DTYPES = ("auto", *DTYPE_BYTES)
 ATTENTION_BACKENDS = ("auto", "reference", "flex", "triton", "cpu", "avx512", "amx")
-COMPILE_MODES = ("auto", "none", "layer", "step")
+OPERATORS = ("auto", "torch", "avx512", "amx")
+COMPILE_MODES = ("auto", "none", "step")
 FFN_LAYOUTS = ("tp", "wide")
 POLICIES = ("fcfs", "edf", "lrs", "lars")
 
@@ -253,7 +254,8 @@ class EngineConfig:
     dtype: str = "auto"  # auto: as the checkpoint says
     device: str = "auto"  # auto: cuda where there is one, else cpu
     attention: str = "auto"  # reference, flex, triton, cpu, avx512, amx; auto: the usual one
-    compile: str = "auto"  # none, layer: what surrounds attention; step: all but attention
+    operators: str = "auto"  # torch, avx512, amx: what computes all else; auto: the usual ones
+    compile: str = "auto"  # none; step: all but attention; auto: record decodes on CPU
     mesh: MeshConfig = field(default_factory=MeshConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     slo: SloConfig = field(default_factory=SloConfig)
@@ -272,18 +274,15 @@ class EngineConfig:
                 f"attention must be one of {', '.join(ATTENTION_BACKENDS)}, "
                 f"got {self.attention!r}; auto takes the usual one of the device"
             )
-        self._check_compile()
-
-    def _check_compile(self) -> None:
+        if self.operators not in OPERATORS:
+            raise ValueError(
+                f"operators must be one of {', '.join(OPERATORS)}, got {self.operators!r}; "
+                "auto takes the usual ones of the device"
+            )
         if self.compile not in COMPILE_MODES:
             raise ValueError(
                 f"compile must be one of {', '.join(COMPILE_MODES)}, got {self.compile!r}; "
-                "step compiles the most"
-            )
-        if self.compile in ("layer", "step") and self.mesh.world_size > 1:
-            raise ValueError(
-                "compile must be auto or none on a mesh of several ranks, got "
-                f"{self.compile!r} for {self.mesh.world_size}; drop it, or serve on one rank"
+                "step compiles all but attention"
             )
 
 

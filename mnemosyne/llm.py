@@ -45,8 +45,11 @@ class LLM:
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         attention: ``"auto"``, ``"reference"``, ``"flex"``, ``"cpu"``, ``"avx512"`` or
             ``"amx"``.
-        compile: ``"none"``, ``"layer"`` or ``"step"``: what is compiled before the first request;
-            ``"auto"``: ``step`` on one CPU rank with C++ kernels, which only records, else none.
+        operators: what computes all but attention: ``"auto"``, ``"torch"``, ``"avx512"`` or
+            ``"amx"``.
+        compile: ``"none"``, or ``"step"``: all but attention is compiled before the first request,
+            or decodes are recorded where C++ kernels do everything; ``"auto"``: the latter on one
+            rank, else none.
         schedule: a ``ScheduleConfig`` or its fields, e.g. ``{"chunk": 512}``.
         slo: a ``SloConfig`` or its fields, e.g. ``{"ttft_min": 0.5}``.
         cache: a ``CacheConfig`` or its fields, e.g. ``{"max_tokens": "1M"}``.
@@ -75,6 +78,7 @@ class LLM:
         dtype: str = "auto",
         device: str = "auto",
         attention: str = "auto",
+        operators: str = "auto",
         compile: str = "auto",
         schedule: ScheduleConfig | Mapping[str, Any] | None = None,
         slo: SloConfig | Mapping[str, Any] | None = None,
@@ -91,6 +95,7 @@ class LLM:
             dtype=dtype,
             device=device,
             attention=attention,
+            operators=operators,
             compile=compile,
             schedule=typed("schedule", ScheduleConfig, schedule),
             slo=typed("slo", SloConfig, slo),

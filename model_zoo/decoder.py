@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from mnemosyne.attention.segments import Attend
-from mnemosyne.model_zoo.layers import DecoderLayer, Embedding, Linear, Unembed, norm
+from mnemosyne.model_zoo.layers import DecoderLayer, Embedding, Linear, RMSNorm, Unembed
 from mnemosyne.model_zoo.rope import rotary_cos_sin
 from mnemosyne.model_zoo.spec import ModelSpec
 from mnemosyne.model_zoo.tensors import tensor_shapes
+from mnemosyne.operators import TORCH, Operators, Rotary
 
 HUGGING_FACE_MODULES = {
     "attn_norm": "input_layernorm",
@@ -35,6 +36,7 @@ class Decoder(nn.Module):
             final norm and the head with the last layer.
         dtype: dtype of parameters and activations.
         device: where the parameters are allocated, unset; ``"meta"`` allocates nothing.
+        operators: what computes all but attention.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Decoder(nn.Module):
         layers: range | None = None,
         dtype: torch.dtype,
         device: torch.device | str,
+        operators: Operators = TORCH,
     ) -> None:
         super().__init__()
         every = range(spec.num_layers)
@@ -52,7 +55,10 @@ class Decoder(nn.Module):
         assert held[0] in every
         assert held[-1] in every
         self.spec = spec
+        self.width = spec.width
         self.dtype = dtype
+        self.operators = operators
+        self.is_sharded = False  # whether modules meet other ranks: parallelize sets it
         self.is_first = held[0] == 0
         self.is_last = held[-1] == every[-1]
         # On the meta device modules initialise nothing: values come from a file or a seed.
@@ -61,17 +67,19 @@ class Decoder(nn.Module):
         self.to(dtype).to_empty(device=device).requires_grad_(False)
 
     def _build(self, held: range) -> None:
-        spec = self.spec
+        spec, operators = self.spec, self.operators
         self.embed: nn.Module | None = None
         if self.is_first:
-            self.embed = Embedding(spec.vocab_size, spec.width)
+            self.embed = Embedding(spec, operators)
         # Keyed by the index in the whole model: parameter names are the same on every stage.
-        self.layers = nn.ModuleDict({str(index): DecoderLayer(spec) for index in held})
-        self.norm = norm(spec.width, spec) if self.is_last else None
+        self.layers = nn.ModuleDict({str(index): DecoderLayer(spec, operators) for index in held})
+        self.norm = RMSNorm(spec.width, spec, operators) if self.is_last else None
         # A tied head far from its embedding owns a copy of it.
         owns_head = self.is_last and not (spec.tied and self.is_first)
-        self.head = Linear(spec.width, spec.vocab_size, bias=False) if owns_head else None
-        self.unembed = Unembed()
+        self.head: nn.Module | None = None
+        if owns_head:
+            self.head = Linear(spec.width, spec.vocab_size, operators, bias=False)
+        self.unembed = Unembed(operators)
 
     def forward(self, x: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         """Run the held layers over the packed tokens of a step.
@@ -84,7 +92,7 @@ class Decoder(nn.Module):
         Returns:
             ``hidden_TE``, after the final norm on the last stage.
         """
-        hidden_TE, rotary = self.enter(x, positions_T)
+        hidden_TE, rotary = self.enter(x), self.rotary(positions_T)
         for index, layer in enumerate(self.layers.values()):
             hidden_TE = layer(hidden_TE, rotary, index, attend)
         return self.leave(hidden_TE)
@@ -93,10 +101,13 @@ class Decoder(nn.Module):
         """The layers held here, in order."""
         return [layer for layer in self.layers.values() if isinstance(layer, DecoderLayer)]
 
-    def enter(self, x: Tensor, positions_T: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """What the first layer held begins with: ``hidden_TE``, and cos and sin of the step."""
-        hidden_TE = x if self.embed is None else self.embed(x)
-        return hidden_TE, rotary_cos_sin(positions_T, self.spec.rope, self.dtype)
+    def enter(self, x: Tensor) -> Tensor:
+        """What the first layer held begins with: embeddings, on the first stage."""
+        return x if self.embed is None else self.embed(x)
+
+    def rotary(self, positions_T: Tensor) -> Rotary:
+        """Cos and sin of a step's positions, for all layers."""
+        return rotary_cos_sin(positions_T, self.spec.rope, self.dtype, self.operators)
 
     def leave(self, hidden_TE: Tensor) -> Tensor:
         """What comes after the last layer held: the final norm, on the last stage."""

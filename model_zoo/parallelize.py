@@ -59,11 +59,12 @@ def parallelize(decoder: Decoder, mesh: Mesh) -> None:
         for axis, plan in plans.items():
             if axes[axis] is not None:
                 parallelize_module(layer, axes[axis], plan)
+    decoder.is_sharded = tp.degree > 1 or mesh.ffn.degree > 1
     if tp.device_mesh is None:
         return
     # A tied head uses the words that the embedding holds.
     if decoder.embed is not None:
-        decoder.embed = VocabParallelEmbedding(decoder.embed, tp)
+        decoder.embed = VocabParallelEmbedding(decoder.embed, tp, decoder.operators.embed)
     if decoder.head is not None:
         parallelize_module(decoder.head, tp.device_mesh, ColumnParallel())
     if decoder.is_last:

@@ -1,4 +1,4 @@
-"""Rotary positions: what config.json says about them, the angles in float64, the rotation."""
+"""Rotary positions: what config.json says about them, and their angles in float64."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mnemosyne.kernels.cpu import rows
 from mnemosyne.model_zoo.config import Config
+from mnemosyne.operators import Operators, Rotary
 
 MAX_RATIO = 1e6  # of a factor or a number of turns
 
@@ -161,8 +161,8 @@ def _yarn_bounds(rope: RopeSpec) -> tuple[float, float]:
 
 
 def rotary_cos_sin(
-    positions_T: Tensor, rope: RopeSpec, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    positions_T: Tensor, rope: RopeSpec, dtype: torch.dtype, operators: Operators
+) -> Rotary:
     """Cosine and sine of every row's angles; once per step, for all layers.
 
     The angle is formed in float64: at position 10M a float32 one is wrong by tenths of a radian.
@@ -171,32 +171,12 @@ def rotary_cos_sin(
         positions_T: int64 [T].
         rope: the rotation.
         dtype: dtype of the model; half precision rotates in float32.
+        operators: what computes them.
 
     Returns:
         ``cos_TD`` and ``sin_TD``, both [T, D/2], float32 or, for a float64 model, float64.
     """
     assert positions_T.dtype == torch.int64
     radians_D = inverse_frequencies(rope, positions_T.device)
-    if not torch.compiler.is_compiling() and rows.can_run(positions_T, dtype):
-        return rows.cos_sin(positions_T, radians_D, rope.attention_factor)
-    angle_TD = positions_T.double()[:, None] * radians_D
     wide = torch.promote_types(dtype, torch.float32)
-    cos_TD = (angle_TD.cos() * rope.attention_factor).to(wide)  # [T, D/2]
-    sin_TD = (angle_TD.sin() * rope.attention_factor).to(wide)  # [T, D/2]
-    return cos_TD, sin_TD
-
-
-def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Turn each pair (i, i + D/2) of every head by its row's angle; dtype of ``x_THD``.
-
-    Args:
-        x_THD: queries or keys.
-        cos_TD: [T, D/2] from ``rotary_cos_sin``.
-        sin_TD: likewise.
-    """
-    if not torch.compiler.is_compiling() and rows.can_take(x_THD):
-        return rows.rotate(x_THD, cos_TD, sin_TD)
-    first, second = x_THD.chunk(2, dim=-1)  # [T, H, D/2] each; products take the wider dtype
-    cos, sin = cos_TD[:, None], sin_TD[:, None]
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(x_THD.dtype)
+    return operators.angles(positions_T, radians_D, gain=rope.attention_factor, dtype=wide)

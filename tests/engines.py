@@ -30,11 +30,19 @@ def open_tiny(path: Path, *, chunk: int | str = 7, max_tokens: int = 2048, **opt
         chunk: the chunk rule; a fixed one needs no sweep at start-up.
         max_tokens: of the cache.
         options: fields of ``ScheduleConfig``, and arguments of ``LLM`` among ``device``,
-            ``attention``, ``compile``, ``on_step``, ``metrics``, ``predictor``.
+            ``attention``, ``compile``, ``on_step``, ``metrics``, ``operators``, ``predictor``.
     """
     arguments = {"device": "cpu"} | {
         name: options.pop(name)
-        for name in ("device", "attention", "compile", "metrics", "on_step", "predictor")
+        for name in (
+            "device",
+            "attention",
+            "compile",
+            "metrics",
+            "on_step",
+            "operators",
+            "predictor",
+        )
         if name in options
     }
     return LLM(

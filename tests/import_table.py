@@ -109,14 +109,18 @@ TABLE = {
     "bench.peers.with_llamacpp": Rule((), ("numpy", "llama_cpp"), itself=False),
     "bench.peers.ours": Rule(
         (
-            *("build", "cache.pages", "config", "metrics", "request", "runtime", "schedule"),
-            "serve",
+            *("build", "cache.pages", "compute", "config", "metrics", "request", "runtime"),
+            *("schedule", "serve"),
         ),
         ("numpy", "torch"),
         itself=False,
     ),
     "checkpoint": Rule(
-        ("files", "hub", "kept", "machine", "model_zoo", "parallel", "runtime", "serve"), ("torch",)
+        (
+            *("files", "hub", "kept", "machine", "model_zoo", "operators", "parallel", "runtime"),
+            "serve",
+        ),
+        ("torch",),
     ),
     "build": Rule(
         (
@@ -131,9 +135,16 @@ TABLE = {
                 "kernels",
             ),
             *("parallel", "runtime", "serve", "simulate", "model_zoo"),
-            *("device", "roofline", "step_times"),
+            *("compute", "device", "roofline", "step_times"),
         ),
         _CORE,
+    ),
+    "compute": Rule(
+        (
+            *("attention", "cache.pages", "config", "operators", "runtime", "schedule.plan"),
+            "shape",
+        ),
+        ("torch",),
     ),
     # the counterpart of build; the cuts of a model and the rules of a mesh are those of a real one
     "build_simulated": Rule(
@@ -180,9 +191,10 @@ TABLE = {
         ("zmq",),
         itself=False,
     ),
+    "operators": Rule(("config", "kernels"), ("torch",)),
     "attention": Rule(("cache", "kernels", "parallel", "config"), ("torch", "numpy")),
     "model_zoo": Rule(
-        ("attention", "kernels", "parallel", "config", "files", "shape"),
+        ("attention", "operators", "parallel", "config", "files", "shape"),
         ("torch", "numpy", "safetensors", "tokenizers"),
     ),
     # the reader of its file is an extra
@@ -190,7 +202,7 @@ TABLE = {
     "runtime": Rule(
         (
             *("request", "schedule.plan", "cache", "attention", "parallel", "config", "files"),
-            *("kernels.cpu", "machine"),
+            *("kernels.cpu", "machine", "operators"),
         ),
         ("torch", "numpy", "safetensors"),
     ),

@@ -41,7 +41,7 @@ def test_start_up_says_what_runs_and_what_fits(
     num_bytes = sum(p.nbytes for p in rank.worker._model.parameters())
     assert said == [
         f"weights read: {num_bytes / 1e6:.1f} MB",
-        f"{checkpoint}, torch.float64 on cpu, cpu attention",
+        f"{checkpoint}, torch.float64 on cpu, cpu attention, torch operators",
         "KV cache: 1,024 tokens in 0.00 GiB; requests that fit: 1 of 1K",
     ]
 

@@ -90,11 +90,11 @@ def test_a_suffix_multiplies_by_1024(count: int, suffix: str) -> None:
         (lambda: MetricsConfig(path=3), "metrics.path must be str or None, got 3"),
         (
             lambda: EngineConfig(model="m", compile="full"),
-            "compile must be one of auto, none, la",
+            "compile must be one of auto, none, st",
         ),
         (
-            lambda: EngineConfig(model="m", compile="step", mesh=MeshConfig(kvp=2)),
-            "compile must be auto or none on a mesh of several ranks, got 'step' for 2; drop it",
+            lambda: EngineConfig(model="m", operators="blas"),
+            "operators must be one of auto, torch, avx512, amx, got 'blas'; auto takes the usual",
         ),
         (lambda: EngineConfig(model=None), "model must be str, got None"),
         (lambda: EngineConfig(model="m", dtype="int8"), "dtype must be one of auto, float64, "),

@@ -13,35 +13,27 @@ import argparse
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from statistics import median
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from mnemosyne.kernels.cpu import linear
 from mnemosyne.kernels.cpu.memory import huge_zeros
+from mnemosyne.kernels.cpu.processor import INSTRUCTION_SETS
+from mnemosyne.operators import TORCH, NativeOperators, Operators
 
 NUM_BYTES = 138_412_032  # of weights: 12 of 5632 x 1024
 
 Product = Callable[[Tensor, Tensor], object]
 
 
-def ours(has_amx: bool, is_gated: bool, x_TE: Tensor, weight_NE: Tensor) -> object:
-    with patch.object(linear, "has_amx", lambda: has_amx):
-        if not is_gated:
-            return linear.linear(x_TE, [(weight_NE, None)])
-        gate, up = weight_NE.chunk(2)
-        return linear.gated(x_TE, (gate, None), (up, None))
-
-
-def of_torch(is_gated: bool, x_TE: Tensor, weight_NE: Tensor) -> object:
+def by_operators(operators: Operators, is_gated: bool, x_TE: Tensor, weight_NE: Tensor) -> object:
     if not is_gated:
-        return F.linear(x_TE, weight_NE)
+        return operators.linear(x_TE, [(weight_NE, None)])
     gate, up = weight_NE.chunk(2)
-    return F.silu(F.linear(x_TE, gate)) * F.linear(x_TE, up)
+    return operators.gated(x_TE, (gate, None), (up, None))
 
 
 def read(x_TE: Tensor, weight_NE: Tensor) -> object:
@@ -50,11 +42,13 @@ def read(x_TE: Tensor, weight_NE: Tensor) -> object:
 
 def products(num_rows: int, is_gated: bool) -> dict[str, Product]:
     """What can be compared here, by name."""
-    found: dict[str, Product] = {"torch": partial(of_torch, is_gated), "read": read}
-    if linear.can_run() and num_rows <= 2 * linear.FEW_ROWS:
-        found["avx512"] = partial(ours, False, is_gated)
-    if linear.has_amx():
-        found["amx"] = partial(ours, True, is_gated)
+    found: dict[str, Product] = {"torch": partial(by_operators, TORCH, is_gated), "read": read}
+    for instructions in INSTRUCTION_SETS:
+        most_rows = instructions.most_rows
+        if instructions.why_not() is None and (most_rows is None or num_rows <= 2 * most_rows):
+            # beyond the rows for which it is the faster, too
+            any_rows = NativeOperators(replace(instructions, most_rows=None))
+            found[instructions.name] = partial(by_operators, any_rows, is_gated)
     return dict(sorted(found.items()))
 
 

@@ -1,12 +1,12 @@
 """Where the time of a step goes: parts and operators of a decode and of a prefill, and the Python.
 
 The cache is filled with random keys and values, so that any length costs no prefill. Parts are
-clocked around the functions that they are made of, without the profiler, and none counts what
-another within it takes. Operators come from torch's profiler (self time), which does not see the
+clocked around what computes them, without the profiler, and none counts what another within it
+takes. Operators come from torch's profiler (self time), which does not see the
 kernels of this project.
 
 Usage: python tools/profile_step.py [--length 16K] [--batch 1] [--chunk 2K] [--whole]
-       [--attention auto] [--steps 16] [--rows 12] [--python]
+       [--attention auto] [--operators auto] [--steps 16] [--rows 12] [--python]
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import os
 import pstats
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,13 +29,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from mnemosyne.bench.peers.ours import Ours
 from mnemosyne.cache.layout import Placement, Shard
-from mnemosyne.cache.pages import PagePool
+from mnemosyne.compute import Wraps
 from mnemosyne.config import CacheConfig, EngineConfig, ScheduleConfig, parse_size
-from mnemosyne.kernels.cpu import linear
-from mnemosyne.model_zoo import decoder, layers
 from mnemosyne.request import SamplingParams
-from mnemosyne.runtime import worker
-from mnemosyne.runtime.step import PagedAttention
+from mnemosyne.runtime.step import Model
 from mnemosyne.schedule.plan import Admission, Chunk, Plan, StepResult
 from mnemosyne.schedule.predictor import REFIT_EVERY
 
@@ -44,18 +41,19 @@ REQUEST = -1  # apart from those of the engine
 WARM_UP = 2 * REFIT_EVERY  # steps; until then an engine without a sweep is fitted at each of them
 
 
-def open_engine(arguments: argparse.Namespace, length: int, chunk: int) -> Ours:
+def open_engine(arguments: argparse.Namespace, length: int, chunk: int, wraps: Wraps) -> Ours:
     """The bench model over a filled cache."""
     num_requests = arguments.batch + 1
     room = num_requests * (length + chunk + WARM_UP + 6 * arguments.steps + 2 * PAGE_SIZE)
     config = EngineConfig(
         model="bench",
         attention=arguments.attention,
+        operators=arguments.operators,
         compile="none",  # what is replayed cannot be clocked
         schedule=ScheduleConfig(chunk=chunk, max_sequences=num_requests),
         cache=CacheConfig(max_tokens=room, page_size=PAGE_SIZE),
     )
-    return Ours({"threads": arguments.threads, "fills": True, "engine": asdict(config)})
+    return Ours({"threads": arguments.threads, "fills": True, "engine": asdict(config)}, wraps)
 
 
 def add(engine: Ours, index: int, length: int, max_tokens: int, *, is_filled: bool) -> None:
@@ -95,9 +93,8 @@ class Clock:
         self.seconds: dict[str, float] = {}
         self._within: list[float] = []  # seconds of the parts inside each one that runs
 
-    def watch(self, part: str, owner: Any, name: str) -> None:
-        """Have every call of a function count as this part."""
-        function = getattr(owner, name)
+    def watched(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function; every call of it counts as this part."""
         self.seconds[part] = 0.0
 
         def call(*arguments: Any, **keywords: Any) -> Any:
@@ -111,7 +108,7 @@ class Clock:
                 if self._within:
                     self._within[-1] += took_s
 
-        setattr(owner, name, call)
+        return call
 
     def read(self, step: Callable[[], object]) -> dict[str, float]:
         """Seconds of one call: the whole, each part, and the rest."""
@@ -123,25 +120,65 @@ class Clock:
         return {"step": total_s, **self.seconds, "the rest": rest_s}
 
 
-def watch_parts(clock: Clock) -> None:
-    """What the parts of a step are made of; the rest is the scheduler's and the engine's."""
-    for part, owner, name in (
-        ("attention", PagedAttention, "_attend"),
-        ("linear layers", layers.Linear, "forward"),
-        ("linear layers", layers, "multiply_each"),
-        ("linear layers", linear, "gated"),
-        ("gate's function", layers, "gate"),
-        ("norms", layers.RMSNorm, "forward"),
-        ("rotation", layers, "rotate"),
-        ("rotation", decoder, "rotary_cos_sin"),
-        ("writes", PagePool, "write"),
-        ("embedding and sums", decoder.Decoder, "forward"),
-        ("logits", decoder.Decoder, "logits"),
-        ("sampling", worker, "sample"),
-        ("inputs", worker, "build_inputs"),
-        ("inputs", PagedAttention, "__init__"),
-    ):
-        clock.watch(part, owner, name)
+OPERATOR_PARTS = {
+    "linear": "linear layers",
+    "gated": "linear layers",
+    "rms_norm": "norms",
+    "add_rms_norm": "norms",
+    "rotate": "rotation and writes",
+    "angles": "rotation and writes",
+    "write": "rotation and writes",
+    "rotate_and_write": "rotation and writes",
+    "embed": "embedding and sums",
+    "add": "embedding and sums",
+    "logits": "logits",
+}
+
+
+class Clocked:
+    """Another part of an engine, some of whose methods are clocked.
+
+    Args:
+        clock: counts the seconds.
+        inner: computes.
+        parts: what each method counts as, by its name.
+    """
+
+    def __init__(self, clock: Clock, inner: Any, parts: Mapping[str, str]) -> None:
+        self._inner = inner
+        for name, part in parts.items():
+            setattr(self, name, clock.watched(part, getattr(inner, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not clocked."""
+        return getattr(self._inner, name)
+
+
+class ClockedModel(Clocked):
+    """A model: what its layers take beside operators and attention."""
+
+    def __call__(self, *arguments: Any) -> Any:
+        """See ``Model``."""
+        return self.run(*arguments)
+
+
+def wraps_of(clock: Clock) -> Wraps:
+    """Clocks around the parts; what they leave over is the scheduler's and the engine's."""
+
+    def model(inner: Model) -> Model:
+        clocked = ClockedModel(clock, inner, {"logits": "logits"})
+        clocked.run = clock.watched("the model's Python", inner)
+        return cast(Model, clocked)
+
+    def around(parts: Mapping[str, str]) -> Any:
+        return lambda inner: Clocked(clock, inner, parts)
+
+    return Wraps(
+        operators=around(OPERATOR_PARTS),
+        backend=around({"attend": "attention", "prepare": "inputs and sampling"}),
+        model=model,
+        executor=around(dict.fromkeys(("submit", "collect"), "inputs and sampling")),
+    )
 
 
 def show_parts(clock: Clock, steps: Sequence[Callable[[], object]], *, add_up: bool) -> None:
@@ -186,6 +223,7 @@ def main() -> None:
     parser.add_argument("--chunk", default="2K", help="tokens of a step of prefill; 0 for none")
     parser.add_argument("--whole", action="store_true", help="prefill: all chunks of the length")
     parser.add_argument("--attention", default="auto")
+    parser.add_argument("--operators", default="auto")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--rows", type=int, default=12)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -196,8 +234,7 @@ def main() -> None:
         parser.error(f"--length must be whole chunks with --whole, got {length} of {chunk}")
     show = show_python if arguments.python else show_operators
     clock = Clock()
-    watch_parts(clock)
-    engine = open_engine(arguments, length, chunk or 2048)
+    engine = open_engine(arguments, length, chunk or 2048, wraps_of(clock))
     with torch.inference_mode():
         for index in range(arguments.batch):
             add(engine, index, length, WARM_UP + 6 * arguments.steps, is_filled=True)

@@ -28,6 +28,7 @@ class InstructionSet:
     linear: str  # source of the products
     attention: str  # source of attention
     rows: str  # source of all else
+    most_rows: int | None = None  # for which its products are faster than torch's; None: any
     extends: Self | None = None  # a set whose requirements are this one's too
     permission: Callable[[], str | None] | None = None  # asks the system; why it refuses
 
@@ -85,6 +86,7 @@ AVX512 = InstructionSet(
     linear="linear",
     attention="attention_avx512",
     rows="rows",
+    most_rows=64,
 )
 AMX = InstructionSet(
     name="amx",
@@ -98,8 +100,3 @@ AMX = InstructionSet(
     permission=allow_amx,
 )
 INSTRUCTION_SETS = (AMX, AVX512)  # the fastest first
-
-
-def best_instructions() -> InstructionSet | None:
-    """The fastest set that runs here, if any does."""
-    return next((each for each in INSTRUCTION_SETS if each.why_not() is None), None)

@@ -1,7 +1,6 @@
 """What happens to rows between products, each in one call of C++.
 
-The torch originals are ``F.embedding``, ``F.rms_norm``, ``rope.rotary_cos_sin`` and ``rotate``,
-``torch.add`` and ``Tensor.index_copy_``. The bits of a row depend on that row alone.
+The torch originals are those of ``TorchOperators``. The bits of a row depend on that row alone.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mnemosyne.kernels.cpu.processor import AVX512
+from mnemosyne.kernels.cpu.processor import InstructionSet
 from mnemosyne.kernels.cpu.tape import launch
 
 FEW_ELEMENTS = 1 << 16  # up to which starting other threads takes longer than one alone
@@ -60,30 +59,17 @@ class _Write(ctypes.Structure):
     )
 
 
-def can_take(x: Tensor) -> bool:
-    """Whether the kernels can take rows ``[T, E]`` or heads ``[T, H, D]``."""
-    return (
-        x.shape[-1] % 32 == 0
-        and x.stride()[1:] == (*x.shape[2:], 1)  # a row is contiguous
-        and can_run(x, x.dtype)
-    )
-
-
-def can_run(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the kernels can run where a tensor is, for a model in a dtype."""
-    return dtype == torch.bfloat16 and x.device.type == "cpu" and AVX512.why_not() is None
-
-
 def _num_threads(num_elements: int) -> int:
     return 1 if num_elements <= FEW_ELEMENTS else torch.get_num_threads()
 
 
-def look_up(table_VE: Tensor, ids_T: Tensor) -> Tensor:
+def look_up(table_VE: Tensor, ids_T: Tensor, instructions: InstructionSet) -> Tensor:
     """Some rows of a table.
 
     Args:
         table_VE: bfloat16, contiguous.
         ids_T: int64 row numbers, contiguous; each below V.
+        instructions: a set that runs here.
 
     Returns:
         ``y_TE`` bfloat16, contiguous.
@@ -100,17 +86,20 @@ def look_up(table_VE: Tensor, ids_T: Tensor) -> Tensor:
         *y_TE.shape,
         _num_threads(y_TE.numel()),
     )
-    launch(compile_rows().look_up, arguments)
+    launch(compile_rows(instructions).look_up, arguments)
     return y_TE
 
 
-def cos_sin(positions_T: Tensor, radians_D: Tensor, gain: float) -> tuple[Tensor, Tensor]:
+def cos_sin(
+    positions_T: Tensor, radians_D: Tensor, gain: float, instructions: InstructionSet
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine of ``positions * radians``, in float64, times ``gain``, rounded once.
 
     Args:
         positions_T: int64, contiguous.
         radians_D: float64 [D/2], contiguous.
         gain: factor on both.
+        instructions: a set that runs here.
 
     Returns:
         ``cos_TD`` and ``sin_TD``, both float32 [T, D/2], contiguous.
@@ -130,11 +119,11 @@ def cos_sin(positions_T: Tensor, radians_D: Tensor, gain: float) -> tuple[Tensor
         _num_threads(ANGLE_ELEMENTS * cos_TD.numel()),
         gain,
     )
-    launch(compile_rows().angles, arguments)
+    launch(compile_rows(instructions).angles, arguments)
     return cos_TD, sin_TD
 
 
-def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
+def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float, instructions: InstructionSet) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dim, in float32, rounded once.
 
     Args:
@@ -142,6 +131,7 @@ def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
             which are normed each for itself.
         weight_E: bfloat16, contiguous.
         eps: added to the mean.
+        instructions: a set that runs here.
 
     Returns:
         bfloat16 of the shape of ``x_TE``, contiguous.
@@ -164,17 +154,18 @@ def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
         _num_threads(y.numel()),
         eps,
     )
-    launch(compile_rows().rms_norm, arguments)
+    launch(compile_rows(instructions).rms_norm, arguments)
     return y.view(x_TE.shape)
 
 
-def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor, instructions: InstructionSet) -> Tensor:
     """Turn each pair (i, i + D/2) of every head by its row's angle, in float32, rounded once.
 
     Args:
         x_THD: bfloat16, D a multiple of 32, the heads of a row contiguous.
         cos_TD: float32 [T, D/2], contiguous.
         sin_TD: likewise.
+        instructions: a set that runs here.
 
     Returns:
         bfloat16 of the shape of ``x_THD``, contiguous.
@@ -198,16 +189,17 @@ def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
         head_dim,
         _num_threads(y_THD.numel()),
     )
-    launch(compile_rows().rotate, arguments)
+    launch(compile_rows(instructions).rotate, arguments)
     return y_THD
 
 
-def add(a_TE: Tensor, b_TE: Tensor) -> Tensor:
+def add(a_TE: Tensor, b_TE: Tensor, instructions: InstructionSet) -> Tensor:
     """``a + b``, rounded once.
 
     Args:
         a_TE: bfloat16, contiguous, E a multiple of 32.
         b_TE: likewise, of the same shape.
+        instructions: a set that runs here.
 
     Returns:
         ``y_TE`` bfloat16, contiguous.
@@ -220,11 +212,18 @@ def add(a_TE: Tensor, b_TE: Tensor) -> Tensor:
     y_TE = a_TE.new_empty(a_TE.shape)
     count = a_TE.numel()
     arguments = _Sum(a_TE.data_ptr(), b_TE.data_ptr(), y_TE.data_ptr(), count, _num_threads(count))
-    launch(compile_rows().add, arguments)
+    launch(compile_rows(instructions).add, arguments)
     return y_TE
 
 
-def write(k_TKD: Tensor, v_TKD: Tensor, slots_T: Tensor, k_KSD: Tensor, v_KSD: Tensor) -> None:
+def write(
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    slots_T: Tensor,
+    k_KSD: Tensor,
+    v_KSD: Tensor,
+    instructions: InstructionSet,
+) -> None:
     """Copy the keys and values of some rows to their slots.
 
     Args:
@@ -233,6 +232,7 @@ def write(k_TKD: Tensor, v_TKD: Tensor, slots_T: Tensor, k_KSD: Tensor, v_KSD: T
         slots_T: int64, contiguous.
         k_KSD: keys of the whole pool, bfloat16; each head contiguous.
         v_KSD: values, likewise, of the same strides.
+        instructions: a set that runs here.
     """
     num_rows, num_heads, head_dim = k_TKD.shape
     assert k_TKD.dtype == v_TKD.dtype == k_KSD.dtype == v_KSD.dtype == torch.bfloat16
@@ -258,13 +258,13 @@ def write(k_TKD: Tensor, v_TKD: Tensor, slots_T: Tensor, k_KSD: Tensor, v_KSD: T
         head_dim,
         _num_threads(2 * k_TKD.numel()),
     )
-    launch(compile_rows().write, arguments)
+    launch(compile_rows(instructions).write, arguments)
 
 
 @cache
-def compile_rows() -> Any:
-    """The C functions; compiled if they never were on this machine."""
-    library = AVX512.load(AVX512.rows)
+def compile_rows(instructions: InstructionSet) -> Any:
+    """The C functions of a set; compiled if they never were on this machine."""
+    library = instructions.load(instructions.rows)
     for name in ("look_up", "angles", "rms_norm", "rotate", "add", "write"):
         kernel = getattr(library, name)
         kernel.argtypes, kernel.restype = [ctypes.c_void_p], None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from mnemosyne.attention.segments import AttentionBackend, AttentionBatch
+from mnemosyne.attention.segments import AttentionBackend, AttentionBatch, RecordableBackend
 
 Part = tuple[AttentionBackend, Any]  # a backend, and what it prepared
 
@@ -23,6 +23,7 @@ class ByKind:
 
     def __init__(self, decode: AttentionBackend, chunk: AttentionBackend) -> None:
         self.name = f"{decode.name}+{chunk.name}"
+        self.can_record = decode.can_record
         self.decode = decode
         self.chunk = chunk
 
@@ -39,6 +40,13 @@ class ByKind:
             (backend, backend.prepare(replace(batch, segments=segments), window, device))
             for backend, segments in parts
         ]
+
+    def fixed(
+        self, k_KSD: Tensor, *, num_rows: int, page_size: int, max_pages: int
+    ) -> AttentionBackend:
+        """That of the backend of decodes (see ``RecordableBackend``)."""
+        decode = cast(RecordableBackend, self.decode)
+        return decode.fixed(k_KSD, num_rows=num_rows, page_size=page_size, max_pages=max_pages)
 
     def attend(
         self,

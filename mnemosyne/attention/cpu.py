@@ -53,6 +53,7 @@ class CpuBackend:
     """
 
     name = "cpu"
+    can_record = False
 
     def prepare(
         self, batch: AttentionBatch, window: int | None, device: torch.device

@@ -30,6 +30,7 @@ class FixedDecodes:
     """
 
     name = "triton"
+    can_record = False
 
     def __init__(
         self,

@@ -58,6 +58,7 @@ class FlexBackend:
     """
 
     name = "flex"
+    can_record = False
 
     def __init__(self) -> None:
         self._compiled = CompiledFlex()

@@ -42,6 +42,7 @@ class NativeBackend:
 
     def __init__(self, instructions: InstructionSet, head_dim: int) -> None:
         self.name = instructions.name
+        self.can_record = True
         self._instructions = instructions
         compile_attention(head_dim, instructions)  # now, rather than in somebody's first step
 
@@ -79,6 +80,10 @@ class NativeBackend:
         )
         return out_THD, lse_TH if return_lse else None
 
+    def fixed(self, k_KSD: Tensor, *, num_rows: int, page_size: int, max_pages: int) -> FixedNative:
+        """See ``RecordableBackend``."""
+        return FixedNative(self, num_rows=num_rows, page_size=page_size, max_pages=max_pages)
+
 
 class FixedNative:
     """``NativeBackend`` for steps of a fixed number of one-row sequences.
@@ -97,6 +102,7 @@ class FixedNative:
         self, backend: NativeBackend, *, num_rows: int, page_size: int, max_pages: int
     ) -> None:
         self.name = backend.name
+        self.can_record = False
         self._backend = backend
         self._num_rows = num_rows
         self._page_size = page_size

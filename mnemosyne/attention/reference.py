@@ -28,6 +28,7 @@ class ReferenceBackend:
     """
 
     name = "reference"
+    can_record = False
 
     def prepare(
         self, batch: AttentionBatch, window: int | None, device: torch.device

@@ -48,6 +48,7 @@ class AttentionBackend(Protocol):
     """
 
     name: str
+    can_record: bool  # whether ``fixed`` gives a backend whose calls can be repeated
 
     def prepare(self, batch: AttentionBatch, window: int | None, device: torch.device) -> Any:
         """Turn the segments into whatever ``attend`` needs: runs, block masks, page tables."""
@@ -78,15 +79,49 @@ class AttentionBackend(Protocol):
         """
 
 
+class RecordableBackend(AttentionBackend, Protocol):
+    """A backend that ``can_record``."""
+
+    def fixed(
+        self, k_KSD: Tensor, *, num_rows: int, page_size: int, max_pages: int
+    ) -> AttentionBackend:
+        """The same for steps of a fixed number of one-row sequences.
+
+        Its ``prepare`` refills tables that stay in place, and its ``attend`` makes the same calls
+        whatever they hold, so that whoever repeats the calls computes the step.
+
+        Args:
+            k_KSD: the keys of the pool, for their heads, dtype and device.
+            num_rows: T of every step, padding included.
+            page_size: tokens per page.
+            max_pages: page ids of a step at most, over all its sequences.
+        """
+
+
 class Attend(Protocol):
     """What a model layer calls: store this step's K and V, then attend.
 
-    The layer hands over its index and its rotated projections; pages, masks and the rest of the
+    The layer hands over its index and its projections; pages, masks and the rest of the
     batch stay on this side.
     """
 
-    def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        """Return ``out_THD`` in the dtype of ``q_THD``."""
+    def __call__(
+        self,
+        layer: int,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Return ``out_THD`` in the dtype of ``q_THD``.
+
+        Args:
+            layer: index among the local layers.
+            q_THD: queries.
+            k_TKD: keys.
+            v_TKD: values.
+            rotary: cos and sin that queries and keys are still to be rotated by, both [T, D/2].
+        """
 
     def feed_forward(self, mlp: Callable[[Tensor], Tensor], x_TE: Tensor) -> Tensor:
         """The MLP of the same layer on its normed input.

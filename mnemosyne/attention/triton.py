@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mnemosyne.attention.segments import AttentionBatch, Segment
+from mnemosyne.attention.segments import AttentionBackend, AttentionBatch, Segment
 from mnemosyne.attention.tiles import ROWS, cut_rows, of_whole_blocks, page_table, split_keys
-from mnemosyne.kernels.configs import configs_for, shape_key
+from mnemosyne.kernels.configs import configs_for, is_interpreted, shape_key
 from mnemosyne.kernels.paged_chunk import paged_chunk, tile_rows
 from mnemosyne.kernels.paged_decode import paged_decode
 from mnemosyne.kernels.tile import TileConfig, Tiles
@@ -47,6 +47,7 @@ class TritonBackend:
     name = "triton"
 
     def __init__(self, configs: Mapping[str, TileConfig] | None = None) -> None:
+        self.can_record = not is_interpreted()
         self._configs = configs or {}
 
     def prepare(self, batch: AttentionBatch, window: int | None, device: torch.device) -> _Prepared:
@@ -96,6 +97,16 @@ class TritonBackend:
         if prepared.chunks:
             paged_chunk(*tensors, chunks, page_size=size, window=window, scale=scale, config=chunk)
         return out_THD, lse_TH if return_lse else None
+
+    def fixed(
+        self, k_KSD: Tensor, *, num_rows: int, page_size: int, max_pages: int
+    ) -> AttentionBackend:
+        """See ``RecordableBackend``."""
+        from mnemosyne.attention.fixed_decodes import FixedDecodes  # it imports this file
+
+        return FixedDecodes(
+            self, k_KSD, num_rows=num_rows, page_size=page_size, max_pages=max_pages
+        )
 
     def config(self, kind: str, like: Tensor, page_size: int) -> TileConfig:
         """How the kernel of ``decode`` or ``chunk`` is built for queries or keys as these."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from mnemosyne import memory_limits
-from mnemosyne.kernels.cpu import rows
 from mnemosyne.kernels.cpu.memory import huge_zeros
 
 
@@ -47,21 +46,6 @@ class PagePool:
         shape = (num_kv_heads, (num_pages + 1) * page_size, head_dim)
         self.k: Sequence[Tensor] = [_zeros(shape, dtype, device) for _ in range(num_layers)]
         self.v: Sequence[Tensor] = [_zeros(shape, dtype, device) for _ in range(num_layers)]
-
-    def write(self, layer: int, slots_T: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> None:
-        """Store the keys and values of a step.
-
-        Args:
-            layer: local layer index.
-            slots_T: int64 slot of each row.
-            k_TKD: rotated keys.
-            v_TKD: values.
-        """
-        if rows.can_take(k_TKD) and rows.can_take(v_TKD):
-            rows.write(k_TKD, v_TKD, slots_T, self.k[layer], self.v[layer])
-            return
-        self.k[layer].index_copy_(1, slots_T, k_TKD.transpose(0, 1))
-        self.v[layer].index_copy_(1, slots_T, v_TKD.transpose(0, 1))
 
     def clear(self, pages: np.ndarray) -> None:
         """Zero some pages: what a failed request left there may not be finite."""

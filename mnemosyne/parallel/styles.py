@@ -6,6 +6,8 @@ what crosses ranks is one explicit collective per module.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -56,23 +58,27 @@ class VocabParallelEmbedding(nn.Module):
     Args:
         whole: the embedding, on the meta device.
         axis: the ranks that share it.
+        look_up: rows of a table, from ids and the table.
     """
 
     weight: nn.Parameter
 
-    def __init__(self, whole: nn.Module, axis: Axis) -> None:
+    def __init__(
+        self, whole: nn.Module, axis: Axis, look_up: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
         super().__init__()
         assert axis.device_mesh is not None
         self.register_parameter("weight", whole.get_parameter("weight"))
         _shard(self, "weight", axis.device_mesh, dim=0)
         self._words = held_slices(self.weight)[0]
         self._axis = axis
+        self._look_up = look_up
 
     def forward(self, ids_T: Tensor) -> Tensor:
         """Embeddings [T, E] of word ids, int64 [T]."""
         is_elsewhere_T = (ids_T < self._words.start) | (ids_T >= self._words.stop)
         local_T = (ids_T - self._words.start).masked_fill(is_elsewhere_T, 0)
-        x_TE = F.embedding(local_T, self.weight).masked_fill(is_elsewhere_T[:, None], 0.0)
+        x_TE = self._look_up(local_T, self.weight).masked_fill(is_elsewhere_T[:, None], 0.0)
         return all_reduce_sum(x_TE, self._axis)
 
 

@@ -11,22 +11,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from mnemosyne.attention.by_kind import ByKind
-from mnemosyne.attention.native import FixedNative, NativeBackend
-from mnemosyne.attention.segments import AttentionBackend, AttentionBatch
+from mnemosyne.attention.segments import AttentionBackend, AttentionBatch, RecordableBackend
 from mnemosyne.cache.pages import PagePool
 from mnemosyne.kernels.cpu.tape import Memory, Tape
+from mnemosyne.operators import Operators
 from mnemosyne.parallel.mesh import Axis
 from mnemosyne.runtime.inputs import StepInputs, bucket_size
 from mnemosyne.runtime.step import LayerShape, Model, PagedAttention
-
-if TYPE_CHECKING:
-    from mnemosyne.attention.triton import TritonBackend
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +90,7 @@ class DecodeGraphs:
         model: the decoder, weights loaded.
         layers: windows of its layers and the scale of their scores.
         pool: the KV cache.
+        operators: those of the model.
         backend_for: from the number of rows, a backend whose ``prepare`` refills tables that stay
             in place and whose ``attend`` launches the same kernels whatever they hold.
         new_graph: makes a graph.
@@ -106,6 +103,7 @@ class DecodeGraphs:
         layers: LayerShape,
         pool: PagePool,
         *,
+        operators: Operators,
         backend_for: Callable[[int], AttentionBackend],
         new_graph: Callable[[], Graph],
         rows: Sequence[int] = GRAPH_ROWS,
@@ -113,6 +111,7 @@ class DecodeGraphs:
         self._model = model
         self._layers = layers
         self._pool = pool
+        self._operators = operators
         self._backend_for = backend_for
         self._new_graph = new_graph
         # The largest first: the others fit in the memory that it leaves.
@@ -147,7 +146,9 @@ class DecodeGraphs:
             batch=AttentionBatch((), num_rows, self._pool.page_size),
             chunks=(),
         )
-        attend = PagedAttention(self._pool, backend, inputs, layers=self._layers, kvp=Axis("kvp"))
+        attend = PagedAttention(
+            self._pool, backend, self._operators, inputs, layers=self._layers, kvp=Axis("kvp")
+        )
         hidden_TE = graph.capture(
             lambda: self._model(inputs.token_ids_T, inputs.positions_T, attend)
         )
@@ -158,95 +159,43 @@ def record_decodes(
     model: Model,
     layers: LayerShape,
     pool: PagePool,
-    backend: NativeBackend,
+    backend: RecordableBackend,
+    operators: Operators,
     *,
+    new_graph: Callable[[], Graph] | None = None,
     rows: Sequence[int] = GRAPH_ROWS,
 ) -> DecodeGraphs:
-    """Record decode steps on the CPU, whose kernels are then called without Python in between.
+    """Record decode steps where the pool is; whatever compiles has done so before.
 
     Args:
-        model: the decoder itself: what a compiler made of it could not be recorded.
+        model: as for ``DecodeGraphs``, like all that is not named here. On the CPU the decoder
+            itself: what a compiler made of it could not be recorded.
         layers: windows and scale.
         pool: the KV cache.
         backend: the one that runs other steps.
+        operators: those of the model.
+        new_graph: makes a graph; unset: what the device has, sharing memory.
         rows: numbers of rows.
     """
     started_s = time.perf_counter()
-    memory = Memory(TAPE_BYTES)  # of all of them: one runs at a time
     graphs = DecodeGraphs(
         model,
         layers,
         pool,
-        backend_for=lambda num_rows: FixedNative(
-            backend, num_rows=num_rows, page_size=pool.page_size, max_pages=pool.num_pages
+        operators=operators,
+        backend_for=lambda num_rows: backend.fixed(
+            pool.k[0], num_rows=num_rows, page_size=pool.page_size, max_pages=pool.num_pages
         ),
-        new_graph=lambda: Tape(memory),
+        new_graph=new_graph or graphs_on(pool.k[0].device),
         rows=rows,
     )
     log.info("decode steps recorded in %.1f s", time.perf_counter() - started_s)
     return graphs
 
 
-def replayable(backend: AttentionBackend) -> TritonBackend:
-    """The kernels that decodes are replayed with.
-
-    Raises:
-        ValueError: if the backend has others, whose launches depend on the lengths of a step.
-    """
-    decode = backend.decode if isinstance(backend, ByKind) else backend
-    if decode.name != "triton":
-        raise ValueError(
-            f"attention must be triton for compile=step on a GPU, got {decode.name}; "
-            "write attention=triton, or compile=layer"
-        )
-    from mnemosyne.attention.triton import TritonBackend  # triton may be missing elsewhere
-
-    assert isinstance(decode, TritonBackend)
-    return decode
-
-
-def capture_decodes(
-    model: Model,
-    layers: LayerShape,
-    pool: PagePool,
-    backend: AttentionBackend,
-    *,
-    new_graph: Callable[[], Graph] | None = None,
-    rows: Sequence[int] = GRAPH_ROWS,
-) -> DecodeGraphs:
-    """Capture decode steps on the GPU of the pool; whatever compiles has done so before.
-
-    Args:
-        model: as for ``DecodeGraphs``, like all that is not named here.
-        layers: windows and scale.
-        pool: the KV cache.
-        backend: the one that runs other steps.
-        new_graph: makes a graph; unset: CUDA graphs that share their memory.
-        rows: numbers of rows.
-
-    Raises:
-        ValueError: see ``replayable``.
-    """
-    from mnemosyne.attention.fixed_decodes import FixedDecodes  # triton may be missing elsewhere
-
-    started_s = time.perf_counter()
-    device, kernels = pool.k[0].device, replayable(backend)
-    if new_graph is None:
-        with torch.cuda.device(device):
-            new_graph = partial(CudaGraph, device, torch.cuda.graph_pool_handle())
-    graphs = DecodeGraphs(
-        model,
-        layers,
-        pool,
-        backend_for=lambda num_rows: FixedDecodes(
-            kernels,
-            pool.k[0],
-            num_rows=num_rows,
-            page_size=pool.page_size,
-            max_pages=pool.num_pages,
-        ),
-        new_graph=new_graph,
-        rows=rows,
-    )
-    log.info("decode steps captured in %.1f s", time.perf_counter() - started_s)
-    return graphs
+def graphs_on(device: torch.device) -> Callable[[], Graph]:
+    """Makes graphs of a device that share their memory: one runs at a time."""
+    if device.type == "cpu":
+        return partial(Tape, Memory(TAPE_BYTES))
+    with torch.cuda.device(device):
+        return partial(CudaGraph, device, torch.cuda.graph_pool_handle())

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from mnemosyne.attention.kvp import start_exchange, wide_feed_forward
 from mnemosyne.attention.segments import Attend, AttentionBackend, AttentionBatch
 from mnemosyne.cache.pages import PagePool
+from mnemosyne.operators import Operators, Rotary
 from mnemosyne.parallel.mesh import Axis
 from mnemosyne.runtime.inputs import StepInputs
 
@@ -37,14 +39,41 @@ class Model(Protocol):
         """Logits ``[B, V]``, float32 or wider."""
 
 
+class MLP(Protocol):
+    """The MLP of a layer, cut before its last product."""
+
+    @property
+    def down(self) -> Callable[[Tensor], Tensor]:
+        """The last product."""
+
+    def widen(self, x_TE: Tensor) -> Tensor:
+        """The input of the last product."""
+
+
 class Layer(Protocol):
-    """One layer of a decoder, cut at its attention."""
+    """One layer of a decoder, cut at its attention and wherever it meets other ranks."""
+
+    @property
+    def operators(self) -> Operators:
+        """What computes it."""
+
+    @property
+    def attn(self) -> Callable[[Tensor], Tensor]:
+        """Projects back what attention gave."""
+
+    @property
+    def mlp_norm(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Adds to the residual stream; the sum, and the sum normed."""
+
+    @property
+    def mlp(self) -> MLP:
+        """Takes the normed sum."""
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """What it holds, by name."""
 
-    def project(self, hidden_TE: Tensor, rotary: tuple[Tensor, Tensor]) -> Projections:
-        """``q_THD``, ``k_TKD`` and ``v_TKD``, from the residual stream and the step's rotation."""
+    def project(self, hidden_TE: Tensor) -> Projections:
+        """``q_THD``, ``k_TKD`` and ``v_TKD`` of the residual stream, not rotated yet."""
 
     def finish(self, hidden_TE: Tensor, out_THD: Tensor, feed_forward: FeedForward) -> Tensor:
         """The residual stream after the layer, from what attention gave."""
@@ -53,11 +82,21 @@ class Layer(Protocol):
 class LayeredModel(Model, Protocol):
     """A decoder that can be run in pieces, and so compiled."""
 
+    operators: Operators
+    is_first: bool  # whether its input are ids
+    is_last: bool  # whether it gives logits
+    is_sharded: bool  # whether modules meet other ranks
+    width: int  # E
+    dtype: torch.dtype
+
     def decoder_layers(self) -> Sequence[Layer]:
         """The layers held here."""
 
-    def enter(self, x: Tensor, positions_T: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """What the first layer begins with: the residual stream, cos and sin of the step."""
+    def enter(self, x: Tensor) -> Tensor:
+        """What the first layer begins with."""
+
+    def rotary(self, positions_T: Tensor) -> Rotary:
+        """Cos and sin of a step's positions."""
 
     def leave(self, hidden_TE: Tensor) -> Tensor:
         """What comes after the last layer."""
@@ -69,6 +108,7 @@ class PagedAttention:
     Args:
         pool: the cache of this rank.
         backend: how attention is computed.
+        operators: what rotates and stores.
         inputs: the rows of the step.
         layers: windows of the local layers and the scale of their scores.
         kvp: the groups among which the rows of long requests are shared.
@@ -78,6 +118,7 @@ class PagedAttention:
         self,
         pool: PagePool,
         backend: AttentionBackend,
+        operators: Operators,
         inputs: StepInputs,
         *,
         layers: LayerShape,
@@ -85,14 +126,26 @@ class PagedAttention:
     ) -> None:
         self._pool = pool
         self._backend = backend
+        self._operators = operators
         self._inputs = inputs
         self._layers = layers
         self._kvp = kvp
         self._prepared = self._prepare(inputs.batch)
         self._prepared_shared = self._prepare(inputs.shared.batch) if inputs.shared else {}
 
-    def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        self._pool.write(layer, self._inputs.slots_T, k_TKD, v_TKD)
+    def __call__(
+        self,
+        layer: int,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        where = self._inputs.slots_T, self._pool.k[layer], self._pool.v[layer]
+        if rotary is None:
+            self._operators.write(k_TKD, v_TKD, *where)
+        else:
+            q_THD = self._operators.rotate_and_write(q_THD, k_TKD, v_TKD, rotary, *where)
         shared = self._inputs.shared
         if shared is None:
             return self._attend(layer, q_THD, self._prepared)[0]

@@ -12,6 +12,7 @@ from torch import Tensor
 from mnemosyne.attention.segments import AttentionBackend
 from mnemosyne.cache.layout import Placement
 from mnemosyne.cache.pages import PagePool
+from mnemosyne.operators import Operators
 from mnemosyne.parallel.mesh import Mesh
 from mnemosyne.parallel.pipeline import Pipeline
 from mnemosyne.parallel.trace import Trace
@@ -34,6 +35,7 @@ class Worker:
         layers: windows of its layers and the scale of its scores.
         pool: the KV cache.
         backend: how attention is computed.
+        operators: those of the model.
         device: where inputs go.
         mesh: this rank's place.
         pipeline: the links to the stages before and after, if there are any.
@@ -48,6 +50,7 @@ class Worker:
         *,
         pool: PagePool,
         backend: AttentionBackend,
+        operators: Operators,
         device: torch.device,
         mesh: Mesh,
         pipeline: Pipeline | None = None,
@@ -58,6 +61,7 @@ class Worker:
         self._layers = layers
         self._pool = pool
         self._backend = backend
+        self._operators = operators
         self._device = device
         self._mesh = mesh
         self._pipeline = pipeline
@@ -160,7 +164,12 @@ class Worker:
         if graphs is not None and graphs.holds(inputs):
             return lambda x: graphs.run(inputs)
         attend = PagedAttention(
-            self._pool, self._backend, inputs, layers=self._layers, kvp=self._mesh.kvp
+            self._pool,
+            self._backend,
+            self._operators,
+            inputs,
+            layers=self._layers,
+            kvp=self._mesh.kvp,
         )
         return lambda x: self._model(x, inputs.positions_T, attend)
 

@@ -25,7 +25,7 @@ def test_the_norm_is_no_worse_than_torch(shape: tuple[int, ...]) -> None:
     width = shape[-1]
     x, weight = 3 * randn(*shape), randn(width)
 
-    y = rows.rms_norm(x, weight, 1e-5)
+    y = rows.rms_norm(x, weight, 1e-5, AVX512)
 
     exact = F.rms_norm(x.double(), (width,), weight.double(), 1e-5)
     assert_no_worse_than_eager(y, F.rms_norm(x, (width,), weight, 1e-5), exact)
@@ -36,7 +36,7 @@ def test_a_rotation_is_no_worse_than_torch(shape: tuple[int, int, int]) -> None:
     x_THD, angle_TD = randn(*shape), randn(shape[0], shape[2] // 2).double()
     cos_TD, sin_TD = angle_TD.cos(), angle_TD.sin()
 
-    y_THD = rows.rotate(x_THD, cos_TD.float(), sin_TD.float())
+    y_THD = rows.rotate(x_THD, cos_TD.float(), sin_TD.float(), AVX512)
 
     def plain(x_THD: Tensor, dtype: torch.dtype) -> Tensor:
         first, second = x_THD.chunk(2, -1)
@@ -51,20 +51,20 @@ def test_rows_may_lie_apart() -> None:
     x, weight, angle = randn(5, 4, 96), randn(64), randn(5, 32).float()
 
     assert torch.equal(
-        rows.rms_norm(x[:, 1, :64], weight, 1e-6),
-        rows.rms_norm(x[:, 1, :64].contiguous(), weight, 1e-6),
+        rows.rms_norm(x[:, 1, :64], weight, 1e-6, AVX512),
+        rows.rms_norm(x[:, 1, :64].contiguous(), weight, 1e-6, AVX512),
     )
     heads = x.flatten(1)[:, :256].unflatten(1, (4, 64))
     assert torch.equal(
-        rows.rotate(heads, angle.cos(), angle.sin()),
-        rows.rotate(heads.contiguous(), angle.cos(), angle.sin()),
+        rows.rotate(heads, angle.cos(), angle.sin(), AVX512),
+        rows.rotate(heads.contiguous(), angle.cos(), angle.sin(), AVX512),
     )
 
 
 def test_rows_of_a_table_are_looked_up() -> None:
     table, ids = randn(10, 96), torch.tensor([9, 0, 9, 4])
 
-    assert torch.equal(rows.look_up(table, ids), table[ids])
+    assert torch.equal(rows.look_up(table, ids, AVX512), table[ids])
 
 
 @pytest.mark.parametrize("gain", [1.0, 1.2])
@@ -72,7 +72,7 @@ def test_angles_are_exact_at_far_positions(gain: float) -> None:
     positions_T = torch.tensor([0, 1, 16_384, 10_485_759, (1 << 31) + 1])
     radians_D = 500_000.0 ** (torch.arange(32, dtype=torch.float64) / -32)
 
-    cos_TD, sin_TD = rows.cos_sin(positions_T, radians_D, gain)
+    cos_TD, sin_TD = rows.cos_sin(positions_T, radians_D, gain, AVX512)
 
     angle_TD = positions_T.double()[:, None] * radians_D
     for actual, exact in ((cos_TD, angle_TD.cos() * gain), (sin_TD, angle_TD.sin() * gain)):
@@ -85,7 +85,7 @@ def test_angles_are_exact_at_far_positions(gain: float) -> None:
 def test_a_sum_has_the_bits_of_torch() -> None:
     a, b = randn(7, 96), 3 * randn(96, 7).T.contiguous()
 
-    assert torch.equal(rows.add(a, b), a + b)
+    assert torch.equal(rows.add(a, b, AVX512), a + b)
 
 
 def test_keys_and_values_go_to_their_slots_and_nowhere_else() -> None:
@@ -98,7 +98,7 @@ def test_keys_and_values_go_to_their_slots_and_nowhere_else() -> None:
         for pool, x in ((k_KSD, k_TKD), (v_KSD, v_TKD))
     ]
 
-    rows.write(k_TKD, v_TKD, slots_T, k_KSD, v_KSD)
+    rows.write(k_TKD, v_TKD, slots_T, k_KSD, v_KSD, AVX512)
 
     assert torch.equal(k_KSD, expected[0])
     assert torch.equal(v_KSD, expected[1])
@@ -115,17 +115,17 @@ def everything(all_x: Tensor, weight: Tensor, row: int, num_rows: int) -> Sequen
     heads = x.unflatten(1, (NUM_HEADS, HEAD_DIM))
     positions_T = 10_000_000 + torch.arange(MOST_ROWS)[chosen]
     radians_D = 500_000.0 ** (torch.arange(HEAD_DIM // 2, dtype=torch.float64) / -32)
-    cos_TD, sin_TD = rows.cos_sin(positions_T, radians_D, 1.0)
+    cos_TD, sin_TD = rows.cos_sin(positions_T, radians_D, 1.0, AVX512)
     k_KSD, v_KSD = (torch.zeros(NUM_HEADS, MOST_ROWS, HEAD_DIM).bfloat16() for _ in range(2))
-    rows.write(heads, y.view(heads.shape), torch.arange(MOST_ROWS)[chosen], k_KSD, v_KSD)
+    rows.write(heads, y.view(heads.shape), torch.arange(MOST_ROWS)[chosen], k_KSD, v_KSD, AVX512)
     return (
-        rows.look_up(all_x, positions_T % 50),
+        rows.look_up(all_x, positions_T % 50, AVX512),
         cos_TD,
         sin_TD,
-        rows.rms_norm(x, weight, 1e-5),
-        rows.rms_norm(heads, weight[:HEAD_DIM], 1e-5),
-        rows.rotate(heads, cos_TD, sin_TD),
-        rows.add(x, y),
+        rows.rms_norm(x, weight, 1e-5, AVX512),
+        rows.rms_norm(heads, weight[:HEAD_DIM], 1e-5, AVX512),
+        rows.rotate(heads, cos_TD, sin_TD, AVX512),
+        rows.add(x, y, AVX512),
         k_KSD[:, chosen].transpose(0, 1),
         v_KSD[:, chosen].transpose(0, 1),
     )
@@ -153,17 +153,6 @@ def test_more_rows_than_64_take_all_threads(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(rows, "launch", noted)
     for num_rows in (1, 64, 65):
-        rows.add(randn(num_rows, WIDTH), randn(num_rows, WIDTH))
+        rows.add(randn(num_rows, WIDTH), randn(num_rows, WIDTH), AVX512)
 
     assert found == [1, 1, 3]
-
-
-def test_what_they_cannot_take_is_left_to_torch() -> None:
-    x = randn(4, 8, 64)
-
-    assert rows.can_take(x)
-    assert rows.can_take(x[:, :3])
-    assert rows.can_take(x.repeat(17, 1, 1))
-    assert not rows.can_take(x.float())
-    assert not rows.can_take(x[..., :48])
-    assert not rows.can_take(x.transpose(1, 2))

@@ -26,20 +26,22 @@ NORM = randn(64, seed=2)
 def kernels(x_TE: Tensor) -> Tensor:
     """Several kernels, and between them memory that is freed and used again."""
     for _ in range(6):
-        (y_TE,) = linear.linear(rows.rms_norm(x_TE, NORM, 1e-5), [(WEIGHT, None)])
-        x_TE = rows.add(x_TE, y_TE)
-    return linear.gated(x_TE, (WEIGHT, None), (WEIGHT, NORM))
+        (y_TE,) = linear.linear(rows.rms_norm(x_TE, NORM, 1e-5, AVX512), [(WEIGHT, None)], AVX512)
+        x_TE = rows.add(x_TE, y_TE, AVX512)
+    return linear.gated(x_TE, (WEIGHT, None), (WEIGHT, NORM), AVX512)
 
 
 def mixed(x_TE: Tensor) -> Tensor:
     """Kernels, views, constants, operators of torch in place and not, and several results."""
     turn = torch.arange(32) ** 2 * 0.01
-    head_T1D = rows.rotate(x_TE.unsqueeze(1), *(f(turn).expand(3, 32).clone() for f in (cos, sin)))
+    head_T1D = rows.rotate(
+        x_TE.unsqueeze(1), *(f(turn).expand(3, 32).clone() for f in (cos, sin)), AVX512
+    )
     top, place = x_TE.max(-1, keepdim=True)
     y_TE = head_T1D.flatten(1) - top + place
-    y_TE = rows.add(y_TE.bfloat16(), x_TE)
+    y_TE = rows.add(y_TE.bfloat16(), x_TE, AVX512)
     y_TE[1:].mul_(2)
-    return rows.rms_norm(y_TE, NORM, 1e-5)
+    return rows.rms_norm(y_TE, NORM, 1e-5, AVX512)
 
 
 def cos(x: Tensor) -> Tensor:

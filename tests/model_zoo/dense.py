@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mnemosyne.operators import TORCH, Rotary
+
 
 class DenseAttend:
     """Attention over everything seen so far, written out; scores in the dtype of the queries."""
@@ -15,7 +17,16 @@ class DenseAttend:
         self.windows = windows  # of the layers held
         self.past: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+    def __call__(
+        self,
+        layer: int,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        if rotary is not None:
+            q_THD, k_TKD = TORCH.rotate(q_THD, *rotary), TORCH.rotate(k_TKD, *rotary)
         if layer in self.past:
             k_TKD = torch.cat((self.past[layer][0], k_TKD))
             v_TKD = torch.cat((self.past[layer][1], v_TKD))

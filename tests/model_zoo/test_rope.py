@@ -19,9 +19,9 @@ from mnemosyne.model_zoo.rope import (
     inverse_frequencies,
     read_rope,
     rotary_cos_sin,
-    rotate,
 )
 from mnemosyne.model_zoo.spec import read_spec
+from mnemosyne.operators import TORCH
 from tests.model_zoo.tiny import ROPES, tiny_checkpoint
 
 PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
@@ -46,7 +46,7 @@ def _cos(angle: Decimal) -> Decimal:
 
 @pytest.mark.parametrize("position", FAR)
 def test_far_angles_are_exact_to_the_rounding_of_float64(position: int) -> None:
-    cos_TD, _ = rotary_cos_sin(torch.tensor([position]), LLAMA_3, torch.float64)
+    cos_TD, _ = rotary_cos_sin(torch.tensor([position]), LLAMA_3, torch.float64, TORCH)
     exact = torch.tensor(exact_cos(position, 500_000.0, 128), dtype=torch.float64)
 
     # The frequency and the product round once each, half an ulp of the angle at most; pow may
@@ -56,7 +56,7 @@ def test_far_angles_are_exact_to_the_rounding_of_float64(position: int) -> None:
 
 
 def test_far_cosines_in_float32_carry_only_their_own_rounding() -> None:
-    cos_TD, sin_TD = rotary_cos_sin(torch.tensor(FAR), LLAMA_3, torch.bfloat16)
+    cos_TD, sin_TD = rotary_cos_sin(torch.tensor(FAR), LLAMA_3, torch.bfloat16, TORCH)
     exact_TD = torch.tensor([exact_cos(p, 500_000.0, 128) for p in FAR], dtype=torch.float64)
 
     assert cos_TD.dtype == sin_TD.dtype == torch.float32
@@ -119,8 +119,8 @@ def test_yarn_multiplies_cos_and_sin() -> None:
     louder = dataclasses.replace(plain, attention_factor=1.5)
 
     for gained, base in zip(
-        rotary_cos_sin(positions_T, louder, torch.float64),
-        rotary_cos_sin(positions_T, plain, torch.float64),
+        rotary_cos_sin(positions_T, louder, torch.float64, TORCH),
+        rotary_cos_sin(positions_T, plain, torch.float64, TORCH),
         strict=True,
     ):
         assert torch.equal(gained, 1.5 * base)
@@ -132,9 +132,11 @@ def test_half_precision_is_rotated_in_float32_and_rounded_once(dtype: torch.dtyp
     x_THD = torch.randn(6, 2, 128, generator=generator).to(dtype)
     positions_T = torch.arange(6) + 10_000_000
 
-    turned = rotate(x_THD, *rotary_cos_sin(positions_T, LLAMA_3, dtype))
+    turned = TORCH.rotate(x_THD, *rotary_cos_sin(positions_T, LLAMA_3, dtype, TORCH))
 
-    exact = rotate(x_THD.double(), *rotary_cos_sin(positions_T, LLAMA_3, torch.float64))
+    exact = TORCH.rotate(
+        x_THD.double(), *rotary_cos_sin(positions_T, LLAMA_3, torch.float64, TORCH)
+    )
     assert turned.dtype == dtype
     # Two float32 roundings cannot be told from none, but at a tie of the last one.
     error = (turned.double() - exact).abs()
@@ -147,8 +149,8 @@ def test_scores_depend_on_the_distance_alone() -> None:
 
     def score(q_position: int) -> float:
         positions_T = torch.tensor([q_position, q_position - 1000])
-        rotary = rotary_cos_sin(positions_T, LLAMA_3, torch.float64)
-        q, k = rotate(torch.stack((q_HD, k_HD)), *rotary)
+        rotary = rotary_cos_sin(positions_T, LLAMA_3, torch.float64, TORCH)
+        q, k = TORCH.rotate(torch.stack((q_HD, k_HD)), *rotary)
         return float((q * k).sum())
 
     # Both angles of a pair round as in the first test; the score moves by at most their sum.

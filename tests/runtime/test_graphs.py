@@ -15,7 +15,7 @@ from mnemosyne.attention import ByKind, FlexBackend
 from mnemosyne.attention.fixed_decodes import FixedDecodes
 from mnemosyne.attention.triton import TritonBackend
 from mnemosyne.llm import LLM
-from mnemosyne.runtime.graphs import DecodeGraphs, replayable
+from mnemosyne.runtime.graphs import DecodeGraphs
 from tests.engines import greedy, open_tiny, random_prompts, worker_of
 from tests.model_zoo.tiny import tiny_checkpoint
 
@@ -73,6 +73,7 @@ def graphs_of(llm: LLM, rows: tuple[int, ...] = (1, 2, 4)) -> DecodeGraphs:
         worker._model,
         worker._layers,
         pool,
+        operators=worker._operators,
         backend_for=lambda num_rows: FixedDecodes(
             TritonBackend(),
             pool.k[0],
@@ -120,10 +121,15 @@ def test_nothing_that_is_captured_asks_the_host(checkpoint: Path) -> None:
     assert not FakeGraph.recorder.names & ASKS_THE_HOST
 
 
-def test_a_backend_that_cannot_be_replayed_is_refused() -> None:
-    kernels = TritonBackend()
-    assert replayable(kernels) is replayable(ByKind(kernels, FlexBackend())) is kernels
-    with pytest.raises(
-        ValueError, match="attention must be triton for compile=step on a GPU, got flex; write"
-    ):
-        replayable(FlexBackend())
+def test_a_backend_of_two_is_recorded_as_the_one_that_decodes() -> None:
+    kernels, other = TritonBackend(), FlexBackend()
+
+    assert ByKind(kernels, other).can_record == kernels.can_record
+    assert not ByKind(other, kernels).can_record
+    pool = {"num_rows": 2, "page_size": 16, "max_pages": 4}
+    fixed = ByKind(kernels, other).fixed(torch.zeros(2, 64, 16), **pool)
+    assert isinstance(fixed, FixedDecodes)
+
+
+def test_what_the_interpreter_runs_is_not_recorded() -> None:
+    assert not TritonBackend().can_record

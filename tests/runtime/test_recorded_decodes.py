@@ -52,7 +52,8 @@ def write_checkpoint(path: Path, family: str = "llama", **options: Any) -> Path:
 def graphs_of(worker: Worker) -> DecodeGraphs:
     assert isinstance(worker._backend, NativeBackend)
     return record_decodes(
-        *(worker._model, worker._layers, worker._pool, worker._backend), rows=(1, 2, 4)
+        *(worker._model, worker._layers, worker._pool, worker._backend, worker._operators),
+        rows=(1, 2, 4),
     )
 
 
@@ -127,13 +128,14 @@ def test_every_decode_is_replayed_and_other_steps_are_those_of_an_eager_engine(
     assert len(replays) > len(prompts) * NUM_TOKENS
 
 
-def test_without_the_kernels_auto_records_and_compiles_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("choices", [{"attention": "cpu"}, {"operators": "torch"}], ids=str)
+def test_unless_all_of_a_step_is_kernels_auto_records_and_compiles_nothing(
+    choices: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replays: list[Tape] = []
     monkeypatch.setattr(Tape, "replay", replays.append)
     before = counters["stats"]["unique_graphs"]
-    with open_bfloat16(write_checkpoint(tmp_path / "tiny"), "cpu", compile="auto") as llm:
+    with open_bfloat16(write_checkpoint(tmp_path / "tiny"), compile="auto", **choices) as llm:
         (output,) = llm.generate(random_prompts((5,)), greedy(NUM_TOKENS))
 
     assert len(output.token_ids) == NUM_TOKENS

@@ -14,6 +14,7 @@ from mnemosyne.attention.reference import ReferenceBackend
 from mnemosyne.attention.rows import SharedRows
 from mnemosyne.attention.segments import AttentionBatch, Segment
 from mnemosyne.cache.pages import PagePool
+from mnemosyne.operators import TORCH
 from mnemosyne.parallel.mesh import Axis
 from mnemosyne.runtime import step
 from mnemosyne.runtime.inputs import StepInputs
@@ -66,7 +67,7 @@ def attention_of(inputs: StepInputs, events: list[str]) -> Tensor:
         tensor.normal_()
     layers = LayerShape(windows=[None], scale=0.3)
     # One group alone: what is exchanged comes back merged with nothing else.
-    attend = PagedAttention(pool, Recording(events), inputs, layers=layers, kvp=Axis("kvp"))
+    attend = PagedAttention(pool, Recording(events), TORCH, inputs, layers=layers, kvp=Axis("kvp"))
     q_THD, k_TKD, v_TKD = (torch.randn(4, n, 8, dtype=torch.float64) for n in (4, 2, 2))
     return attend(0, q_THD, k_TKD, v_TKD)
 

@@ -19,10 +19,11 @@ from mnemosyne.model_zoo.bench import bench_spec
 from mnemosyne.model_zoo.decoder import Decoder
 from mnemosyne.model_zoo.rope import RopeSpec
 from mnemosyne.model_zoo.spec import ModelSpec
+from mnemosyne.operators import TORCH
 from mnemosyne.parallel.mesh import single_mesh
 from mnemosyne.request import SamplingParams
 from mnemosyne.runtime.compile import CompiledModel
-from mnemosyne.runtime.graphs import capture_decodes
+from mnemosyne.runtime.graphs import record_decodes
 from mnemosyne.runtime.step import LayerShape, Model
 from mnemosyne.runtime.worker import Worker
 from mnemosyne.schedule.plan import Admission, Chunk, Plan
@@ -48,7 +49,7 @@ def step(setting: Setting) -> Iterator[Entry]:
     # compiled when first called, for one row alone
     models: dict[str, Model] = {"eager": decoder}
     if not setting.smoke:
-        models["compiled"] = CompiledModel(decoder, "step", device, rows=(1,))
+        models["compiled"] = CompiledModel(decoder, device)
     *_, fastest = models.values()
     for context in (150,) if setting.smoke else CONTEXTS:
         pool, num_own = pool_of(spec, context, device)
@@ -122,14 +123,15 @@ def worker_of(
     layers = LayerShape(windows=spec.windows, scale=spec.head_dim**-0.5)
     graphs = None
     if is_replayed:
-        graphs = capture_decodes(
-            model, layers, pool, backend, new_graph=setting.new_graph, rows=(1,)
+        graphs = record_decodes(
+            model, layers, pool, backend, TORCH, new_graph=setting.new_graph, rows=(1,)
         )
     return Worker(
         model,
         layers,
         pool=pool,
         backend=backend,
+        operators=TORCH,
         device=setting.device,
         mesh=single_mesh(),
         graphs=graphs,

@@ -12,6 +12,7 @@ import torch
 
 from mnemosyne.build import build_engine, build_rank
 from mnemosyne.cache.pages import PagePool
+from mnemosyne.compute import AS_THEY_ARE, Wraps
 from mnemosyne.config import EngineConfig
 from mnemosyne.metrics import StepLog
 from mnemosyne.request import Sampled, SamplingParams
@@ -53,14 +54,19 @@ class SkippingExecutor:
 
 
 class Ours:
-    """An engine over one process (see the package)."""
+    """An engine over one process (see the package).
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    Args:
+        settings: threads, whether caches are filled, and the engine's config.
+        wraps: what a profile puts around its parts.
+    """
+
+    def __init__(self, settings: dict[str, Any], wraps: Wraps = AS_THEY_ARE) -> None:
         torch.set_num_threads(settings["threads"])
         config = _engine_config(settings["engine"])
-        rank = build_rank(config)
+        rank = build_rank(config, wraps=wraps)
         built = build_engine(rank, config)
-        self.executor = SkippingExecutor(LocalExecutor(rank.worker))
+        self.executor = SkippingExecutor(wraps.executor(LocalExecutor(rank.worker)))
         log = StepLog(config.metrics.path) if config.metrics.path else None
         self._engine = Engine(
             built.scheduler,
@@ -110,16 +116,16 @@ def fill_randomly(pool: PagePool) -> None:
     """Normal keys and values in every slot, so that each read of them comes from memory."""
     generator = torch.Generator().manual_seed(0)
     num_kv_heads, _, head_dim = pool.k[0].shape
-    shape = (FILL_SLOTS, num_kv_heads, head_dim)
-    k_TKD, v_TKD = (
+    shape = (num_kv_heads, FILL_SLOTS, head_dim)
+    k_KSD, v_KSD = (
         torch.randn(shape, generator=generator).to(pool.k[0].device, pool.k[0].dtype)
         for _ in range(2)
     )
     for start in range(0, pool.padding_slot, FILL_SLOTS):
-        slots_T = torch.arange(start, min(start + FILL_SLOTS, pool.padding_slot))
-        rows = slice(len(slots_T))
+        stop = min(start + FILL_SLOTS, pool.padding_slot)
         for layer in range(len(pool.k)):
-            pool.write(layer, slots_T.to(k_TKD.device), k_TKD[rows], v_TKD[rows])
+            pool.k[layer][:, start:stop] = k_KSD[:, : stop - start]
+            pool.v[layer][:, start:stop] = v_KSD[:, : stop - start]
 
 
 def _engine_config(values: dict[str, Any]) -> EngineConfig:

@@ -1,0 +1,79 @@
+"""The contract of all sets of operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Weights = tuple[Tensor, Tensor | None]  # of a linear layer: [N, E], and the bias [N] if it has one
+Rotary = tuple[Tensor, Tensor]  # cos and sin of the rows of a step, both [T, D/2]
+
+
+class Operators(Protocol):
+    """What a model computes between two attentions; one set per engine.
+
+    Modules call it inside their ``forward``, so that whatever is attached to a module keeps
+    working. Results have the dtype of their first tensor unless it says otherwise.
+    """
+
+    name: str
+    can_record: bool  # whether on CPU a tape can repeat them: every one is a call of C
+    can_compile: bool  # whether torch.compile can trace them
+
+    def embed(self, ids_T: Tensor, table_VE: Tensor) -> Tensor:
+        """Rows of a table, [T, E]."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """``x / sqrt(mean(x^2) + eps) * weight`` over the last dim, in float32 or wider."""
+
+    def add(self, a_TE: Tensor, b_TE: Tensor) -> Tensor:
+        """``a + b``."""
+
+    def add_rms_norm(
+        self, hidden_TE: Tensor, delta_TE: Tensor, weight_E: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of a residual stream and what a layer adds to it, and the sum normed."""
+
+    def linear(self, x_TE: Tensor, layers: Sequence[Weights]) -> Sequence[Tensor]:
+        """``x W^T + b`` of each of some layers of one input."""
+
+    def gated(self, x_TE: Tensor, gate: Weights, up: Weights) -> Tensor:
+        """``silu(gate(x)) * up(x)``."""
+
+    def angles(
+        self, positions_T: Tensor, radians_D: Tensor, *, gain: float, dtype: torch.dtype
+    ) -> Rotary:
+        """Cosine and sine of ``positions * radians``, times ``gain``; formed in float64.
+
+        Args:
+            positions_T: int64.
+            radians_D: float64 [D/2], per position.
+            gain: factor on both.
+            dtype: of the results, float32 or wider.
+        """
+
+    def rotate(self, x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+        """Turn each pair (i, i + D/2) of every head by its row's angle."""
+
+    def write(
+        self, k_TKD: Tensor, v_TKD: Tensor, slots_T: Tensor, k_KSD: Tensor, v_KSD: Tensor
+    ) -> None:
+        """Store keys and values of a step at their slots, int64, of the pools."""
+
+    def rotate_and_write(
+        self,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        rotary: Rotary,
+        slots_T: Tensor,
+        k_KSD: Tensor,
+        v_KSD: Tensor,
+    ) -> Tensor:
+        """Rotate queries and keys, store keys and values; the rotated ``q_THD``."""
+
+    def logits(self, hidden_BE: Tensor, weight_VE: Tensor) -> Tensor:
+        """``hidden W^T``, [B, V], float32 or wider; see ``Decoder.logits``."""
