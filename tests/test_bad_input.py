@@ -140,6 +140,15 @@ def test_a_file_is_no_checkpoint(checkpoint: Path) -> None:
     assert "which is not a checkpoint" in refusal(checkpoint / "model.safetensors")
 
 
+@pytest.mark.parametrize("name", ["a" * 5000, "a/" * 3000, "a\0b", "\x1b[2J\n"])
+def test_a_name_that_no_path_has_is_a_path_that_does_not_exist(name: str) -> None:
+    said = refusal(name)
+
+    assert "model must be a path that exists" in said
+    assert said.isprintable()
+    assert len(said) < 1000
+
+
 def test_a_home_that_does_not_exist_is_a_path_that_does_not_exist() -> None:
     assert "model must be a path that exists" in refusal("~nobody-has-this-name/model")
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -41,6 +41,7 @@ class Renderer:
         self._owner = 0  # process that the rest belongs to: a fork starts its own
         self._lock = Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._close: Callable[[], object] = lambda: None
 
     def render(self, name: str, request: str) -> str:
         """The text that a template makes.
@@ -54,6 +55,7 @@ class Renderer:
         """
         if self._owner != os.getpid():
             self._owner, self._lock, self._process = os.getpid(), Lock(), None
+            self._close = lambda: None
         limits = {
             "processor_s": PROCESSOR_S + len(request) // BYTES_PER_S,
             "memory_bytes": MEMORY_BYTES + 64 * len(request),
@@ -72,6 +74,7 @@ class Renderer:
     def _ask(self, line: bytes) -> bytes:
         """The answer; nothing if the process ended over it."""
         if self._process is None or self._process.poll() is not None:
+            self._close()  # what is left of a process that has ended
             self._process = self._start()
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
@@ -95,7 +98,7 @@ class Renderer:
             )
         except OSError as error:
             raise RenderError(f"no process to render it in ({error.strerror})") from error
-        weakref.finalize(self, _end, process, os.getpid())
+        self._close = weakref.finalize(self, _end, process, os.getpid())
         assert process.stdin is not None
         process.stdin.write(json.dumps(self._sources).encode() + b"\n")
         return process

@@ -131,6 +131,19 @@ def test_a_process_that_is_killed_is_replaced() -> None:
     assert chat.render(HELLO) == "<user>hello"
 
 
+def test_processes_that_ended_leave_no_descriptors() -> None:
+    chat = template(ECHO)
+    chat.render(HELLO)
+    before = len(os.listdir("/proc/self/fd"))
+
+    for _ in range(3):
+        worker_of(chat).kill()
+        worker_of(chat).wait()
+        chat.render(HELLO)
+
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_threads_get_their_own_texts() -> None:
     chat = template(ECHO)
 
