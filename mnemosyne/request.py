@@ -103,7 +103,8 @@ class SamplingParams:
     presence_penalty: float = 0.0  # subtracted once for a token the output has
     frequency_penalty: float = 0.0  # subtracted per occurrence in the output
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    stop: Sequence[str] = ()  # strings; the text ends before the first one
+    # strings; the text ends before the first one. Special tokens count, shown or not
+    stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()  # besides the model's own end tokens
     ignore_eos: bool = False  # the model's own end tokens do not end the request
     skip_special_tokens: bool = True  # leave special tokens such as <|im_end|> out of the text
