@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from mnemosyne.llm import LLM
 from mnemosyne.metrics import StepRecord
 from mnemosyne.request import RequestOutput
+from mnemosyne.serve.ownership import Claim, Ownership
 from tests.engines import WrappedExecutor, greedy, open_tiny, pages_used, random_prompts
 from tests.model_zoo.tiny import tiny_checkpoint
 
@@ -132,6 +134,24 @@ def test_closing_waits_for_a_call_of_another_thread(checkpoint: Path) -> None:
     assert [output.finish_reason for output in outputs] == ["length"] * 4
     with pytest.raises(ValueError, match="LLM must be open"):
         llm.generate(PROMPTS, greedy(2))
+
+
+def test_a_claim_that_may_not_wait_is_refused_at_once() -> None:
+    ownership = Ownership()
+    with ThreadPoolExecutor(1) as pool, _claim(ownership):
+        refused = pool.submit(lambda: _enter(ownership, waits=False)).exception()
+    assert str(refused).startswith("LLM.stream must have an engine that nobody uses, got one that")
+
+    _enter(ownership, waits=False)
+
+
+def _claim(ownership: Ownership) -> AbstractContextManager[Claim]:
+    return ownership.claim("LLM.generate", ends_alone=True, remedy="wait")
+
+
+def _enter(ownership: Ownership, *, waits: bool) -> None:
+    with ownership.claim("LLM.stream", ends_alone=False, remedy="close it", waits=waits):
+        pass
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # Python 3.12 says so
