@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from math import isnan
 from pathlib import Path
 
 import pytest
@@ -80,8 +81,10 @@ def test_step_times_are_measured_once_there_is_somebody_to_protect(
         assert 0 < llm.engine.scheduler.prefill_s(1000) < 60
         (alone,) = llm.generate([1, 2, 3], greedy(5))
         assert num_sweeps() == 0
+        assert isnan(llm.engine.prediction_error()[50])
         outputs = llm.generate([[1, 2, 3]] * num_prompts, greedy(5, n=n))
         assert num_sweeps() == 1
+        assert llm.engine.prediction_error()[50] > 0
         assert {tuple(output.token_ids) for output in outputs} == {tuple(alone.token_ids)}
         llm.generate([[1, 2], [3, 4]], greedy(2))
 

@@ -147,7 +147,10 @@ class Engine:
         return output
 
     def prediction_error(self) -> dict[int, float]:
-        """Percentiles of ``|predicted / actual - 1|`` over recent steps; nan if there are none."""
+        """Percentiles of ``|predicted / actual - 1|`` over recent steps; nan if there are none.
+
+        Steps that ran before step times were measured do not count.
+        """
         return percentiles(self._errors)
 
     def unfinished(self) -> list[RequestOutput]:
@@ -304,7 +307,7 @@ class Engine:
         actual_s = self.clock() - planned_s
         self.scheduler.learn(plan, actual_s)
         num_missed, self._num_missed = self._num_missed, 0
-        if plan.predicted_s > 0 and actual_s > 0:
+        if self._measure is None and plan.predicted_s > 0 and actual_s > 0:
             self._errors.append(abs(plan.predicted_s / actual_s - 1))
         if self._on_step is None:
             return

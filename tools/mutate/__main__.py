@@ -130,6 +130,8 @@ def run_tests(tree: Path, tests: Sequence[str], limit_s: float) -> tuple[str, st
     except subprocess.TimeoutExpired:
         return LATE, ""
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if "+ Timeout +" in done.stderr + done.stdout:
+        return KILLED, f"a test took over {TEST_S} s"
     if done.returncode == 0:
         return LIVES, ""
     return KILLED, failed[1] if failed else (done.stdout + done.stderr)[-200:].strip()
