@@ -27,8 +27,12 @@ KILL_S = 15.0  # from the order to end until a rank is killed; the watchdog need
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 # Run in a rank before anything else: the kernel ends it with its launcher, whatever it is at.
+# Ctrl-C is blocked until it ends the process without a word.
 END_WITH_LAUNCHER = """
-import ctypes, os, signal, sys
+import signal
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+import ctypes, os, sys
 PR_SET_PDEATHSIG = 1
 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 if os.getppid() != int(sys.argv[1]):
@@ -94,9 +98,9 @@ class _Crew:
             os.killpg(pid, signal.SIGKILL)
         if code == 0:
             return
-        if code < 0 and not self._is_ending:
-            name = signal.Signals(-code).name
-            log.error("rank %d, process %d, was ended by %s", rank, pid, name)
+        number = signal.SIGTERM if code == 128 + signal.SIGTERM else -code
+        if number > 0 and not self._is_ending:
+            log.error("rank %d, process %d, was ended by %s", rank, pid, _name(number))
         self._failed[rank] = code
         self._end_others()
 
@@ -130,6 +134,10 @@ class _Crew:
         return 128 - code if -code in (signal.SIGINT, signal.SIGTERM) else 1
 
 
+def _name(number: int) -> str:
+    return signal.Signals(number).name
+
+
 def _signal(processes: Iterable[subprocess.Popen[bytes]], number: int) -> None:
     for process in processes:
         process.send_signal(number)
@@ -152,17 +160,30 @@ def _started(command: Sequence[str], world_size: int) -> Iterator[list[subproces
             for rank in range(world_size):
                 environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 inherited = (server.fileno(),) if rank == 0 else ()
-                ranks.append(
-                    subprocess.Popen(
+                with _ctrl_c_blocked(is_blocked=sys.platform == "linux"):
+                    process = subprocess.Popen(
                         command, env=environment, pass_fds=inherited, start_new_session=True
                     )
-                )
+                ranks.append(process)
         yield ranks
     finally:
         for process in ranks:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+
+
+@contextmanager
+def _ctrl_c_blocked(*, is_blocked: bool) -> Iterator[None]:
+    """What is started meanwhile inherits it, and hears a Ctrl-C once it is ready to."""
+    if not is_blocked:
+        yield
+        return
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
 def _environment(world_size: int, port: int) -> dict[str, str]:

@@ -13,7 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from mnemosyne.parallel.launch import KILL_S, launch_local
+from mnemosyne.parallel.launch import (
+    END_WITH_LAUNCHER,
+    KILL_S,
+    _ctrl_c_blocked,
+    launch_local,
+)
 from tests.ranks import start_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -205,3 +210,15 @@ def test_what_a_rank_has_started_ends_with_it(tmp_path: Path) -> None:
     others = [int(path.read_text()) for path in tmp_path.glob("*.other")]
     assert len(others) == WORLD_SIZE
     wait_until(lambda: not any(Path("/proc", str(pid), "exe").exists() for pid in others), GONE_S)
+
+
+def test_ctrl_c_while_a_rank_is_started_ends_it_without_a_word() -> None:
+    rank = [sys.executable, "-I", "-S", "-c", END_WITH_LAUNCHER, str(os.getpid())]
+    for delay_s in (0.0, 0.01, 0.03, 0.1):
+        with _ctrl_c_blocked(is_blocked=True):
+            process = subprocess.Popen([*rank, "/bin/sleep", "1000"], stderr=subprocess.PIPE)
+        time.sleep(delay_s)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=GONE_S)
+
+        assert (process.returncode, said) == (-signal.SIGINT, b"")
