@@ -55,8 +55,10 @@ def _inherited_listener() -> socket.socket | None:
             found = socket.socket(fileno=int(name))
             with suppress(OSError):
                 is_listening = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-                host, port = found.getsockname()[:2]
-                if is_listening and (host, str(port)) == place:
-                    return found
+                # the names of other families are made otherwise
+                if found.family == socket.AF_INET and is_listening:
+                    host, port = found.getsockname()
+                    if (host, str(port)) == place:
+                        return found
             found.detach()  # it belongs to others
     return None

@@ -1,0 +1,41 @@
+"""Rank 0 finds the socket that its launcher has bound, among whatever else is open."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import ExitStack
+
+import pytest
+
+from mnemosyne.parallel.rendezvous import _inherited_listener
+
+
+def as_rank_0(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
+    for name, value in (("RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port))):
+        monkeypatch.setenv(name, value)
+
+
+def test_the_socket_is_found_among_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ExitStack() as stack:
+        others = [*socket.socketpair(), socket.socket(socket.AF_UNIX), socket.socket()]
+        others.append(socket.create_server(("127.0.0.1", 0)))
+        others.append(socket.socket(socket.AF_INET6, socket.SOCK_DGRAM))
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        for other in others:
+            stack.enter_context(other)
+        as_rank_0(monkeypatch, server.getsockname()[1])
+
+        found = _inherited_listener()
+
+        assert found is not None
+        assert found.detach() == server.fileno()
+        assert all(other.fileno() >= 0 for other in others)
+
+
+def test_under_torchrun_there_is_none_to_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ExitStack() as stack:
+        for other in (*socket.socketpair(), socket.socket(socket.AF_UNIX)):
+            stack.enter_context(other)
+        as_rank_0(monkeypatch, 1)
+
+        assert _inherited_listener() is None
