@@ -170,7 +170,7 @@ def build_engine(
         executor = MeshExecutor(
             rank.worker, crew, num_groups=mesh.kvp.degree, num_stages=mesh.pp.degree
         )
-    work_model = WorkModel(spec.windows, mesh.kvp.degree)
+    work_model = WorkModel(spec.windows, mesh.kvp.degree, unread_share=spec.unread_share())
     measure = None
     if predictor is None:
         predictor = LinearPredictor(_prior(config, rank))

@@ -85,7 +85,7 @@ def build_simulation(
     memory = _memory(config, shape, stages)
     cost = StepCost(shape, config.hardware, config.efficiency, mesh, stages)
     cluster = SimulatedCluster(cost)
-    work_model = WorkModel(shape.windows, mesh.kvp)
+    work_model = WorkModel(shape.windows, mesh.kvp, unread_share=shape.unread_share())
     limits = Limits(
         num_pages=memory.num_pages,
         page_size=memory.page_size,

@@ -48,21 +48,25 @@ def expected_rates(shape: ModelShape, mesh: MeshConfig, peaks: Peaks) -> tuple[f
 
     Returns:
         Positive rates, in the order of the features: a step, a row, a query-key pair, a key that
-        a decode reads, a sequence, a row that is sampled, a row that groups exchange.
+        a decode reads, a sequence, a row that is sampled, a row that groups exchange, all experts.
     """
     flop_s, byte_s = 1 / peaks.flops_per_s / REACHED, 1 / peaks.bytes_per_s / REACHED
     local, layers = shape.local(mesh), shape.num_layers
     params = layers * local.layer_params()
+    experts = layers * local.num_experts * local.expert_params()
+    unread_share = shape.unread_share()
+    chosen = experts if unread_share < 1 else 0  # weights that are read as rows ask for them
     heads = layers * local.num_heads
     partial_bytes = heads * (local.head_dim * local.weight_itemsize + 4)
     return (
-        STEP_S + (params + local.vocabulary_params()) * local.weight_itemsize * byte_s,
-        2 * params * flop_s,
+        STEP_S + (params - chosen + local.vocabulary_params()) * local.weight_itemsize * byte_s,
+        2 * (params - unread_share * chosen) * flop_s,
         4 * heads * local.head_dim * flop_s,
         local.kv_bytes_per_token() * byte_s,
         SEQUENCE_S,
         2 * local.vocabulary_params() * flop_s,
         2 * partial_bytes * byte_s,
+        experts * local.weight_itemsize * byte_s,
     )
 
 

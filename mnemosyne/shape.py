@@ -119,6 +119,11 @@ class ModelShape:
         experts = self.num_experts * self.expert_params()
         return self.attention_params() + experts + router + norms
 
+    def unread_share(self) -> float:
+        """Share of the experts that one row does not ask for; 1 where each row asks for all."""
+        share = 1 - self.experts_per_token / self.num_experts
+        return share if share > 0 else 1.0
+
     def vocabulary_params(self) -> int:
         """Weights of the embedding, or of the head."""
         return self.vocab_size * self.width

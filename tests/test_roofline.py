@@ -20,7 +20,7 @@ from tests.simulate.machines import IDEAL, ROUND
 PEAKS = Peaks(flops_per_s=1e14, bytes_per_s=1e12)  # as of ROUND
 
 
-@pytest.mark.parametrize("name", ["llama3_8b", "qwen3_32b"])
+@pytest.mark.parametrize("name", ["llama3_8b", "qwen3_32b", "qwen3_235b_a22b"])
 @pytest.mark.parametrize(
     "chunk",
     [
@@ -35,7 +35,7 @@ def test_steps_take_what_the_simulator_says_of_the_same_peaks(name, chunk, mesh)
     half = {"gemm": REACHED, "attention": REACHED, "weights": REACHED, "kv": REACHED}
     links = replace(ROUND, node_gb_per_s=1e6)
     cost = StepCost(shape, links, replace(IDEAL, **half), mesh, [shape.num_layers])
-    work = WorkModel([None]).chunk(
+    work = WorkModel([None], unread_share=shape.unread_share()).chunk(
         chunk.start, chunk.num_tokens, samples=chunk.samples, is_decode=chunk.is_decode
     )
 

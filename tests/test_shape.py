@@ -41,6 +41,14 @@ def test_a_rank_holds_its_share_of_heads_words_and_mlp() -> None:
     assert replace(LLAMA_3_8B, vocab_size=5).local(MeshConfig(tp=2)).vocab_size == 3
 
 
+def test_a_row_leaves_experts_unread_unless_it_asks_for_all_of_them() -> None:
+    sparse = replace(LLAMA_3_8B, num_experts=8, experts_per_token=2)
+
+    assert sparse.unread_share() == 0.75
+    assert replace(sparse, experts_per_token=8).unread_share() == 1
+    assert LLAMA_3_8B.unread_share() == 1
+
+
 def test_layers_without_windows_see_everything() -> None:
     assert LLAMA_3_8B.windows == (None,) * 32
 

@@ -33,7 +33,7 @@ from mnemosyne.schedule.predictor import LinearPredictor
 from mnemosyne.schedule.scheduler import Scheduler, build_scheduler
 from mnemosyne.schedule.work import StepWork, WorkModel
 
-COSTS = np.array([2e-3, 1e-5, 3e-9, 2e-8, 1e-4, 2e-4, 5e-6])  # seconds per feature of a step
+COSTS = np.array([2e-3, 1e-5, 3e-9, 2e-8, 1e-4, 2e-4, 5e-6, 2e-2])  # seconds per feature
 NOISE = 0.05  # standard deviation of the logarithm of a step's time
 CANCELLED = 0.03  # share of the requests
 MOST_EVENTS = 20_000  # of one workload: plans, and steps that are back

@@ -22,7 +22,7 @@ CLEARLY = 0.9  # of the error of one fit is that of the other, if it explains be
 MIN_STEP_S = 1e-9  # a clock may not have moved
 NUM_FEATURES = len(StepWork().features())
 # Seconds per unit of each feature on a machine like any other; what counts is how they compare.
-ANY_MACHINE = (1e-2, 2e-4, 1e-8, 1e-7, 1e-4, 1e-4, 1e-5)
+ANY_MACHINE = (1e-2, 2e-4, 1e-8, 1e-7, 1e-4, 1e-4, 1e-5, 1e-2)
 PRIOR_RANGE = 8.0  # how far off, up or down, rates may be that were given
 
 
@@ -101,7 +101,7 @@ class LinearPredictor:
         """Seconds for this work; 0 before anything was given, fitted or observed."""
         if not self._coefficients:
             return 0.0
-        return self._gain * self._raw(work)
+        return self._gain * work.seconds(self._coefficients)
 
     def observe(self, work: StepWork, seconds: float) -> None:
         seconds = max(seconds, MIN_STEP_S)
@@ -113,24 +113,12 @@ class LinearPredictor:
             self._use(self._fit(self.samples)[0])
             self._gain = 1.0  # one slow first step, as of kernels being compiled, says nothing yet
             return
-        self._follow(seconds / max(self._raw(work), MIN_STEP_S))
+        self._follow(seconds / max(work.seconds(self._coefficients), MIN_STEP_S))
         if self._asks_why():
             self._explain()
         elif self._num_observed % REFIT_EVERY == 0:
             # without the newest, of which nobody can tell yet whether the machine has changed
             self._use(self._fit(self.samples[:-NEWEST])[0])
-
-    def _raw(self, work: StepWork) -> float:
-        step, token, pair, key, sequence, sampled, exchanged = self._coefficients
-        return (
-            step
-            + token * work.num_tokens
-            + pair * work.prefill_pairs
-            + key * work.decode_keys
-            + sequence * work.num_sequences
-            + sampled * work.num_sampled
-            + exchanged * work.num_exchanged
-        )
 
     def _places(self, count: int) -> np.ndarray:
         """Where in the ring the last steps are, at most ``count``, newest last."""

@@ -20,6 +20,8 @@ class StepWork:
         num_sequences: sequences in the batch.
         num_sampled: rows through the vocabulary head.
         num_exchanged: rows whose partial attention is merged across groups.
+        unread: share of the experts that no row asks for; 1 where each row asks for all weights,
+            whose reading is part of the fixed cost of a step.
     """
 
     num_tokens: int = 0
@@ -28,6 +30,7 @@ class StepWork:
     num_sequences: int = 0
     num_sampled: int = 0
     num_exchanged: int = 0
+    unread: float = 1.0
 
     def __add__(self, other: StepWork) -> StepWork:
         return StepWork(
@@ -37,6 +40,7 @@ class StepWork:
             self.num_sequences + other.num_sequences,
             self.num_sampled + other.num_sampled,
             self.num_exchanged + other.num_exchanged,
+            self.unread * other.unread,
         )
 
     def features(self) -> tuple[float, ...]:
@@ -49,6 +53,21 @@ class StepWork:
             self.num_sequences,
             self.num_sampled,
             self.num_exchanged,
+            1.0 - self.unread,
+        )
+
+    def seconds(self, rates: Sequence[float]) -> float:
+        """The sum of ``features``, each times its rate; spelled out, as decisions wait for it."""
+        step, token, pair, key, sequence, sampled, exchanged, experts = rates
+        return (
+            step
+            + token * self.num_tokens
+            + pair * self.prefill_pairs
+            + key * self.decode_keys
+            + sequence * self.num_sequences
+            + sampled * self.num_sampled
+            + exchanged * self.num_exchanged
+            + experts * (1.0 - self.unread)
         )
 
 
@@ -64,15 +83,19 @@ class WorkModel:
     Args:
         windows: the window of each layer in tokens, None where a layer sees everything.
         num_groups: degree of the kvp axis.
+        unread_share: ``unread`` of one row; rows choose their experts independently.
     """
 
-    def __init__(self, windows: Sequence[int | None], num_groups: int = 1) -> None:
+    def __init__(
+        self, windows: Sequence[int | None], num_groups: int = 1, *, unread_share: float = 1.0
+    ) -> None:
         counts: dict[int | None, int] = {}
         for window in windows:
             counts[window] = counts.get(window, 0) + 1
         # the windows there are, and the share of the layers that have each
         self.shares = [(window, count / len(windows)) for window, count in counts.items()]
         self._sees_all = set(counts) == {None}
+        self.unread_share = unread_share
         self.nothing: Work = (StepWork(),) * num_groups
 
     def chunk(
@@ -103,6 +126,7 @@ class WorkModel:
             1,
             int(samples),
             num_tokens if is_shared else 0,
+            self.unread_share**num_tokens,
         )
 
     def with_prefill(
@@ -125,6 +149,7 @@ class WorkModel:
             part.num_sequences + 1,
             part.num_sampled + samples,
             part.num_exchanged if keys is None else part.num_exchanged + num_tokens,
+            part.unread * self.unread_share**num_tokens,
         )
 
     def add(self, work: Work, chunk: Chunk, placement: Placement) -> Work:
@@ -218,7 +243,8 @@ class DecodeTally:
             seen = 0.0
             for (_, share), number in zip(self._model.shares, keys, strict=True):
                 seen += share * number
-            parts.append(StepWork(count, 0.0, seen, count, count, exchanged))
+            unread = self._model.unread_share**count
+            parts.append(StepWork(count, 0.0, seen, count, count, exchanged, unread))
         return tuple(parts)
 
 

@@ -15,7 +15,7 @@ from mnemosyne.schedule.predictor import LinearPredictor, fit_error
 from mnemosyne.schedule.work import StepWork, WorkModel
 
 WORK_MODEL = WorkModel([None, 512])
-COSTS = np.array([3e-3, 2e-5, 1e-9, 4e-9, 1e-4, 2e-4, 0.0])  # seconds per feature
+COSTS = np.array([3e-3, 2e-5, 1e-9, 4e-9, 1e-4, 2e-4, 0.0, 0.0])  # seconds per feature
 ROOMY = Limits(
     num_pages=2**16, page_size=16, max_positions=2**20, vocab_size=100, step_s=float("inf")
 )

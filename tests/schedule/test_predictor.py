@@ -7,7 +7,7 @@ from mnemosyne.schedule.chunking import solve_chunk
 from mnemosyne.schedule.predictor import LinearPredictor
 from mnemosyne.schedule.work import StepWork
 
-COSTS = np.array([2e-3, 1e-5, 3e-9, 2e-8, 1e-4, 2e-4, 5e-6])  # seconds per feature
+COSTS = np.array([2e-3, 1e-5, 3e-9, 2e-8, 1e-4, 2e-4, 5e-6, 3e-2])  # seconds per feature
 
 
 def _work(rng: np.random.Generator) -> StepWork:
@@ -19,6 +19,7 @@ def _work(rng: np.random.Generator) -> StepWork:
         num_sequences=int(decodes + 1),
         num_sampled=int(decodes),
         num_exchanged=int(rng.integers(0, 512)),
+        unread=0.999 ** int(chunk + decodes),
     )
 
 

@@ -95,6 +95,15 @@ def test_a_file_of_another_version_is_not_used(tmp_path: Path, content: object) 
     assert load_fit(tmp_path, KEY) == {}
 
 
+def test_a_fit_with_fewer_features_is_told_and_measured_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_fit(tmp_path, KEY, {shape: row[1:] for shape, row in STEPS.items()})
+
+    assert load_fit(tmp_path, KEY) == {}
+    assert "it is of another version" in caplog.text
+
+
 def test_a_file_that_others_can_write_is_not_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -49,8 +49,9 @@ def test_active_groups_share_the_keys_and_repeat_the_rows():
 
 
 @pytest.mark.parametrize("windows", [(None,), (None, 100)])
-def test_one_more_prefill_chunk_adds_its_work(windows):
-    model = WorkModel(windows)
+@pytest.mark.parametrize("unread_share", [1.0, 0.5])
+def test_one_more_prefill_chunk_adds_its_work(windows, unread_share):
+    model = WorkModel(windows, unread_share=unread_share)
     part = model.chunk(500, 1, samples=True, is_decode=True)
 
     for start, size, samples, keys in ((0, 64, True, None), (300, 32, False, range(200))):
@@ -60,8 +61,9 @@ def test_one_more_prefill_chunk_adds_its_work(windows):
         assert model.with_prefill(part, start, size, samples, keys) == part + own
 
 
-def test_decodes_together_are_the_sum_of_decodes_one_by_one():
-    model = WorkModel((None, 100), num_groups=2)
+@pytest.mark.parametrize("unread_share", [1.0, 0.5])
+def test_decodes_together_are_the_sum_of_decodes_one_by_one(unread_share):
+    model = WorkModel((None, 100), num_groups=2, unread_share=unread_share)
     pages = np.arange(100)
     alone = Placement((Shard(1, pages),), 1000)
     shared = Placement((Shard(0, pages), Shard(1, pages)), 1000)
@@ -77,3 +79,25 @@ def test_decodes_together_are_the_sum_of_decodes_one_by_one():
     tally.add([(9, alone), (800, shared)], sign=-1)
     assert tally.work() == work
     assert [part.num_exchanged for part in work] == [1, 1]
+
+
+def test_each_row_reads_its_share_of_the_experts_that_are_still_unread():
+    model = WorkModel((None,), unread_share=0.75)
+
+    work = model.chunk(10, 3, samples=False, is_decode=False)
+
+    assert work.features()[-1] == 1 - 0.75**3
+    assert StepWork().features()[-1] == 0
+
+
+def test_rows_of_a_dense_model_have_no_experts_to_read():
+    work = WorkModel((None,)).chunk(0, 4096, samples=False, is_decode=False)
+
+    assert work.features()[-1] == 0
+
+
+def test_seconds_are_features_times_rates():
+    work = StepWork(7, 5e3, 3e4, 4, 2, 6, 0.25)
+    rates = np.random.default_rng(0).uniform(0, 1, len(work.features()))
+
+    assert work.seconds(rates.tolist()) == pytest.approx(float(rates @ work.features()))

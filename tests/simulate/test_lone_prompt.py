@@ -29,6 +29,8 @@ def _ttft_s(model: str, num_tokens: int, *words: str) -> float:
         (20_000, "llama3_8b", ("hardware=a100_80", "mesh.pp=2")),
         (9_000, "bench", ("hardware=cpu_2core", "mesh.pp=2")),
         (9_000, "bench", ("hardware=cpu_2core",)),
+        (3_000, "qwen3_235b_a22b", ("mesh.tp=4", "mesh.pp=2")),
+        (10_000, "qwen3_235b_a22b", ("mesh.tp=4", "mesh.pp=8")),
     ],
 )
 def test_the_adaptive_chunk_is_within_a_twentieth_of_the_best_fixed_one(
