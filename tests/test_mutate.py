@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tools.mutate.__main__ import KILLED, LIVES, ROOMS, draw, files_concerning, run_tests
+from tools.mutate.__main__ import ROOMS, draw
+from tools.mutate.concerned import files_concerning
 from tools.mutate.mutants import Finder
+from tools.mutate.runs import Judge, Tree, Verdict
 
 CODE = '''
 """é: a text of two bytes."""
@@ -66,10 +68,64 @@ def test_tests_of_a_module_are_those_of_its_name_its_importers_and_its_room() ->
         assert pattern.endswith(".py")
 
 
-@pytest.mark.parametrize(("holds", "outcome"), [(True, LIVES), (False, KILLED)])
-def test_a_failing_test_is_named(tmp_path: Path, holds: bool, outcome: str) -> None:
-    (tmp_path / "test_one.py").write_text(f"def test_it():\n    assert {holds}\n")
+def test_the_fastest_of_equally_near_tests_go_first() -> None:
+    seconds = {"tests/schedule/test_policy.py": 1.0, "tests/schedule/test_any_workload.py": 90.0}
 
-    found = run_tests(tmp_path, ["test_one.py"], limit_s=60)
+    found = files_concerning("mnemosyne/schedule/chunking.py", seconds)
 
-    assert found == (outcome, "" if holds else "test_one.py::test_it")
+    assert found[0] == "tests/schedule/test_chunking.py"
+    assert found.index("tests/schedule/test_policy.py") < found.index(
+        "tests/schedule/test_waiting.py"
+    )
+    assert found.index("tests/schedule/test_any_workload.py") > found.index(
+        "tests/schedule/test_waiting.py"
+    )
+
+
+TESTS = """
+import pathlib
+from answers import answer
+
+def test_right():
+    assert answer() == 42
+"""
+UNSOUND = """
+def test_broken():
+    assert False
+
+def test_flaky():
+    mark = pathlib.Path("ran")
+    mark.touch() if (is_first := not mark.exists()) else mark.unlink()
+    assert not is_first
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "verdict"),
+    [
+        ("return 42", Verdict.LIVES),
+        ("return 43", Verdict.KILLED),
+        ("import os; os._exit(3)", Verdict.KILLED),
+        ("while True: pass", Verdict.HANGS),
+    ],
+)
+def test_a_mutant_is_killed_by_what_passes_without_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, verdict: Verdict
+) -> None:
+    monkeypatch.setattr("tools.mutate.runs.TEST_S", 4.0)
+    monkeypatch.setattr("tools.mutate.runs.SMALL_SHARE", 100.0)  # however busy the machine is
+    trees = []
+    for name, done in (("plain", "return 42"), ("mutated", body)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "answers.py").write_text(f"def answer():\n    {done}\n")
+        (tmp_path / name / "test_it.py").write_text(TESTS + UNSOUND * (verdict is Verdict.LIVES))
+        trees.append(Tree(tmp_path / name, tmp_path))
+    judge = Judge(trees[0], limit_s=60)
+
+    found, test, passed = judge.try_out(trees[1], lambda seconds: ["test_it.py"])
+
+    assert found is verdict
+    assert test == ("" if verdict is Verdict.LIVES else "test_it.py::test_right")
+    assert passed == (["test_it.py"] if verdict is Verdict.LIVES else [])
+    if verdict is Verdict.LIVES:
+        assert judge.not_counted == {"test_it.py::test_broken", "test_it.py::test_flaky"}

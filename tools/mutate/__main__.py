@@ -1,31 +1,38 @@
 """Small wrong changes to the code, one at a time: do the tests notice?
 
 Mutants are drawn with a seed, evenly over the rooms. Each is put into a copy of the last commit,
-and the tests that concern its module run there until one fails: first those that import the module
-or have its name, then the rest of its room, then those that import what imports it. A mutant that
-every one of them lets pass lives. Some change nothing that a caller could see; these are explained
-in explained.json beside this, by file and by what stood there before and after.
+and the files of tests that concern its module run there until one fails: first those that have its
+name or import it, then the rest of its room, then those that import what imports it; at each
+distance the fastest first. A failure counts if it comes back, and not without the mutant. A mutant
+that every test lets pass, within a limit of CPU time, lives. Some change nothing that a caller
+could see; these are explained in explained.json beside this.
 
-Usage: python -m tools.mutate [--count 60] [--seed 0] [--rooms schedule cache ...] [--limit 300]
-       [--json FILE] [--list]
+Usage: python -m tools.mutate [--count 60] [--seed 0] [--rooms schedule cache ...] [--limit 120]
+       [--jobs 1] [--json FILE] [--list]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 
+from mnemosyne.machine import cache_folder
+from tools.mutate.concerned import files_concerning
 from tools.mutate.mutants import ROOT, Mutant, mutants_of
+from tools.mutate.runs import Judge, Tree, Verdict, renew
 
 EXPLAINED = Path(__file__).with_name("explained.json")
 ROOMS = {
@@ -41,9 +48,6 @@ ROOMS = {
     "config": "mnemosyne/config*.py",
 }
 ON_A_GPU = ("kernels/hopper_chunk.py",)  # runs nowhere else, so only the tests of a GPU can tell
-MOST_FILES = 24  # of tests for one mutant
-TEST_S = 60  # of one test
-KILLED, LIVES, LATE = "killed", "lives", "timeout"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +55,16 @@ class Outcome:
     """What became of a mutant."""
 
     mutant: Mutant
-    outcome: str
+    verdict: Verdict
     seconds: float
-    test: str = ""  # that failed
-    why: str = ""  # it may live
+    test: str  # that killed it
+    passed: list[str]  # files of tests that did not
+    why: str  # it may live
+
+    def __str__(self) -> str:
+        files = f"{len(self.passed)} files of tests passed"
+        told = self.test or f"{files}; {self.why or 'unexplained'}"
+        return f"{self.verdict:<7}{self.seconds:5.0f} s  {self.mutant}  [{told}]"
 
 
 def draw(rooms: Sequence[str], count: int, seed: int) -> list[Mutant]:
@@ -77,98 +87,63 @@ def _paths(room: str) -> list[str]:
     return [path for path in found if path not in ON_A_GPU]
 
 
-def module_of(path: str) -> str:
-    """The dotted name of a file as tests import it."""
-    name = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    return name if name.startswith("mnemosyne") else f"mnemosyne.{name}"
-
-
-def _importers(module: str, folder: str) -> Iterator[Path]:
-    """Files that import a module, or a name of it from its room."""
-    room, _, name = module.rpartition(".")
-    whole = rf"^\s*(from {re.escape(module)} import|import {re.escape(module)}\b)"
-    part = rf"^\s*from {re.escape(room)} import [^\n]*\b{re.escape(name)}\b"
-    pattern = re.compile(f"{whole}|{part}", re.MULTILINE)
-    for path in sorted(ROOT.glob(folder)):
-        if pattern.search(path.read_text(encoding="utf-8")):
-            yield path
-
-
-def files_concerning(path: str) -> list[str]:
-    """Files of tests that concern a file, the nearest first."""
-    module = module_of(path)
-    parts = module.split(".")
-    room = parts[1] if len(parts) > 2 else ""
-    near = list(_importers(module, "tests/**/test_*.py"))
-    named = sorted(ROOT.glob(f"tests/**/test_*{parts[-1]}*.py"))
-    rest = sorted(ROOT.glob(f"tests/{room}/test_*.py")) if room else []
-    far = [
-        test
-        for folder in ("mnemosyne/*.py", "mnemosyne/*/*.py")
-        for user in _importers(module, folder)
-        for test in _importers(module_of(str(user.relative_to(ROOT))), "tests/**/test_*.py")
-    ]
-    ordered = dict.fromkeys(str(test.relative_to(ROOT)) for test in (*named, *near, *rest, *far))
-    return list(ordered)[:MOST_FILES]
-
-
-def run_tests(tree: Path, tests: Sequence[str], limit_s: float) -> tuple[str, str]:
-    """Run files of tests in a tree until one fails: killed, lives or timeout, and by which."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider"]
-    command += [f"--timeout={TEST_S}", "--timeout-method=thread", *tests]
-    environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-    try:
-        done = subprocess.run(
-            command,
-            cwd=tree,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=limit_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return LATE, ""
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-    if "+ Timeout +" in done.stderr + done.stdout:
-        return KILLED, f"a test took over {TEST_S} s"
-    if done.returncode == 0:
-        return LIVES, ""
-    return KILLED, failed[1] if failed else (done.stdout + done.stderr)[-200:].strip()
-
-
-def copy_of_head(folder: Path) -> Path:
-    """The last commit, as files."""
-    archive = subprocess.run(
-        ["git", "-C", str(ROOT), "archive", "HEAD"], check=True, capture_output=True
-    )
-    subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
-    return folder
-
-
-def try_out(tree: Path, mutant: Mutant, limit_s: float) -> Outcome:
-    """Put a mutant into a tree, run its tests, and take it out again."""
-    file, started_s = tree / mutant.path, time.monotonic()
-    text = file.read_bytes()
-    try:
-        changed = mutant.source(text)
-        compile(changed, mutant.path, "exec")
-        file.write_bytes(changed)
-        outcome, test = run_tests(tree, files_concerning(mutant.path), limit_s)
-    finally:
-        file.write_bytes(text)
-    why = "" if outcome == KILLED else explanation(mutant)
-    return Outcome(mutant, outcome, time.monotonic() - started_s, test, why)
-
-
 def explanation(mutant: Mutant) -> str:
     """Why a mutant may live; empty if nobody has said."""
-    if not EXPLAINED.exists():
-        return ""
     for entry in json.loads(EXPLAINED.read_text(encoding="utf-8")):
-        if all(entry[name] == getattr(mutant, name) for name in ("path", "before", "after")):
+        if all(entry[name] == getattr(mutant, name) for name in ("path", "text", "before")):
             return str(entry["why"])
     return ""
+
+
+def try_out(trees: SimpleQueue[Tree], judge: Judge, mutant: Mutant) -> Outcome:
+    """Put a mutant into a tree that nobody uses, run its tests, and take it out again."""
+    tree, started_s = trees.get(), time.monotonic()
+    file = tree.root / mutant.path
+    text = file.read_bytes()
+    try:
+        renew(tree.cache, judge.plain.cache)
+        file.write_bytes(mutant.source(text))
+        verdict, test, passed = judge.try_out(tree, partial(files_concerning, mutant.path))
+    finally:
+        file.write_bytes(text)
+        trees.put(tree)
+    why = explanation(mutant) if verdict is Verdict.LIVES else ""
+    return Outcome(mutant, verdict, time.monotonic() - started_s, test, passed, why)
+
+
+def try_all(
+    drawn: Sequence[Mutant], jobs: int, limit_s: float
+) -> Iterator[tuple[Outcome, set[str]]]:
+    """The outcomes as they come, each with the tests that were not counted so far."""
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        plain, *mutated = (_tree(Path(folder) / str(number)) for number in range(jobs + 1))
+        shutil.copytree(cache_folder(), plain.cache / "mnemosyne")
+        trees: SimpleQueue[Tree] = SimpleQueue()
+        for tree in mutated:
+            trees.put(tree)
+        judge = Judge(plain, limit_s)
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = [pool.submit(try_out, trees, judge, mutant) for mutant in drawn]
+            try:
+                for future in as_completed(futures):
+                    yield future.result(), set(judge.not_counted)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def _tree(folder: Path) -> Tree:
+    """The last commit, as files."""
+    tree = Tree(folder / "tree", folder / "cache")
+    tree.root.mkdir(parents=True)
+    command = ["git", "-C", str(ROOT), "archive", "HEAD"]
+    archive = subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(["tar", "-x", "-C", str(tree.root)], input=archive.stdout, check=True)
+    return tree
+
+
+def _head() -> str:
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def main() -> int:
@@ -176,33 +151,32 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rooms", nargs="+", choices=ROOMS, default=list(ROOMS))
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds for one mutant")
+    parser.add_argument("--limit", type=float, default=120.0, help="CPU seconds for one mutant")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants at a time")
     parser.add_argument("--json", help="write the outcomes to this file as they come")
     parser.add_argument("--list", action="store_true", help="show the mutants and run nothing")
     arguments = parser.parse_args()
     drawn = draw(arguments.rooms, arguments.count, arguments.seed)
-    outcomes: list[Outcome] = []
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        tree = copy_of_head(Path(folder))
-        for mutant in drawn:
-            if arguments.list:
-                print(mutant)
-                continue
-            outcome = try_out(tree, mutant, arguments.limit)
-            outcomes.append(outcome)
-            told = outcome.test or outcome.why
-            print(f"{outcome.outcome:<8}{outcome.seconds:6.0f} s  {mutant}  {told}", flush=True)
-            if arguments.json:
-                text = json.dumps([asdict(each) for each in outcomes], indent=1)
-                Path(arguments.json).write_text(text, encoding="utf-8")
-    living = [outcome for outcome in outcomes if outcome.outcome == LIVES]
-    unexplained = [outcome for outcome in living if not outcome.why]
-    late = sum(outcome.outcome == LATE for outcome in outcomes)
+    if arguments.list:
+        print(*drawn, sep="\n")
+        return 0
+    head, outcomes, ignored = _head(), [], set()
+    for outcome, ignored in try_all(drawn, arguments.jobs, arguments.limit):
+        print(outcome, flush=True)
+        outcomes.append(outcome)
+        if arguments.json:
+            table = {"commit": head, "seed": arguments.seed, "not_counted": sorted(ignored)}
+            table["outcomes"] = [asdict(each) for each in outcomes]
+            Path(arguments.json).write_text(json.dumps(table, indent=1), encoding="utf-8")
+    found = Counter(outcome.verdict for outcome in outcomes)
+    bare = sum(outcome.verdict is Verdict.LIVES and not outcome.why for outcome in outcomes)
+    print(f"tests that fail or are slow without a mutant, not counted: {sorted(ignored) or 'none'}")
     print(
-        f"{len(outcomes)} mutants: {len(living)} live, {len(unexplained)} of them unexplained; "
-        f"{late} ran out of time"
+        f"{len(outcomes)} mutants of {head}, seed {arguments.seed}: {found[Verdict.KILLED]} "
+        f"killed, {found[Verdict.HANGS]} hang, {found[Verdict.LIVES]} live, {bare} of them "
+        "unexplained"
     )
-    return 1 if unexplained else 0
+    return 1 if bare else 0
 
 
 if __name__ == "__main__":

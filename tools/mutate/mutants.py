@@ -37,6 +37,7 @@ class Mutant:
 
     path: str  # from the root
     line: int
+    text: str  # of that line
     kind: str
     before: str
     after: str
@@ -48,7 +49,8 @@ class Mutant:
         return text[: self.start] + self.after.encode() + text[self.stop :]
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}: {_short(self.before)} -> {_short(self.after)}"
+        change = f"{_short(self.before)} -> {_short(self.after)}"
+        return f"{self.path}:{self.line}: {change}  in  {_short(self.text)}"
 
 
 class Finder(ast.NodeVisitor):
@@ -73,7 +75,8 @@ class Finder(ast.NodeVisitor):
         start = self._lines[node.lineno - 1] + node.col_offset
         stop = self._lines[node.end_lineno - 1] + node.end_col_offset
         before = self._text[start:stop].decode()
-        self.found.append(Mutant(self._path, node.lineno, kind, before, after, start, stop))
+        line = self._text[self._lines[node.lineno - 1] : self._lines[node.lineno]].decode().strip()
+        self.found.append(Mutant(self._path, node.lineno, line, kind, before, after, start, stop))
 
     def visit_Compare(self, node: ast.Compare) -> None:
         if len(node.ops) == 1 and type(node.ops[0]) in COMPARED:

@@ -1,0 +1,177 @@
+"""Runs of tests in a tree with a mutant in it, and beside it in one without.
+
+A test that fails proves nothing by itself: it may be broken, flaky or slow. It kills a mutant only
+if it fails once more with the mutant and passes without it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+TEST_S = 60.0  # of one test
+SMALL_SHARE = 1 / 4  # of TEST_S: a test that passes sooner without the mutant hangs with it
+FILE_S = 600.0  # of one file of tests, should even its timeouts fail
+NO_TESTS = 5  # the exit code of pytest where all tests of a file are left out
+
+
+class End(StrEnum):
+    """How a run of tests ended."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    LATE = "late"  # a test took longer than it may
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one run of pytest said."""
+
+    end: End
+    test: str  # that failed or was late
+    wall_s: float
+    cpu_s: float  # with the processes that it waited for
+
+
+@dataclass(slots=True)
+class Tree:
+    """A copy of the code, and a folder for what its tests keep."""
+
+    root: Path
+    cache: Path
+
+    def run(self, tests: Sequence[str], options: Sequence[str] = ()) -> Run:
+        """Run tests, in the order given, until one fails."""
+        command = [sys.executable, "-m", "pytest", "-x", "-v", "--tb=no", "-rfE"]
+        command += ["-p", "pytest_timeout", "-p", "no:cacheprovider"]
+        command += [f"--timeout={TEST_S}", "--timeout-method=thread", *options, *tests]
+        own = {"PYTHONPATH": str(self.root), "XDG_CACHE_HOME": str(self.cache)}
+        own |= {
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "passive",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # they take longer to import than many a test
+        }
+        with tempfile.TemporaryFile() as output:
+            started_s = time.monotonic()
+            process = subprocess.Popen(
+                command,
+                cwd=self.root,
+                env=os.environ | own,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            usage = _wait(process, started_s + FILE_S)
+            output.seek(0)
+            said = output.read().decode(errors="replace")
+        wall_s = time.monotonic() - started_s
+        cpu_s = usage.ru_utime + usage.ru_stime
+        return _judged(said, process.returncode, wall_s, cpu_s, tests[0])
+
+
+def _wait(process: subprocess.Popen[bytes], deadline_s: float) -> resource.struct_rusage:
+    """Wait for a process, end it when its time is up, and whatever it left behind."""
+    while True:
+        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if ended or time.monotonic() > deadline_s:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if not ended:
+                _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            return usage
+        time.sleep(0.05)
+
+
+def _judged(said: str, code: int, wall_s: float, cpu_s: float, first: str) -> Run:
+    if code in (0, NO_TESTS):
+        return Run(End.PASSED, "", wall_s, cpu_s)
+    begun = re.findall(r"^(\S+\.py::.+?)(?: (?:[A-Z]{5,}|\+{9}).*)?$", said, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+\.py(?:::.+?)?)(?: - .*)?$", said, re.MULTILINE)
+    late = "+ Timeout +" in said or code == -signal.SIGKILL
+    if failed and not late:
+        return Run(End.FAILED, failed[1], wall_s, cpu_s)
+    # a process that ends in the middle of a test names it last
+    last = begun[-1].strip() if begun else first
+    return Run(End.LATE if late else End.FAILED, last, wall_s, cpu_s)
+
+
+class Verdict(StrEnum):
+    """What the tests made of a mutant."""
+
+    KILLED = "killed"
+    HANGS = "hangs"  # killed as well: a test that soon ends without the mutant does not end with it
+    LIVES = "lives"
+
+
+@dataclass(slots=True)
+class Judge:
+    """Tries mutated trees, with the tests as they are in a tree that is not mutated."""
+
+    plain: Tree
+    limit_s: float  # of CPU time that passing tests may take for one mutant
+    seconds: dict[str, float] = field(default_factory=dict)  # by file of tests that passed
+    not_counted: set[str] = field(default_factory=set)  # tests that fail without a mutant too
+
+    def try_out(
+        self, tree: Tree, files: Callable[[Mapping[str, float]], Sequence[str]]
+    ) -> tuple[Verdict, str, list[str]]:
+        """Run files of tests until one kills the mutant or the time is spent.
+
+        Returns:
+            The verdict, the test that decided it, and the files that passed.
+        """
+        passed: list[str] = []
+        spent_s = 0.0
+        for file in files(self.seconds):
+            verdict, test, cpu_s = self._file(tree, file)
+            if verdict is not Verdict.LIVES:
+                return verdict, test, passed
+            passed.append(file)
+            spent_s += cpu_s
+            if spent_s > self.limit_s:
+                break
+        return Verdict.LIVES, "", passed
+
+    def _file(self, tree: Tree, file: str) -> tuple[Verdict, str, float]:
+        while True:
+            known = [test for test in list(self.not_counted) if test.startswith(file)]
+            run = tree.run([file], [f"--deselect={test}" for test in known])
+            if run.end is End.PASSED or run.test in known:
+                self.seconds[file] = run.cpu_s
+                return Verdict.LIVES, "", run.cpu_s
+            verdict = self._confirmed(tree, run)
+            if verdict is not Verdict.LIVES:
+                return verdict, run.test, run.cpu_s
+            self.not_counted.add(run.test)
+
+    def _confirmed(self, tree: Tree, run: Run) -> Verdict:
+        """Whether a failure is the mutant's doing."""
+        options = [] if "::" in run.test else ["--collect-only"]
+        plain = self.plain.run([run.test], options)
+        if plain.end is not End.PASSED:
+            return Verdict.LIVES
+        if run.end is End.LATE:
+            hangs = plain.wall_s < SMALL_SHARE * TEST_S
+            return Verdict.HANGS if hangs else Verdict.LIVES
+        again = tree.run([run.test], options)
+        return Verdict.LIVES if again.end is End.PASSED else Verdict.KILLED
+
+
+def renew(cache: Path, source: Path) -> None:
+    """Make a folder of kept files anew: a mutant may have written nonsense there."""
+    shutil.rmtree(cache, ignore_errors=True)
+    shutil.copytree(source, cache, copy_function=os.link)
