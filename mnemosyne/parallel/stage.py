@@ -1,8 +1,9 @@
 """One stage for one number of rows: torch's pipeline stage, driven a step at a time.
 
-What the library keeps private is touched in this file only: ``_step_microbatches``, the hook that
-a schedule must define; ``_prepare_forward_infra`` of a stage; ``_inference_mode`` of a stage, new
-in torch 2.12, with its enum.
+The public schedules wait for every send at the end of a call, which would let one step at a time
+into the pipeline; this one leaves receives, steps and sends to its caller. For that it reaches
+behind the public interface of ``torch.distributed.pipelining``, in this file alone;
+``tests/parallel/test_stage.py`` names each hook.
 """
 
 from __future__ import annotations
