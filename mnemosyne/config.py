@@ -15,8 +15,9 @@ DURATION_SUFFIXES = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "": 1.0}  # 
 Duration = float | int | str  # OmegaConf takes no whole number for a float of several types
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # of one element
 DTYPES = ("auto", *DTYPE_BYTES)
-ATTENTION_BACKENDS = ("auto", "reference", "flex", "triton", "cpu", "avx512", "amx")
-OPERATORS = ("auto", "torch", "avx512", "amx")
+CPU_KERNELS = ("amx", "avx512", "avx512f", "avx2")  # sets of instructions that they are written for
+ATTENTION_BACKENDS = ("auto", "reference", "flex", "triton", "cpu", *CPU_KERNELS)
+OPERATORS = ("auto", "torch", *CPU_KERNELS)
 COMPILE_MODES = ("auto", "none", "step")
 FFN_LAYOUTS = ("tp", "wide")
 POLICIES = ("fcfs", "edf", "lrs", "lars")
@@ -253,8 +254,8 @@ class EngineConfig:
     model: str  # a Hugging Face directory, an id in the hub's cache, "smollm2", "needle" or "bench"
     dtype: str = "auto"  # auto: as the checkpoint says
     device: str = "auto"  # auto: cuda where there is one, else cpu
-    attention: str = "auto"  # reference, flex, triton, cpu, avx512, amx; auto: the usual one
-    operators: str = "auto"  # torch, avx512, amx: what computes all else; auto: the usual ones
+    attention: str = "auto"  # or reference, flex, triton, cpu, one of CPU_KERNELS
+    operators: str = "auto"  # what computes all else: torch, one of CPU_KERNELS
     compile: str = "auto"  # none; step: all but attention; auto: record decodes on CPU
     mesh: MeshConfig = field(default_factory=MeshConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

@@ -43,10 +43,9 @@ class LLM:
             ``"smollm2"``, ``"needle"`` or ``"bench"``.
         dtype: ``"auto"`` (as the checkpoint says), float64, float32, bfloat16 or float16.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
-        attention: ``"auto"``, ``"reference"``, ``"flex"``, ``"cpu"``, ``"avx512"`` or
-            ``"amx"``.
-        operators: what computes all but attention: ``"auto"``, ``"torch"``, ``"avx512"`` or
-            ``"amx"``.
+        attention: ``"auto"``, ``"reference"``, ``"flex"``, ``"cpu"``, ``"triton"``, or the C++
+            kernels of an instruction set: ``"amx"``, ``"avx512"``, ``"avx512f"`` or ``"avx2"``.
+        operators: what computes all but attention: ``"auto"``, ``"torch"`` or an instruction set.
         compile: ``"none"``, or ``"step"``: all but attention is compiled before the first request,
             or decodes are recorded where C++ kernels do everything; ``"auto"``: the latter on one
             rank, else none.

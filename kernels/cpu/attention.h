@@ -1,5 +1,6 @@
 // Attention over a paged cache, as far as it is the same for all instruction sets: every row of a
-// step, whatever its request, in one call. For one head dim (HEAD_DIM, a multiple of 32).
+// step, whatever its request, in one call. For one head dim (HEAD_DIM, a multiple of 32). Include
+// tiles.h or vector.h before it: they say what an element is.
 //
 // Keys are taken in splits of SPLIT, splits in tiles of TILE, at fixed positions of the shard, and
 // partial results are folded from first to last. The bits of a row therefore depend on its query
@@ -15,12 +16,14 @@
 #include <memory>
 #include <vector>
 
-#include "tiles.h"
+#ifndef TILE_KEYS
+#define TILE_KEYS 256
+#endif
 
 namespace mnemosyne {
 
 constexpr int D = HEAD_DIM;
-constexpr int TILE = 256;        // keys whose packed K and V stay in the L2 cache
+constexpr int TILE = TILE_KEYS;  // keys whose packed K and V stay in the L2 cache
 constexpr int64_t SPLIT = 8192;  // keys per partial result
 constexpr int FEW = 32;          // folded rows up to which splits are computed in parallel
 constexpr float NONE = -std::numeric_limits<float>::infinity();
@@ -33,11 +36,11 @@ struct Segment {  // one row of the segment table
 };
 
 struct Call {  // as Python lays it out
-  const bf16* q;  // [T, H, D]
+  const element* q;  // [T, H, D]
   int64_t q_stride;
-  const bf16 *k, *v;    // [K, S, D]
+  const element *k, *v;    // [K, S, D]
   int64_t pool_stride;  // elements between two heads of the pool
-  bf16* out;            // [T, H, D]
+  element* out;            // [T, H, D]
   float* lse;           // [T, H]
   int64_t num_heads, num_kv_heads;
   const Segment* segments;
@@ -50,12 +53,12 @@ struct Call {  // as Python lays it out
 };
 
 struct Step {
-  const bf16* q;  // [T, H, D]
+  const element* q;  // [T, H, D]
   int64_t q_stride;
-  const bf16* k;  // [K, S, D]
-  const bf16* v;
+  const element* k;  // [K, S, D]
+  const element* v;
   int64_t pool_stride;  // elements between two heads of the pool
-  bf16* out;            // [T, H, D]
+  element* out;            // [T, H, D]
   float* lse;           // [T, H]
   int num_heads, num_kv_heads;
   const Segment* segments;
@@ -77,16 +80,9 @@ inline float exp2_scalar(float x) { return x == NONE ? 0.0f : std::exp2(x); }
 
 // Rows of the next tile start on their way from memory while one is at work. Call it in the loop
 // itself: a compiler drops calls of functions that do nothing but this.
-inline void prefetch_line(const bf16* at) { _mm_prefetch((const char*)at, _MM_HINT_T1); }
-
-inline void prefetch(const bf16* row) {
-  for (int d = 0; d < D; d += 32) prefetch_line(row + d);
+inline void prefetch(const element* row) {
+  for (int d = 0; d < D; d += 64 / (int)sizeof(element)) prefetch_line(row + d);
 }
-
-// Where the elements of two vectors go when these are interleaved: the lower half of the result.
-alignas(64) const uint16_t INTERLEAVED[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,
-                                              37, 6, 38, 7, 39, 8,  40, 9,  41, 10, 42,
-                                              11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
 
 // Keys of the shard that a row may see: [low, high).
 struct Sight {
@@ -121,7 +117,7 @@ inline Sight sight_of(const Step& step, const Segment& segment, int64_t row) {
 struct Tile {
   int64_t first;  // key
   int num_keys;   // a multiple of 64; what is past the last key repeats it, and is masked
-  const bf16 *k, *v;
+  const element *k, *v;
   const int64_t *slot, *next;
 };
 
@@ -137,20 +133,15 @@ inline void fold_partial(float* out, float& sum, float& top, const float* more, 
 }
 
 inline void finish(const Step& step, int64_t row, int head, const float* out, float sum, float top) {
-  bf16* to = step.out + (row * step.num_heads + head) * D;
-  const __m512 scale = _mm512_set1_ps(sum > 0 ? 1.0f / sum : 0.0f);
-  for (int d = 0; d < D; d += 32) {
-    const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(out + d), scale);
-    const __m512 y = _mm512_mul_ps(_mm512_loadu_ps(out + d + 16), scale);
-    _mm512_storeu_si512(to + d, (__m512i)_mm512_cvtne2ps_pbh(y, x));
-  }
+  element* to = step.out + (row * step.num_heads + head) * D;
+  narrow_scaled<D>(out, sum > 0 ? 1.0f / sum : 0.0f, to);
   step.lse[row * step.num_heads + head] = sum > 0 ? top * LN2 + std::log(sum) : NONE;
 }
 
 // What folds tiles into rows, one for each thread. A kernel gives a type of this form:
 //
 //   static constexpr int BLOCK;  // folded rows (token, head) that it takes at most
-//   bf16 q[BLOCK][D];            // of the rows, written by the caller before anything is called
+//   element q[BLOCK][D];            // of the rows, written by the caller before anything is called
 //   void begin(const Sight* sight, int count);
 //   void start();                // of a split
 //   void fold(const Step& step, const Tile& tile);
@@ -169,8 +160,8 @@ void run_item(const Step& step, const Item& item, Work<Folds>& work, float* part
   const Segment& segment = step.segments[item.segment];
   const int group = step.num_heads / step.num_kv_heads;
   const int count = (int)item.count;
-  const bf16* k = step.k + item.head * step.pool_stride;
-  const bf16* v = step.v + item.head * step.pool_stride;
+  const element* k = step.k + item.head * step.pool_stride;
+  const element* v = step.v + item.head * step.pool_stride;
   Folds& folds = work.folds;
   Sight sight[Folds::BLOCK];
   for (int m = 0; m < count; m++) {

@@ -1,4 +1,4 @@
-"""Paged attention on AVX-512 BF16 and on AMX; its torch original is ``mnemosyne.attention.cpu``."""
+"""Paged attention by C++ kernels; the torch original is ``mnemosyne.attention.cpu``."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def paged_attention(
     chunk it came in, its company, or the number of threads.
 
     Args:
-        q_THD: bfloat16; each row contiguous.
-        k_KSD: keys of the whole pool, bfloat16; each head contiguous.
+        q_THD: a dtype of the set; each row contiguous.
+        k_KSD: keys of the whole pool, in the same dtype; each head contiguous.
         v_KSD: values, likewise.
         segments: int64 [B, 6], contiguous: first_row, num_rows, first_position, num_keys,
             first_key, and where in ``pages`` the segment's page ids begin.
@@ -63,13 +63,13 @@ def paged_attention(
         is_covered: whether every row is in a segment.
 
     Returns:
-        ``out_THD`` bfloat16 and ``lse_TH`` float32, natural log; (0, -inf) for a row that saw no
-        key and for rows of no segment.
+        ``out_THD`` in the same dtype and ``lse_TH`` float32, natural log; (0, -inf) for a row that
+        saw no key and for rows of no segment.
 
     Source: online softmax over tiles, FlashAttention-2, arXiv:2307.08691.
     """
     num_rows, num_heads, head_dim = q_THD.shape
-    assert q_THD.dtype == k_KSD.dtype == v_KSD.dtype == torch.bfloat16
+    assert q_THD.dtype == k_KSD.dtype == v_KSD.dtype
     assert q_THD.stride()[1:] == (head_dim, 1)
     assert k_KSD.stride() == v_KSD.stride()
     assert k_KSD.stride()[1:] == (head_dim, 1)
@@ -98,19 +98,20 @@ def paged_attention(
         scale,
         torch.get_num_threads(),
     )
-    launch(compile_attention(head_dim, instructions), arguments)
+    launch(compile_attention(head_dim, instructions, q_THD.dtype), arguments)
     return out_THD, lse_TH
 
 
 @cache
-def compile_attention(head_dim: int, instructions: InstructionSet) -> Any:
+def compile_attention(head_dim: int, instructions: InstructionSet, dtype: torch.dtype) -> Any:
     """The C function for one head dim, a multiple of 32; compiled if it never was.
 
     Args:
         head_dim: D.
         instructions: a set that runs here.
+        dtype: one of its dtypes.
     """
     assert head_dim % 32 == 0
-    operator = instructions.load(instructions.attention, HEAD_DIM=head_dim).paged_attention
+    operator = instructions.load(instructions.attention, dtype, HEAD_DIM=head_dim).paged_attention
     operator.argtypes, operator.restype = [ctypes.c_void_p], None
     return operator

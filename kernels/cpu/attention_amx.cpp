@@ -9,6 +9,7 @@
 // and V from the L2 cache at a rate that matters: so a block is two tiles wide.
 
 #include "amx.h"
+#include "tiles.h"
 #include "attention.h"
 
 using namespace mnemosyne;

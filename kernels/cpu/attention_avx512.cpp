@@ -1,5 +1,6 @@
 // Attention over a paged cache for AVX-512 BF16 processors; what surrounds it is in attention.h.
 
+#include "tiles.h"
 #include "attention.h"
 
 using namespace mnemosyne;

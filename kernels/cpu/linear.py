@@ -1,4 +1,4 @@
-"""Linear layers in bfloat16, by AMX or by AVX-512 BF16; the torch original is ``F.linear``."""
+"""Linear layers by the C++ kernels of a processor; the torch original is ``F.linear``."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def linear(
     the other rows.
 
     Args:
-        x_TE: bfloat16, elements of a row contiguous; any number of rows.
-        layers: of each the weight [N, E], bfloat16, contiguous, E a multiple of 32, and the bias
-            [N], bfloat16, contiguous.
+        x_TE: a dtype of the set, elements of a row contiguous; any number of rows.
+        layers: of each the weight [N, E], contiguous, E a multiple of 32, and the bias [N],
+            contiguous, in the same dtype.
         instructions: a set that runs here.
 
     Returns:
-        ``y_TN`` of each layer, bfloat16, contiguous.
+        ``y_TN`` of each layer, contiguous, in the same dtype.
     """
     num_rows = _check(x_TE, layers)
     sizes = [len(weight) * num_rows for weight, _ in layers]
     y = x_TE.new_empty(sum(sizes))  # one layer after another
-    _launch(compile_linear(instructions).linear, x_TE, layers, y)
+    _launch(compile_linear(instructions, x_TE.dtype).linear, x_TE, layers, y)
     return tuple(part.view(num_rows, -1) for part in y.split(sizes))
 
 
@@ -62,12 +62,12 @@ def gated(x_TE: Tensor, gate: Layer, up: Layer, instructions: InstructionSet) ->
         instructions: a set that runs here.
 
     Returns:
-        ``y_TF`` bfloat16.
+        ``y_TF`` in the same dtype.
     """
     num_rows = _check(x_TE, (gate, up))
     assert gate[0].shape == up[0].shape
     y_TF = x_TE.new_empty(num_rows, len(gate[0]))
-    _launch(compile_linear(instructions).gated, x_TE, (gate, up), y_TF)
+    _launch(compile_linear(instructions, x_TE.dtype).gated, x_TE, (gate, up), y_TF)
     return y_TF
 
 
@@ -76,7 +76,7 @@ def _check(x_TE: Tensor, layers: Sequence[Layer]) -> int:
     assert x_TE.stride(1) == 1
     assert num_columns % 32 == 0
     for weight, _ in layers:
-        assert x_TE.dtype == weight.dtype == torch.bfloat16
+        assert x_TE.dtype == weight.dtype
         assert weight.is_contiguous()
         assert weight.shape[1] == num_columns
     return num_rows
@@ -110,9 +110,9 @@ def _array(*fields: int) -> Any:
 
 
 @cache
-def compile_linear(instructions: InstructionSet) -> Any:
-    """The C functions of a set; compiled if they never were on this machine."""
-    library = instructions.load(instructions.linear)
+def compile_linear(instructions: InstructionSet, dtype: torch.dtype) -> Any:
+    """The C functions of a set for one dtype; compiled if they never were on this machine."""
+    library = instructions.load(instructions.linear, dtype)
     library.linear.argtypes = library.gated.argtypes = [ctypes.c_void_p]
     library.linear.restype = library.gated.restype = None
     return library

@@ -9,7 +9,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Self
 
+import torch
+
 from mnemosyne.kernels.cpu.library import find_compiler, load_library, processor_flags
+
+# Of a dtype, as the C++ sources name it: its bits, but for bfloat16.
+ELEMENTS = {torch.bfloat16: 17, torch.float16: 16, torch.float32: 32}
 
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA = 158, 0x1023, 18  # of Linux on x86_64
 
@@ -28,6 +33,7 @@ class InstructionSet:
     linear: str  # source of the products
     attention: str  # source of attention
     rows: str  # source of all else
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)  # of weights, activations and cache
     most_rows: int | None = None  # for which its products are faster than torch's; None: any
     extends: Self | None = None  # a set whose requirements are this one's too
     permission: Callable[[], str | None] | None = None  # asks the system; why it refuses
@@ -36,9 +42,17 @@ class InstructionSet:
         """Why these kernels cannot run here, None if they can; the first call may compile."""
         return _why_not(self)
 
-    def load(self, source: str, **constants: int) -> ctypes.CDLL:
-        """The library of one source (see ``load_library``)."""
-        return load_library(source, self.compiler_flags, **constants)
+    def why_not_in(self, dtype: torch.dtype) -> str | None:
+        """Why these kernels cannot take a dtype, None if they can."""
+        if dtype in self.dtypes:
+            return None
+        known = " and ".join(str(each).removeprefix("torch.") for each in self.dtypes)
+        return f"it computes in {known}, not {dtype}"
+
+    def load(self, source: str, dtype: torch.dtype, **constants: int) -> ctypes.CDLL:
+        """The library of one source for one of ``dtypes`` (see ``load_library``)."""
+        assert dtype in self.dtypes
+        return load_library(source, self.compiler_flags, ELEMENT=ELEMENTS[dtype], **constants)
 
 
 @cache
@@ -62,7 +76,7 @@ def _why_not_built(instructions: InstructionSet) -> str | None:
     if compiler is None:
         return "there is no C++ compiler; install g++"
     try:
-        instructions.load(instructions.linear)
+        instructions.load(instructions.linear, instructions.dtypes[0])
     except RuntimeError as error:  # a compiler older than the processor, most likely
         return f"{compiler} cannot build them, see below; install g++ 11 or newer\n{error}"
     except OSError as error:
@@ -99,4 +113,25 @@ AMX = InstructionSet(
     extends=AVX512,
     permission=allow_amx,
 )
-INSTRUCTION_SETS = (AMX, AVX512)  # the fastest first
+# The sets below widen elements in registers: any dtype, on processors without bfloat16 products.
+AVX512F = InstructionSet(
+    name="avx512f",
+    machine="x86_64",
+    flags=("avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    compiler_flags=("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+    linear="linear_vector",
+    attention="attention_vector",
+    rows="rows",
+    dtypes=tuple(ELEMENTS),
+)
+AVX2 = InstructionSet(
+    name="avx2",
+    machine="x86_64",
+    flags=("avx2", "fma", "f16c"),
+    compiler_flags=("-mavx2", "-mfma", "-mf16c"),
+    linear="linear_vector",
+    attention="attention_vector",
+    rows="rows",
+    dtypes=tuple(ELEMENTS),
+)
+INSTRUCTION_SETS = (AMX, AVX512, AVX512F, AVX2)  # the fastest first

@@ -67,14 +67,13 @@ def look_up(table_VE: Tensor, ids_T: Tensor, instructions: InstructionSet) -> Te
     """Some rows of a table.
 
     Args:
-        table_VE: bfloat16, contiguous.
+        table_VE: contiguous, a dtype of the set.
         ids_T: int64 row numbers, contiguous; each below V.
         instructions: a set that runs here.
 
     Returns:
-        ``y_TE`` bfloat16, contiguous.
+        ``y_TE`` contiguous, in the same dtype.
     """
-    assert table_VE.dtype == torch.bfloat16
     assert table_VE.is_contiguous()
     assert ids_T.dtype == torch.int64
     assert ids_T.is_contiguous()
@@ -86,7 +85,7 @@ def look_up(table_VE: Tensor, ids_T: Tensor, instructions: InstructionSet) -> Te
         *y_TE.shape,
         _num_threads(y_TE.numel()),
     )
-    launch(compile_rows(instructions).look_up, arguments)
+    launch(compile_rows(instructions, table_VE.dtype).look_up, arguments)
     return y_TE
 
 
@@ -119,7 +118,7 @@ def cos_sin(
         _num_threads(ANGLE_ELEMENTS * cos_TD.numel()),
         gain,
     )
-    launch(compile_rows(instructions).angles, arguments)
+    launch(compile_rows(instructions, instructions.dtypes[0]).angles, arguments)
     return cos_TD, sin_TD
 
 
@@ -127,20 +126,20 @@ def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float, instructions: Instructi
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dim, in float32, rounded once.
 
     Args:
-        x_TE: bfloat16, E a multiple of 32, the elements of a row contiguous; or heads ``[T, H, E]``
-            which are normed each for itself.
-        weight_E: bfloat16, contiguous.
+        x_TE: a dtype of the set, E a multiple of 32, the elements of a row contiguous; or heads
+            ``[T, H, E]`` which are normed each for itself.
+        weight_E: contiguous, in the same dtype.
         eps: added to the mean.
         instructions: a set that runs here.
 
     Returns:
-        bfloat16 of the shape of ``x_TE``, contiguous.
+        A tensor of the shape and dtype of ``x_TE``, contiguous.
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     width = x_TE.shape[-1]
     rows = x_TE if x_TE.dim() == 2 else x_TE.reshape(-1, width)
-    assert rows.dtype == weight_E.dtype == torch.bfloat16
+    assert rows.dtype == weight_E.dtype
     assert rows.stride(1) == weight_E.stride(0) == 1
     assert width % 32 == 0
     y = rows.new_empty(rows.shape)
@@ -154,7 +153,7 @@ def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float, instructions: Instructi
         _num_threads(y.numel()),
         eps,
     )
-    launch(compile_rows(instructions).rms_norm, arguments)
+    launch(compile_rows(instructions, weight_E.dtype).rms_norm, arguments)
     return y.view(x_TE.shape)
 
 
@@ -162,16 +161,15 @@ def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor, instructions: Instruct
     """Turn each pair (i, i + D/2) of every head by its row's angle, in float32, rounded once.
 
     Args:
-        x_THD: bfloat16, D a multiple of 32, the heads of a row contiguous.
+        x_THD: a dtype of the set, D a multiple of 32, the heads of a row contiguous.
         cos_TD: float32 [T, D/2], contiguous.
         sin_TD: likewise.
         instructions: a set that runs here.
 
     Returns:
-        bfloat16 of the shape of ``x_THD``, contiguous.
+        A tensor of the shape and dtype of ``x_THD``, contiguous.
     """
     num_rows, num_heads, head_dim = x_THD.shape
-    assert x_THD.dtype == torch.bfloat16
     assert x_THD.stride()[1:] == (head_dim, 1)
     assert cos_TD.dtype == sin_TD.dtype == torch.float32
     assert cos_TD.shape == sin_TD.shape == (num_rows, head_dim // 2)
@@ -189,7 +187,7 @@ def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor, instructions: Instruct
         head_dim,
         _num_threads(y_THD.numel()),
     )
-    launch(compile_rows(instructions).rotate, arguments)
+    launch(compile_rows(instructions, x_THD.dtype).rotate, arguments)
     return y_THD
 
 
@@ -197,14 +195,14 @@ def add(a_TE: Tensor, b_TE: Tensor, instructions: InstructionSet) -> Tensor:
     """``a + b``, rounded once.
 
     Args:
-        a_TE: bfloat16, contiguous, E a multiple of 32.
+        a_TE: a dtype of the set, contiguous, E a multiple of 32.
         b_TE: likewise, of the same shape.
         instructions: a set that runs here.
 
     Returns:
-        ``y_TE`` bfloat16, contiguous.
+        ``y_TE`` contiguous, in the same dtype.
     """
-    assert a_TE.dtype == b_TE.dtype == torch.bfloat16
+    assert a_TE.dtype == b_TE.dtype
     assert a_TE.shape == b_TE.shape
     assert a_TE.is_contiguous()
     assert b_TE.is_contiguous()
@@ -212,7 +210,7 @@ def add(a_TE: Tensor, b_TE: Tensor, instructions: InstructionSet) -> Tensor:
     y_TE = a_TE.new_empty(a_TE.shape)
     count = a_TE.numel()
     arguments = _Sum(a_TE.data_ptr(), b_TE.data_ptr(), y_TE.data_ptr(), count, _num_threads(count))
-    launch(compile_rows(instructions).add, arguments)
+    launch(compile_rows(instructions, a_TE.dtype).add, arguments)
     return y_TE
 
 
@@ -227,15 +225,15 @@ def write(
     """Copy the keys and values of some rows to their slots.
 
     Args:
-        k_TKD: bfloat16, the heads of a row contiguous.
+        k_TKD: a dtype of the set, the heads of a row contiguous.
         v_TKD: likewise, of the same shape.
         slots_T: int64, contiguous.
-        k_KSD: keys of the whole pool, bfloat16; each head contiguous.
+        k_KSD: keys of the whole pool, in the same dtype; each head contiguous.
         v_KSD: values, likewise, of the same strides.
         instructions: a set that runs here.
     """
     num_rows, num_heads, head_dim = k_TKD.shape
-    assert k_TKD.dtype == v_TKD.dtype == k_KSD.dtype == v_KSD.dtype == torch.bfloat16
+    assert k_TKD.dtype == v_TKD.dtype == k_KSD.dtype == v_KSD.dtype
     assert k_TKD.shape == v_TKD.shape
     assert k_TKD.stride()[1:] == v_TKD.stride()[1:] == (head_dim, 1)
     assert k_KSD.stride() == v_KSD.stride()
@@ -258,13 +256,13 @@ def write(
         head_dim,
         _num_threads(2 * k_TKD.numel()),
     )
-    launch(compile_rows(instructions).write, arguments)
+    launch(compile_rows(instructions, k_TKD.dtype).write, arguments)
 
 
 @cache
-def compile_rows(instructions: InstructionSet) -> Any:
-    """The C functions of a set; compiled if they never were on this machine."""
-    library = instructions.load(instructions.rows)
+def compile_rows(instructions: InstructionSet, dtype: torch.dtype) -> Any:
+    """The C functions of a set for one dtype; compiled if they never were on this machine."""
+    library = instructions.load(instructions.rows, dtype)
     for name in ("look_up", "angles", "rms_norm", "rotate", "add", "write"):
         kernel = getattr(library, name)
         kernel.argtypes, kernel.restype = [ctypes.c_void_p], None

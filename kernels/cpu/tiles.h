@@ -12,8 +12,16 @@
 namespace mnemosyne {
 
 using bf16 = uint16_t;
+using element = bf16;  // of what attention.h takes
 
 constexpr int GROUP = 6;  // rows of a product: 6 x 4 sums fill the registers
+
+// Where the elements of two vectors go when these are interleaved: the lower half of the result.
+alignas(64) const uint16_t INTERLEAVED[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,
+                                              37, 6, 38, 7, 39, 8,  40, 9,  41, 10, 42,
+                                              11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+
+[[gnu::always_inline]] inline void prefetch_line(const bf16* at) { _mm_prefetch((const char*)at, _MM_HINT_T1); }
 
 inline __m512 exp2_of(__m512 x) {
   // 2^x = 2^n 2^f with f in [-1/2, 1/2]; relative error below 3e-7
@@ -26,6 +34,17 @@ inline __m512 exp2_of(__m512 x) {
   y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.693146949f));
   y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.00000007f));
   return _mm512_scalef_ps(y, n);
+}
+
+// D floats, a multiple of 32, times a factor, rounded.
+template <int D>
+[[gnu::always_inline]] inline void narrow_scaled(const float* from, float factor, bf16* to) {
+  const __m512 scale = _mm512_set1_ps(factor);
+  for (int d = 0; d < D; d += 32) {
+    const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(from + d), scale);
+    const __m512 y = _mm512_mul_ps(_mm512_loadu_ps(from + d + 16), scale);
+    _mm512_storeu_si512(to + d, (__m512i)_mm512_cvtne2ps_pbh(y, x));
+  }
 }
 
 // Two neighbouring elements in every lane.

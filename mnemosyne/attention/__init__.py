@@ -51,7 +51,8 @@ __all__ = [
     "merge_partials",
 ]
 
-BACKENDS = ("auto", "amx", "avx512", "cpu", "flex", "reference", "triton")
+NATIVE = tuple(instructions.name for instructions in INSTRUCTION_SETS)
+BACKENDS = ("auto", *NATIVE, "cpu", "flex", "reference", "triton")
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +63,10 @@ def choose_backend(
     """A backend by name; one that cannot run there is refused, never replaced.
 
     Args:
-        name: ``amx``, ``avx512``, ``cpu``, ``flex``, ``reference``, ``triton``, or ``auto``: on
-            CPU the first of ``amx``, ``avx512`` and ``cpu`` that can run; on a GPU ``triton``, and
-            ``flex`` for decodes or chunks where the GPU suite measured that to be the faster.
+        name: an instruction set of the C++ kernels (see ``kernels.cpu.processor``), ``cpu``,
+            ``flex``, ``reference``, ``triton``, or ``auto``: on CPU the fastest set that runs
+            here, else ``cpu``; on a GPU ``triton``, and ``flex`` for decodes or chunks where the
+            GPU suite measured that to be the faster.
         device: where q, k and v are.
         dtype: of q, k and v.
         head_dim: of q, k and v.
@@ -120,7 +122,7 @@ def _usual_on_cpu(dtype: torch.dtype, head_dim: int) -> str:
         if why_not is None:
             log.info("attention is %s: %s", instructions.name, passed_over or "it runs here")
             return instructions.name
-    if dtype == torch.bfloat16:
+    if dtype in INSTRUCTION_SETS[-1].dtypes:
         log.warning("attention is cpu, not the faster %s: %s", INSTRUCTION_SETS[-1].name, why_not)
     return "cpu"
 
@@ -132,7 +134,7 @@ def _native_backend(
     _require(name, "device", device.type == "cpu", "cpu", device)
     if (why_not := why_not_native(instructions, dtype, head_dim)) is not None:
         raise ValueError(f"attention={name} must be able to run, but {why_not}; use attention=cpu")
-    return NativeBackend(instructions, head_dim)
+    return NativeBackend(instructions, head_dim, dtype)
 
 
 def _triton_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:

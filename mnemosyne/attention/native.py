@@ -28,7 +28,7 @@ class _Table:
 
 
 class NativeBackend:
-    """Flash attention in bfloat16, page tables read in place, statistics in float32.
+    """Flash attention in the dtypes of a set, page tables read in place, statistics in float32.
 
     Rows of all requests are computed in one call. The bits of a row do not depend on the chunk it
     came in, on its company, or on the number of threads. Temporaries: about a megabyte a thread,
@@ -38,13 +38,16 @@ class NativeBackend:
     Args:
         instructions: a set that runs here; sets round differently.
         head_dim: D; its kernel is compiled on this machine's first use of it, in seconds.
+        dtype: of q, k and v.
     """
 
-    def __init__(self, instructions: InstructionSet, head_dim: int) -> None:
+    def __init__(self, instructions: InstructionSet, head_dim: int, dtype: torch.dtype) -> None:
         self.name = instructions.name
         self.can_record = True
         self._instructions = instructions
-        compile_attention(head_dim, instructions)  # now, rather than in somebody's first step
+        compile_attention(
+            head_dim, instructions, dtype
+        )  # now, rather than in somebody's first step
 
     def prepare(self, batch: AttentionBatch, window: int | None, device: torch.device) -> _Table:
         """Lay the segments out as a table (see ``AttentionBackend``)."""
@@ -163,8 +166,8 @@ def _lay_out(batch: AttentionBatch) -> tuple[np.ndarray, np.ndarray]:
 
 def why_not_native(instructions: InstructionSet, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the kernels of a set cannot serve a model here, None if they can."""
-    if dtype != torch.bfloat16:
-        return f"it computes in bfloat16, not {dtype}"
+    if (why_not := instructions.why_not_in(dtype)) is not None:
+        return why_not
     if head_dim not in HEAD_DIMS:
         return f"it takes head dims that are multiples of 32 up to 256, not {head_dim}"
     return instructions.why_not()

@@ -45,8 +45,8 @@ def choose_operators(
     """A set by name; one that cannot run there is refused, never replaced.
 
     Args:
-        name: ``torch``, an instruction set of the C++ kernels, or ``auto``: on CPU in bfloat16
-            the fastest instruction set that runs here, else ``torch``.
+        name: ``torch``, an instruction set of the C++ kernels, or ``auto``: on CPU the
+            fastest instruction set that runs here and takes the dtype, else ``torch``.
         device: where the model computes.
         dtype: of weights and activations.
         widths: by name, the row lengths that a named set must be able to take.
@@ -86,8 +86,8 @@ def _why_not(
 ) -> str | None:
     if device.type != "cpu":
         return f"it computes on cpu, not {device}"
-    if dtype != torch.bfloat16:
-        return f"it computes in bfloat16, not {dtype}"
+    if (why_not := instructions.why_not_in(dtype)) is not None:
+        return why_not
     for width, size in widths.items():
         if size % VECTOR:
             return f"it takes rows of multiples of {VECTOR} elements, and {width} is {size}"

@@ -1,4 +1,4 @@
-"""The C++ kernels: no worse than eager bfloat16, and the same bits however a row is computed."""
+"""The C++ kernels: no worse than eager torch, and the same bits however a row is computed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from mnemosyne.attention import NativeBackend, ReferenceBackend
 from mnemosyne.attention.native import FixedNative
 from mnemosyne.kernels.cpu.library import load_library
-from mnemosyne.kernels.cpu.processor import AVX512, INSTRUCTION_SETS
+from mnemosyne.kernels.cpu.processor import INSTRUCTION_SETS
 from tests.attention.cases import (
     LAYOUTS,
     WINDOWS,
@@ -23,6 +23,8 @@ from tests.attention.cases import (
     make_case,
 )
 from tests.attention.test_backends import seen_only
+from tests.kernels import sets
+from tests.kernels.sets import Kernels
 
 HEADS = (  # K, G, D
     *((2, 1, 32), (2, 2, 64), (1, 3, 96), (1, 4, 128), (1, 1, 160), (1, 2, 256), (1, 8, 64)),
@@ -31,17 +33,17 @@ HEADS = (  # K, G, D
 LONG = [Rows(1, 16500), Rows(70, 8150), Rows(3, 20000)]  # beyond two partial results
 REFERENCE = ReferenceBackend()
 
-pytestmark = pytest.mark.skipif(AVX512.why_not() is not None, reason=str(AVX512.why_not()))
-
-
 Backend = Callable[[int], NativeBackend]  # from its head dim
 
 
 @pytest.fixture(params=INSTRUCTION_SETS, ids=lambda instructions: instructions.name)
 def backend(request: pytest.FixtureRequest) -> Backend:
-    if (why_not := request.param.why_not()) is not None:
-        pytest.skip(why_not)
-    return partial(NativeBackend, request.param)
+    """Of each set, in bfloat16."""
+    kernels = sets.runnable(Kernels(request.param, torch.bfloat16))
+    return partial(NativeBackend, kernels.instructions, dtype=kernels.dtype)
+
+
+OTHER_DTYPES = [kernels for kernels in sets.ALL if kernels.dtype != torch.bfloat16]
 
 
 def make_long(head_dim: int = 64) -> Case:
@@ -50,7 +52,7 @@ def make_long(head_dim: int = 64) -> Case:
 
 
 def assert_within_budget(backend: Backend, case: Case, window: int | None = None) -> None:
-    """The error of a case in bfloat16 is within that of eager torch."""
+    """The error of a case is within that of eager torch in the same dtype."""
     out, lse = case.attend(backend(case.q_THD.shape[-1]), window, return_lse=True)
 
     exact_out, exact_lse = case.to(torch.float64).attend(REFERENCE, window, return_lse=True)
@@ -70,6 +72,16 @@ def test_a_mixed_batch_is_no_worse_than_eager(
     backend: Backend, heads: tuple[int, int, int], layout: str, window: int | None
 ) -> None:
     assert_within_budget(backend, make_case(heads=heads, layout=layout).to(torch.bfloat16), window)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("kernels", OTHER_DTYPES, ids=str)
+def test_other_dtypes_are_no_worse_than_eager(kernels: Kernels, window: int | None) -> None:
+    instructions, dtype = sets.runnable(kernels)
+    backend = partial(NativeBackend, instructions, dtype=dtype)
+
+    assert_within_budget(backend, make_case(heads=(2, 2, 64)).to(dtype), window)
+    assert_within_budget(backend, make_long().to(dtype), window)
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 256])
@@ -106,7 +118,24 @@ def test_a_row_has_the_same_bits_in_any_chunk_company_and_number_of_threads(
     window: int | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    together = make_long(head_dim).to(torch.bfloat16)
+    assert_same_bits_alone(backend, make_long(head_dim).to(torch.bfloat16), window, monkeypatch)
+
+
+@pytest.mark.parametrize("kernels", OTHER_DTYPES, ids=str)
+def test_a_row_of_another_dtype_has_the_same_bits_in_any_chunk(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instructions, dtype = sets.runnable(kernels)
+    backend = partial(NativeBackend, instructions, dtype=dtype)
+
+    assert_same_bits_alone(backend, make_long().to(dtype), None, monkeypatch)
+
+
+def assert_same_bits_alone(
+    backend: Backend, together: Case, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of a case by themselves, with one thread, as in the case."""
+    head_dim = together.q_THD.shape[-1]
     out, lse = together.attend(backend(head_dim), window, return_lse=True)
     assert lse is not None
 
@@ -154,13 +183,16 @@ def test_pages_far_apart_in_a_large_pool_are_found(
 def test_a_library_is_compiled_once_and_kept(
     tmp_path: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    able = next((each for each in INSTRUCTION_SETS if each.why_not() is None), None)
+    if able is None:
+        pytest.skip("; ".join(str(each.why_not()) for each in INSTRUCTION_SETS))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     load_library.cache_clear()
 
-    first = AVX512.load("attention_avx512", HEAD_DIM=32)
+    first = able.load(able.attention, torch.bfloat16, HEAD_DIM=32)
     load_library.cache_clear()
     monkeypatch.setattr("mnemosyne.kernels.cpu.library._compile", pytest.fail)
-    second = AVX512.load("attention_avx512", HEAD_DIM=32)
+    second = able.load(able.attention, torch.bfloat16, HEAD_DIM=32)
 
     assert first._name == second._name
     assert first._name.startswith(str(tmp_path))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from mnemosyne.attention import NativeBackend
-from mnemosyne.kernels.cpu.processor import AMX, AVX512
+from mnemosyne.kernels.cpu.processor import AVX512, INSTRUCTION_SETS
 from mnemosyne.kernels.cpu.tape import Tape
 from mnemosyne.llm import LLM
 from mnemosyne.runtime.graphs import DecodeGraphs, record_decodes
@@ -58,12 +58,17 @@ def graphs_of(worker: Worker) -> DecodeGraphs:
 
 
 @pytest.mark.parametrize(
-    ("family", "attention"), [*((family, "avx512") for family in FAMILIES), ("mistral", "amx")]
+    ("family", "attention"),
+    [
+        *((family, "avx512") for family in FAMILIES),
+        *(("mistral", "amx"), ("llama", "avx512f"), ("qwen3", "avx2")),
+    ],
 )
 def test_replayed_steps_have_the_bits_of_computed_ones(
     family: str, attention: str, tmp_path: Path
 ) -> None:
-    if attention == "amx" and (why_not := AMX.why_not()) is not None:
+    (instructions,) = (each for each in INSTRUCTION_SETS if each.name == attention)
+    if (why_not := instructions.why_not()) is not None:
         pytest.skip(why_not)
     window = 24 if family == "mistral" else None
     with open_bfloat16(
@@ -91,7 +96,7 @@ def test_replayed_steps_have_the_bits_of_computed_ones(
         for lengths in ((1, 33, 41), (40,)):
             llm.generate(random_prompts(lengths), greedy(NUM_TOKENS))
 
-    assert set(held) == {1, 3}  # three rows and one of padding
+    assert {1, 3} <= set(held)  # three rows and one of padding
     assert len(held) >= 2 * (NUM_TOKENS - 1)
 
 
