@@ -1,1 +1,1 @@
-"""C++ kernels for processors with AVX-512 BF16, one file per operator, beside its Python door."""
+"""C++ kernels by instruction set, one file per operator, beside its Python door."""
