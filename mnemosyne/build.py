@@ -12,7 +12,7 @@ import torch
 from mnemosyne.cache.capacity import count_pages, describe_cache, tokens_per_group
 from mnemosyne.cache.pages import PagePool
 from mnemosyne.checkpoint import Checkpoint, Progress, find_checkpoint, weight_bytes
-from mnemosyne.compute import AS_THEY_ARE, Wraps, choose_compute
+from mnemosyne.compute import AS_THEY_ARE, Compute, Wraps, choose_compute
 from mnemosyne.config import CacheConfig, EngineConfig, MetricsConfig
 from mnemosyne.device import choose_device
 from mnemosyne.kernels.cpu.memory import keep_freed
@@ -41,6 +41,7 @@ from mnemosyne.schedule.scheduler import build_scheduler
 from mnemosyne.schedule.work import WorkModel
 from mnemosyne.serve.engine import Engine
 from mnemosyne.serve.intake import Intake
+from mnemosyne.shape import ModelShape
 from mnemosyne.step_times import describe_machine, fit_step_times
 
 log = logging.getLogger(__name__)
@@ -101,15 +102,7 @@ def build_rank(
     trace = _trace(config.metrics, mesh, device)
     model = wraps.model(compute.model(decoder, compiling))
     layers = _layer_shape(decoder, spec)
-    pool = PagePool(
-        num_pages=num_pages,
-        page_size=config.cache.page_size,
-        num_layers=len(decoder.layers),
-        num_kv_heads=local.num_kv_heads,
-        head_dim=local.head_dim,
-        dtype=dtype,
-        device=device,
-    )
+    pool = _pool(config.cache, num_pages, local, len(decoder.layers), compute)
     worker = Worker(
         model,
         layers,
@@ -224,6 +217,20 @@ def _find(config: EngineConfig, progress: Progress | None) -> tuple[torch.device
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # Triton launches on the current one
     return device, checkpoint
+
+
+def _pool(
+    config: CacheConfig, num_pages: int, local: ModelShape, num_layers: int, compute: Compute
+) -> PagePool:
+    return PagePool(
+        num_pages=num_pages,
+        page_size=config.page_size,
+        num_layers=num_layers,
+        num_kv_heads=local.num_kv_heads,
+        head_dim=local.head_dim,
+        dtype=compute.dtype,
+        device=compute.device,
+    )
 
 
 def _count_pages(

@@ -135,7 +135,7 @@ TABLE = {
                 "kernels",
             ),
             *("parallel", "runtime", "serve", "simulate", "model_zoo"),
-            *("compute", "device", "roofline", "step_times"),
+            *("compute", "device", "roofline", "shape", "step_times"),
         ),
         _CORE,
     ),
