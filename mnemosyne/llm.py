@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
-from mnemosyne.build import Rank, build_engine, build_rank
 from mnemosyne.checkpoint import Progress
 from mnemosyne.config import (
     CacheConfig,
@@ -18,21 +15,16 @@ from mnemosyne.config import (
     ScheduleConfig,
     SloConfig,
 )
-from mnemosyne.metrics import StepListener, StepLog, StepRecord
+from mnemosyne.metrics import StepRecord
 from mnemosyne.options import typed
-from mnemosyne.parallel.keys import MeshKey, mesh_key
-from mnemosyne.parallel.trace import Trace, claim_trace, write_trace
 from mnemosyne.request import Piece, RequestOutput, SamplingParams
 from mnemosyne.schedule.predictor import Predictor
 from mnemosyne.serve.calls import add_call, read_call
 from mnemosyne.serve.chat import Message
 from mnemosyne.serve.engine import Engine
-from mnemosyne.serve.ownership import Claim, Ownership
 from mnemosyne.serve.prompts import Prompt, list_conversations
 from mnemosyne.serve.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from mnemosyne.crew import Driver, Follower
+from mnemosyne.session import Session
 
 
 class LLM:
@@ -102,7 +94,10 @@ class LLM:
             mesh=typed("mesh", MeshConfig, mesh),
             metrics=typed("metrics", MetricsConfig, metrics),
         )
-        self._open(config, on_step, predictor, progress, compiling)
+        self.config = config
+        self._session = Session(
+            config, on_step=on_step, predictor=predictor, progress=progress, compiling=compiling
+        )
 
     @classmethod
     def from_config(
@@ -116,52 +111,16 @@ class LLM:
     ) -> Self:
         """The same from a whole config, as the command line makes it."""
         llm = cls.__new__(cls)
-        llm._open(config, on_step, predictor, progress, compiling)
+        llm.config = config
+        llm._session = Session(
+            config, on_step=on_step, predictor=predictor, progress=progress, compiling=compiling
+        )
         return llm
-
-    def _open(
-        self,
-        config: EngineConfig,
-        on_step: Callable[[StepRecord], None] | None,
-        predictor: Predictor | None,
-        progress: Progress | None,
-        compiling: Progress | None,
-    ) -> None:
-        self.config = config
-        # the files are rank 0's; whether they can be written is known before weights are read
-        writes = config.mesh.world_size == 1 or os.environ.get("RANK", "0") == "0"
-        if writes and config.metrics.trace:
-            claim_trace(config.metrics.trace)
-        path = config.metrics.path if writes else None
-        self._step_log = StepLog(path) if path else None
-        # apart from the log of steps: one may fail without the other
-        self._on_step = None if on_step is None else StepListener(on_step)
-        self._ownership = Ownership()
-        self._engine: Engine | None = None
-        self._trace: Trace | None = None
-        self._driver: Driver | None = None
-        self._follower: Follower | None = None
-        try:
-            key = mesh_key(config.mesh.key) if config.mesh.world_size > 1 else None
-            rank = build_rank(config, progress=progress, compiling=compiling)
-            self._trace = rank.trace
-            if rank.mesh.world_size > 1:
-                self._driver, self._follower = _join(rank, key)
-            if self._follower is None:
-                self._engine = build_engine(
-                    rank, config, crew=self._driver, predictor=predictor, on_step=self._record
-                )
-                self._ownership = self._engine.ownership
-            if self._driver is not None:
-                self._driver.tell_ready(self._engine)
-        except BaseException as error:
-            self._close(error)
-            raise
 
     @property
     def is_driver(self) -> bool:
         """Whether this is rank 0 or the only one, which prints, writes and steps the engine."""
-        return self._follower is None
+        return self._session.follower is None
 
     @property
     def engine(self) -> Engine:
@@ -170,11 +129,7 @@ class LLM:
         Raises:
             ValueError: after ``close``, and on every rank of a mesh but the first.
         """
-        if self._follower is not None:
-            raise ValueError("LLM.engine must be used on rank 0 alone; call follow() on the others")
-        if self._engine is None:
-            raise ValueError("LLM must be open, got one that was closed; make a new LLM")
-        return self._engine
+        return self._session.engine
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -206,11 +161,12 @@ class LLM:
             ValueError: if the numbers of prompts and params differ, or the engine is used by a
                 stream that is not at its end or an ``AsyncEngine``; in a fork of the process.
         """
-        if self._follower is not None:
-            with self._claim("LLM.generate"):
-                return self._follower.follow_call()
+        follower = self._session.follower
+        if follower is not None:
+            with self._session.claim("LLM.generate"):
+                return follower.follow_call()
         asked = read_call(self.engine.intake, prompts, params)
-        with self._idle_engine("LLM.generate") as (engine, _):
+        with self._session.idle_engine("LLM.generate") as (engine, _):
             outputs = add_call(engine, asked)
             if progress:
                 from mnemosyne.serve.progress import Bars
@@ -222,7 +178,7 @@ class LLM:
                             bars.update(piece)
             while engine.has_work:
                 engine.step()
-            self._tell_outputs(outputs)
+            self._session.tell_outputs(outputs)
         return outputs
 
     def chat(
@@ -273,12 +229,13 @@ class LLM:
         Raises:
             ValueError: as ``generate`` does, when the first piece is asked for.
         """
-        if self._follower is not None:
-            with self._claim("LLM.stream"):
-                self._follower.follow_call()
+        follower = self._session.follower
+        if follower is not None:
+            with self._session.claim("LLM.stream"):
+                follower.follow_call()
             return
         asked = read_call(self.engine.intake, prompts, params)
-        with self._idle_engine("LLM.stream", ends_alone=False) as (engine, claim):
+        with self._session.idle_engine("LLM.stream", ends_alone=False) as (engine, claim):
             outputs = add_call(engine, asked)
             index_of = {
                 sample.request_id: index
@@ -295,20 +252,20 @@ class LLM:
                         yield index_of[piece.request_id], piece
                         claim.act()
             except GeneratorExit:  # nobody wants the rest, which is no error on any rank
-                if self._ownership.is_here:  # not in a fork, which has a copy of the iterator
+                if self._session.is_here:  # not in a fork, which has a copy of the iterator
                     claim.act()
                     engine.abort("cancelled")
-                    self._tell_outputs(outputs)
+                    self._session.tell_outputs(outputs)
                 raise
-            self._tell_outputs(outputs)
+            self._session.tell_outputs(outputs)
 
     def follow(self) -> None:
         """On every rank of a mesh but the first: take part until rank 0 closes its LLM.
 
         For programs in which rank 0 uses ``engine`` itself; ``generate`` needs no such call.
         """
-        if self._follower is not None:
-            self._follower.follow_to_the_end()
+        if self._session.follower is not None:
+            self._session.follower.follow_to_the_end()
 
     def close(self) -> None:
         """Release model and cache; unfinished requests are cancelled.
@@ -317,22 +274,7 @@ class LLM:
         off. On a mesh, rank 0 lets the others go, and they wait for it here. In a fork of the
         process it does nothing.
         """
-        self._close(None)
-
-    def _close(self, error: BaseException | None) -> None:
-        if not self._ownership.is_here:
-            return
-        if self._engine is not None:
-            self._engine.close()
-        if self._driver is not None:
-            self._driver.close(error)
-        elif self._trace is not None and self.config.metrics.trace and self._follower is None:
-            write_trace(self.config.metrics.trace, [self._trace.dump()])
-        if self._follower is not None:
-            self._follower.close(error)
-        self._engine = self._driver = self._follower = self._trace = None
-        if self._step_log is not None:
-            self._step_log.close()
+        self._session.close(None)
 
     def __enter__(self) -> Self:
         return self
@@ -343,54 +285,4 @@ class LLM:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._close(error)
-
-    def _tell_outputs(self, outputs: list[RequestOutput]) -> None:
-        """End the call on the other ranks, which return the same."""
-        if self._driver is not None:
-            self._driver.tell_outputs(outputs)
-
-    def _record(self, record: StepRecord) -> None:
-        if self._step_log is not None:
-            self._step_log.write(record)
-        if self._on_step is not None:
-            self._on_step(record)
-
-    def _claim(self, name: str, *, ends_alone: bool = True) -> AbstractContextManager[Claim]:
-        """The use of this rank's part for one call.
-
-        On a mesh calls do not wait for one another: each rank would choose an order of its own.
-        """
-        return self._ownership.claim(
-            name,
-            ends_alone=ends_alone,
-            remedy="exhaust or close its stream first, or use AsyncEngine",
-            waits=self.config.mesh.world_size == 1,
-        )
-
-    @contextmanager
-    def _idle_engine(self, name: str, *, ends_alone: bool = True) -> Iterator[tuple[Engine, Claim]]:
-        """The engine, for one call at a time; whatever interrupts it ends what still runs."""
-        with self._claim(name, ends_alone=ends_alone) as claim:
-            engine = self.engine
-            if engine.has_work:
-                raise ValueError(
-                    f"{name} must have an idle engine, got one with requests that were added to "
-                    "it; step it until they are done, or use AsyncEngine"
-                )
-            try:
-                yield engine, claim
-            except GeneratorExit:
-                raise
-            except BaseException as error:
-                engine.abort("cancelled")
-                if self._driver is not None:
-                    self._driver.tell_interrupted(error)
-                raise
-
-
-def _join(rank: Rank, key: MeshKey | None) -> tuple[Driver | None, Follower | None]:
-    """This rank's tie to the others of its mesh."""
-    from mnemosyne.crew import Driver, Follower  # one process needs no channel
-
-    return (Driver(rank, key), None) if rank.mesh.rank == 0 else (None, Follower(rank, key))
+        self._session.close(error)

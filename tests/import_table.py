@@ -63,11 +63,15 @@ TABLE = {
     "options": Rule(("config",)),
     "llm": Rule(
         (
-            "options",
+            *("options", "session", "checkpoint", "config", "metrics", "request", "serve"),
+            "schedule.predictor",
+        ),
+    ),
+    "session": Rule(
+        (
             *("build", "checkpoint", "config", "crew", "metrics", "request", "serve"),
             *("parallel.keys", "parallel.trace", "schedule.predictor"),
         ),
-        ("numpy",),
     ),
     "__main__": Rule(("cli", "process")),
     "process": Rule(),
