@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("bench") / "tiny")
 
 
-def engine_on(path: Path, *, fills: bool) -> Ours:
+def engine_on(path: Path, *, fills: bool, chunk: int | str = 7) -> Ours:
     config = EngineConfig(
         model=str(path),
         dtype="float64",
         device="cpu",
-        schedule=ScheduleConfig(chunk=7),
+        schedule=ScheduleConfig(chunk=chunk, saved_fit=False),
         cache=CacheConfig(max_tokens=2048, page_size=16),
     )
     return Ours({"threads": 1, "fills": fills, "engine": asdict(config)})
@@ -48,6 +49,18 @@ def test_it_gives_the_tokens_of_the_library(checkpoint: Path) -> None:
     runs = [serve(engine, [request(prompt) for prompt in prompts]) for _ in range(2)]
 
     assert [[answer["token_ids"] for answer in run] for run in runs] == [expected] * 2
+
+
+def test_step_times_are_measured_before_the_first_request(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="mnemosyne")
+
+    engine = engine_on(checkpoint, fills=False, chunk="adaptive")
+
+    assert "step times fitted" in caplog.text
+    serve(engine, [request(prompt) for prompt in random_prompts([30, 12])])
+    assert caplog.text.count("step times fitted") == 1
 
 
 def test_a_filled_prompt_takes_one_step_and_teaches_nothing(checkpoint: Path) -> None:

@@ -66,6 +66,7 @@ class Ours:
         config = _engine_config(settings["engine"])
         rank = build_rank(config, wraps=wraps)
         built = build_engine(rank, config)
+        built.measure()  # before any clock starts
         self.executor = SkippingExecutor(wraps.executor(LocalExecutor(rank.worker)))
         log = StepLog(config.metrics.path) if config.metrics.path else None
         self._engine = Engine(
