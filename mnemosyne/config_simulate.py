@@ -18,6 +18,8 @@ from mnemosyne.config import (
 )
 
 GPU_TARGET_TBT = 0.03  # seconds; what the paper promises
+MOST_GPUS = 4096  # of a plan, which judges every layout of them
+MOST_DECODES = 4096  # beside a prefill, of which each is counted by itself
 GPU_MEMORY_SHARE = 0.9  # of what the weights leave; the rest is for activations and the allocator
 
 
@@ -172,8 +174,15 @@ class PlanConfig:
         self.context = parse_size(self.context, "context")
         names = ("gpus", "context", "output", "max_chunk", "page_size")
         check_positive(self, names, "", "1 is the least")
-        if self.decodes is not None and self.decodes < 1:
-            raise ValueError(f"decodes must be >= 1 or null, got {self.decodes}; 1 is the least")
+        if self.gpus > MOST_GPUS:
+            raise ValueError(
+                f"gpus must be at most {MOST_GPUS}, got {self.gpus}; plan for a part of them"
+            )
+        if self.decodes is not None and not 1 <= self.decodes <= MOST_DECODES:
+            raise ValueError(
+                f"decodes must lie in [1, {MOST_DECODES}] or be null, got {self.decodes}; "
+                "null finds the best number"
+            )
         if not 0 < self.memory_share < 1:
             raise ValueError(
                 f"memory_share must lie in (0, 1), got {self.memory_share}; 0.9 is usual"

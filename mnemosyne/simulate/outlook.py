@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 
 import numpy as np
 
@@ -63,8 +64,14 @@ class Outlook:
         # each decode is in one of the steps in flight, and comes round when its step is through
         return max(sum(stages) + hops, len(stages) * max(stages))
 
-    def ttft_s(self, decodes: int, budget_s: float) -> float:
-        """Time of a prefill whose chunks leave every pass within the budget, decodes included."""
+    def ttft_s(self, decodes: int, budget_s: float, *, limit_s: float = inf) -> float:
+        """Time of a prefill whose chunks leave every pass within the budget, decodes included.
+
+        Args:
+            decodes: requests that decode.
+            budget_s: of a pass.
+            limit_s: once the time is sure to be longer, some longer time than this is returned.
+        """
         last = self._last_start(CHUNK_MULTIPLE)
         starts = [
             last * i // INTERVALS // CHUNK_MULTIPLE * CHUNK_MULTIPLE for i in range(INTERVALS)
@@ -74,9 +81,11 @@ class Outlook:
             chunk = self.chunk_at(start, decodes, budget_s)
             stages, hops = self._pass(decodes, start, chunk)
             per_token.append(max(stages) / chunk)
+            least = (sum(per_token) - (per_token[0] + per_token[-1]) / 2) / INTERVALS
+            if least * self.context > limit_s:
+                return least * self.context
         fill_s = sum(stages) + hops - max(stages)
-        mean = (sum(per_token) - (per_token[0] + per_token[-1]) / 2) / INTERVALS
-        return mean * self.context + fill_s
+        return least * self.context + fill_s
 
     def chunk_at(self, start: int, decodes: int, budget_s: float) -> int:
         """The largest chunk from position ``start`` whose pass stays within the budget.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from math import inf
 
 from mnemosyne.config import MeshConfig
 from mnemosyne.config_simulate import PlanConfig
@@ -97,8 +98,25 @@ def layouts(gpus: int) -> Iterator[MeshConfig]:
                     yield MeshConfig(pp=world // tp // kvp, kvp=kvp, tp=tp, ffn=ffn)
 
 
-def judge(config: PlanConfig, shape: ModelShape, mesh: MeshConfig, cut: CutStages) -> Verdict:
-    """What becomes of one layout."""
+def judge(
+    config: PlanConfig,
+    shape: ModelShape,
+    mesh: MeshConfig,
+    cut: CutStages,
+    *,
+    only_rank: bool = False,
+) -> Verdict:
+    """What becomes of one layout.
+
+    More decodes make every pass longer: once a number of them is too many, so are all larger ones.
+
+    Args:
+        config: hardware, length, targets.
+        shape: the model.
+        mesh: the layout.
+        cut: as for ``plan_layouts``.
+        only_rank: work out no time of a layout that is too slow once that is certain.
+    """
     replicas = config.gpus // mesh.world_size
     try:
         stages = cut(shape, mesh)
@@ -130,7 +148,11 @@ def judge(config: PlanConfig, shape: ModelShape, mesh: MeshConfig, cut: CutStage
         max_chunk=config.max_chunk,
     )
     slots = capacity // (int(config.context) + config.output)
-    trials = [_at_load(config, held, outlook, decodes) for decodes in _loads(config, slots)]
+    trials: list[Verdict] = []
+    for decodes in _loads(config, slots):
+        trials.append(_at_load(config, held, outlook, decodes, only_rank))
+        if trials[-1].rank is not Rank.FITS:
+            break
     return max(trials, key=lambda v: (v.rank, v.goodput, -(v.ttft_s or 0.0)))
 
 
@@ -171,12 +193,9 @@ def remedies(
     steady = [v.tbt_s for v in slow if v.tbt_s and (v.ttft_s or 0) <= float(config.slo.ttft)]
     if steady:
         found.append(Remedy("slo.tbt", min(steady), min(steady) / float(config.slo.tbt)))
-    gpus = 2 * config.gpus
-    while gpus <= MOST_GPUS:
-        if _fits_somewhere(replace(config, gpus=gpus, decodes=1), shape, cut):
-            found.append(Remedy("gpus", gpus, gpus / config.gpus))
-            break
-        gpus *= 2
+    gpus = _fewest_gpus(config, shape, cut)
+    if gpus:
+        found.append(Remedy("gpus", gpus, gpus / config.gpus))
     context = _largest_context(config, shape, cut)
     if context:
         found.append(Remedy("context", context, int(config.context) / context))
@@ -191,11 +210,15 @@ def _loads(config: PlanConfig, slots: int) -> list[int]:
     return [2**power for power in range(10) if 2**power <= most]
 
 
-def _at_load(config: PlanConfig, held: Verdict, outlook: Outlook, decodes: int) -> Verdict:
+def _at_load(
+    config: PlanConfig, held: Verdict, outlook: Outlook, decodes: int, only_rank: bool
+) -> Verdict:
     """The verdict if that many requests decode beside a prefill."""
     slo_tbt, slo_ttft = float(config.slo.tbt), float(config.slo.ttft)
     tbt_s = outlook.tbt_s(decodes, min(CHUNK, int(config.context)))
-    ttft_s = outlook.ttft_s(decodes, slo_tbt)
+    if only_rank and tbt_s > slo_tbt:
+        return replace(held, rank=Rank.TOO_SLOW)
+    ttft_s = outlook.ttft_s(decodes, slo_tbt, limit_s=slo_ttft if only_rank else inf)
     seen = replace(held, rank=Rank.TOO_SLOW, decodes=decodes, tbt_s=tbt_s, ttft_s=ttft_s)
     if tbt_s > slo_tbt:
         return replace(seen, reason=f"TBT over {1e3 * slo_tbt:g} ms")
@@ -219,8 +242,26 @@ def _why_behind(verdict: Verdict, best: Verdict) -> str:
     return "larger TTFT" if verdict.ttft_s > best.ttft_s else "more ranks for the same"
 
 
-def _fits_somewhere(config: PlanConfig, shape: ModelShape, cut: CutStages) -> bool:
-    return any(judge(config, shape, m, cut).rank is Rank.FITS for m in layouts(config.gpus))
+def _fits_somewhere(
+    config: PlanConfig, shape: ModelShape, cut: CutStages, *, but_on: int = 0
+) -> bool:
+    """Whether a layout fits, those left out whose replicas fill ``but_on`` GPUs as well."""
+    return any(
+        judge(config, shape, mesh, cut, only_rank=True).rank is Rank.FITS
+        for mesh in layouts(config.gpus)
+        if not but_on or but_on % mesh.world_size
+    )
+
+
+def _fewest_gpus(config: PlanConfig, shape: ModelShape, cut: CutStages) -> int | None:
+    """A power of two times the GPUs, on which one decode beside a prefill fits."""
+    gpus, tried = 2 * config.gpus, 0
+    while gpus <= MOST_GPUS:
+        one = replace(config, gpus=gpus, decodes=1)
+        if _fits_somewhere(one, shape, cut, but_on=tried):
+            return gpus
+        gpus, tried = 2 * gpus, gpus
+    return None
 
 
 def _largest_context(config: PlanConfig, shape: ModelShape, cut: CutStages) -> int | None:

@@ -22,7 +22,7 @@ from mnemosyne.config_simulate import PlanConfig
 from mnemosyne.model_zoo.spec import read_spec
 from mnemosyne.simulate.footprint import Footprint, activation_bytes, footprint
 from mnemosyne.simulate.outlook import Outlook
-from mnemosyne.simulate.planner import Rank, frontier, layouts, plan_layouts, remedies
+from mnemosyne.simulate.planner import Rank, frontier, judge, layouts, plan_layouts, remedies
 from mnemosyne.simulate.workload import Arrival
 from tests.engines import PAGE_SIZE, add, greedy, model_of, open_tiny, pool_of, random_prompts
 from tests.model_zoo.tiny import tiny_checkpoint
@@ -189,6 +189,43 @@ def test_a_plan_that_fits_nowhere_comes_with_changes_after_which_it_does() -> No
         assert plan_layouts(whole, shape, stages_of)[0].rank is Rank.FITS, change
 
 
+@pytest.mark.parametrize(
+    ("words", "most"),
+    [
+        (["gpus=2", "context=64K", "slo.ttft=100s", "efficiency.step_overhead=3"], 2_000),
+        (["gpus=2", "context=64K", "slo.ttft=1ms"], 10_000),
+        (["gpus=2", "context=64K", "slo.tbt=1us"], 2_000),
+    ],
+)
+def test_targets_that_nothing_meets_are_given_up_after_few_steps(
+    words: list[str], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, shape = _plan_config(*words), find_shape("llama3_8b")
+    steps: list[int] = []
+    judge_pass = Outlook._pass
+
+    def counted(self: Outlook, decodes: int, start: int, chunk: int) -> Any:
+        steps.append(chunk)
+        return judge_pass(self, decodes, start, chunk)
+
+    monkeypatch.setattr(Outlook, "_pass", counted)
+
+    verdicts = plan_layouts(config, shape, stages_of)
+    remedies(config, shape, stages_of, verdicts)
+
+    assert verdicts[0].rank is Rank.TOO_SLOW
+    assert len(steps) < most
+
+
+@pytest.mark.parametrize("words", [("slo.ttft=8s",), ("slo.ttft=2s",), ("slo.tbt=8ms",)])
+def test_a_rank_alone_is_that_of_the_whole_verdict(words: tuple[str, ...]) -> None:
+    config, shape = _plan_config("gpus=8", "context=128K", *words), find_shape("llama3_8b")
+
+    for mesh in layouts(8):
+        whole = judge(config, shape, mesh, stages_of)
+        assert judge(config, shape, mesh, stages_of, only_rank=True).rank is whole.rank
+
+
 def test_a_larger_budget_never_takes_longer() -> None:
     config, shape = _plan_config("gpus=8", "context=128K"), find_shape("llama3_8b")
     best = plan_layouts(config, shape, stages_of)[0]
@@ -234,7 +271,9 @@ def test_the_command_prints_a_table_and_writes_its_files(
         (["model=bench", "slo.ttft=soon"], "slo.ttft must be a positive time, got 'soon'"),
         (["model=bench", "gpus=0"], "gpus must be a positive number, got 0"),
         (["model=bench", "gpu=8"], "did you mean gpus?"),
-        (["model=bench", "decodes=0"], "decodes must be >= 1 or null, got 0"),
+        (["model=bench", "decodes=0"], "decodes must lie in [1, 4096] or be null, got 0"),
+        (["model=bench", "decodes=1000000000"], "decodes must lie in [1, 4096] or be null"),
+        (["model=bench", "gpus=1000000000"], "gpus must be at most 4096, got 1000000000"),
         (["model=bench", "memory_share=1"], "memory_share must lie in (0, 1), got 1"),
     ],
 )
