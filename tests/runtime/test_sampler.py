@@ -245,6 +245,18 @@ def test_company_in_the_batch_changes_nothing() -> None:
     assert together == alone == reversed_rows
 
 
+def test_each_row_of_a_batch_keeps_the_tokens_that_it_keeps_alone() -> None:
+    logits_BV = make_logits(6, seed=6)
+    states = [make_state(top_k=k, top_p=p) for k in (2, 7, 0) for p in (1.0, 0.9)]
+
+    probs_BV = probabilities(logits_BV, states)
+
+    assert ((probs_BV[:4:2] > 0).sum(-1)).tolist() == [2, 7]
+    for row, state in enumerate(states):
+        alone_1V = probabilities(logits_BV[row : row + 1], [state])
+        assert torch.equal(probs_BV[row : row + 1], alone_1V), row
+
+
 def test_a_restarted_request_draws_the_same_tokens() -> None:
     logits_TV = make_logits(12, seed=7)
     params = {"temperature": 1.2, "repetition_penalty": 1.1}
