@@ -63,6 +63,15 @@ if act == "stop" and rank == 1:
     sys.exit(7)
 if act == "exit" and rank == 1:
     sys.exit(7)
+if act == "exit after rank 0":
+    first = Path(folder, "0.json")
+    while rank > 0 and not first.exists():
+        time.sleep(0.02)
+    other = Path("/proc", str(json.loads(first.read_text())["pid"]), "exe")
+    while rank > 0 and other.exists():  # as long as it is no zombie
+        time.sleep(0.02)
+    if rank < 2:
+        sys.exit(7 * rank)
 if act == "kill" and rank == 2:
     os.kill(os.getpid(), signal.SIGKILL)
 try:
@@ -128,7 +137,7 @@ def test_the_number_of_threads_that_a_user_chose_stays(
     assert said(tmp_path)[0]["OMP_NUM_THREADS"] == "5"
 
 
-@pytest.mark.parametrize(("act", "status"), [("exit", 7), ("kill", 1)])
+@pytest.mark.parametrize(("act", "status"), [("exit", 7), ("kill", 1), ("exit after rank 0", 7)])
 def test_when_a_rank_fails_the_others_are_ended(
     act: str, status: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
