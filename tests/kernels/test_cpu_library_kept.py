@@ -20,7 +20,7 @@ CACHED = (library.load_library, library._usable, library._temporary)
 
 @pytest.fixture(autouse=True)
 def _nothing_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "not" / "there" / "cache"))
     forget()
     yield
     forget()
@@ -124,7 +124,9 @@ def test_without_a_folder_for_libraries_each_start_compiles_its_own_and_says_so(
     reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     if reason == "a file":
-        (tmp_path / "cache").touch()
+        folder = tmp_path / "not" / "there"
+        folder.mkdir(parents=True)
+        (folder / "cache").touch()
     else:
         monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
         monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))

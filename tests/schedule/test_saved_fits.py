@@ -25,9 +25,10 @@ def same(a: Steps, b: Steps) -> bool:
 
 
 def test_what_was_saved_comes_back_bit_by_bit(tmp_path: Path) -> None:
-    save_fit(tmp_path / "made", KEY, STEPS)
+    folder = tmp_path / "not" / "there" / "yet"
+    save_fit(folder, KEY, STEPS)
 
-    assert same(load_fit(tmp_path / "made", dict(reversed(KEY.items()))), STEPS)
+    assert same(load_fit(folder, dict(reversed(KEY.items()))), STEPS)
 
 
 @pytest.mark.parametrize("name", KEY)
