@@ -61,6 +61,8 @@ def test_items_hold_the_keys_of_their_tile_and_partials_of_their_own(
     rows = [item[6] + row for item in items[items[:, 7] == 0] for row in range(item[1])]
     assert sorted(rows) == list(range(num_partials))
     assert merges[:, 2].sum() == num_partials
+    num_keys = items[:, 5] - items[:, 4]
+    assert (np.diff(num_keys) <= 0).all()  # the longest first: nobody waits for it at the end
 
 
 def test_whole_blocks_end_where_the_first_row_sees_no_more() -> None:
