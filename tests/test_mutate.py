@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,16 @@ def test_flaky():
 """
 
 
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Tree, Tree]]:
+    """Two trees, to stay as it is and to be mutated."""
+    plain, mutated = (Tree(tmp_path_factory.mktemp(name), Path()) for name in ("plain", "mutated"))
+    (plain.root / "answers.py").write_text("def answer():\n    return 42\n")
+    yield plain, mutated
+    plain.close()
+    mutated.close()
+
+
 @pytest.mark.parametrize(
     ("body", "verdict"),
     [
@@ -110,16 +121,13 @@ def test_flaky():
     ],
 )
 def test_a_mutant_is_killed_by_what_passes_without_it_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, verdict: Verdict
+    trees: tuple[Tree, Tree], monkeypatch: pytest.MonkeyPatch, body: str, verdict: Verdict
 ) -> None:
     monkeypatch.setattr("tools.mutate.runs.TEST_S", 4.0)
     monkeypatch.setattr("tools.mutate.runs.SMALL_SHARE", 100.0)  # however busy the machine is
-    trees = []
-    for name, done in (("plain", "return 42"), ("mutated", body)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "answers.py").write_text(f"def answer():\n    {done}\n")
-        (tmp_path / name / "test_it.py").write_text(TESTS + UNSOUND * (verdict is Verdict.LIVES))
-        trees.append(Tree(tmp_path / name, tmp_path))
+    (trees[1].root / "answers.py").write_text(f"def answer():\n    {body}\n")
+    for tree in trees:
+        (tree.root / "test_it.py").write_text(TESTS + UNSOUND * (verdict is Verdict.LIVES))
     judge = Judge(trees[0], limit_s=60)
 
     found, test, passed = judge.try_out(trees[1], lambda seconds: ["test_it.py"])

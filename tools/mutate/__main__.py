@@ -8,7 +8,7 @@ that every test lets pass, within a limit of CPU time, lives. Some change nothin
 could see; these are explained in explained.json beside this.
 
 Usage: python -m tools.mutate [--count 60] [--seed 0] [--rooms schedule cache ...] [--limit 120]
-       [--jobs 1] [--json FILE] [--list]
+       [--jobs 1] [--skip 0] [--json FILE] [--list]
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ ROOMS = {
     "kernels": "kernels/**/*.py",
     "config": "mnemosyne/config*.py",
 }
+FOLDERS = ("mnemosyne", "model_zoo", "kernels", "tests")
 ON_A_GPU = ("kernels/hopper_chunk.py",)  # runs nowhere else, so only the tests of a GPU can tell
 
 
@@ -129,20 +130,22 @@ def try_all(
                     yield future.result(), set(judge.not_counted)
             finally:
                 pool.shutdown(cancel_futures=True)
+                for tree in (plain, *mutated):
+                    tree.close()
 
 
 def _tree(folder: Path) -> Tree:
     """The last commit, as files."""
-    tree = Tree(folder / "tree", folder / "cache")
-    tree.root.mkdir(parents=True)
+    root = folder / "tree"
+    root.mkdir(parents=True)
     command = ["git", "-C", str(ROOT), "archive", "HEAD"]
     archive = subprocess.run(command, check=True, capture_output=True)
-    subprocess.run(["tar", "-x", "-C", str(tree.root)], input=archive.stdout, check=True)
-    return tree
+    subprocess.run(["tar", "-x", "-C", str(root)], input=archive.stdout, check=True)
+    return Tree(root, folder / "cache")
 
 
-def _head() -> str:
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(ROOT), *words]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
@@ -150,17 +153,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--skip", type=int, default=0, help="the first mutants of the draw")
     parser.add_argument("--rooms", nargs="+", choices=ROOMS, default=list(ROOMS))
     parser.add_argument("--limit", type=float, default=120.0, help="CPU seconds for one mutant")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at a time")
     parser.add_argument("--json", help="write the outcomes to this file as they come")
     parser.add_argument("--list", action="store_true", help="show the mutants and run nothing")
     arguments = parser.parse_args()
-    drawn = draw(arguments.rooms, arguments.count, arguments.seed)
+    if _git("status", "--porcelain", *FOLDERS):
+        parser.error("the code and its tests must be as in the last commit; commit or stash first")
+    drawn = draw(arguments.rooms, arguments.count, arguments.seed)[arguments.skip :]
     if arguments.list:
         print(*drawn, sep="\n")
         return 0
-    head, outcomes, ignored = _head(), [], set()
+    head, outcomes, ignored = _git("rev-parse", "--short", "HEAD"), [], set()
     for outcome, ignored in try_all(drawn, arguments.jobs, arguments.limit):
         print(outcome, flush=True)
         outcomes.append(outcome)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from tools.mutate.mutants import ROOT
 
+TESTS = "tests/**/test_*.py"
 MOST_FILES = 24  # of tests for one mutant
-UNKNOWN_S = 10.0  # what a file of tests may take that nobody has timed
+UNKNOWN_S, RANKS_S = 10.0, 40.0  # what a file of tests may take that nobody has timed
 
 
 def module_of(path: str) -> str:
@@ -20,7 +21,10 @@ def module_of(path: str) -> str:
 
 
 def files_concerning(path: str, seconds: Mapping[str, float] | None = None) -> list[str]:
-    """Files of tests that concern a file: of its name, its importers, its room, theirs.
+    """Files of tests that concern a file: nearest first.
+
+    Those of its name, those that import it, those of the name of what imports it in its room, the
+    rest of the room, and those that import what imports it.
 
     Args:
         path: of the code, from the root.
@@ -30,16 +34,22 @@ def files_concerning(path: str, seconds: Mapping[str, float] | None = None) -> l
     parts = module.split(".")
     room = parts[1] if len(parts) > 2 else ""
     named = sorted(ROOT.glob(f"tests/**/test_*{parts[-1]}*.py"))
-    near = _importers(module, "tests/**/test_*.py")
+    near = _importers(module, TESTS)
+    beside = [
+        test
+        for user in (_importers(module, f"{Path(path).parent}/*.py") if room else [])
+        for test in ROOT.glob(f"tests/{room}/**/test_*{user.stem}*.py")
+    ]
     rest = sorted(ROOT.glob(f"tests/{room}/**/test_*.py")) if room else []
     far = [
         test
         for user in chain(*(_importers(module, f"mnemosyne/{part}") for part in ("*.py", "*/*.py")))
-        for test in _importers(module_of(str(user.relative_to(ROOT))), "tests/**/test_*.py")
+        for test in _importers(module_of(str(user.relative_to(ROOT))), TESTS)
     ]
-    known = seconds or {}
+    known = {str(test.relative_to(ROOT)): RANKS_S for test in _importers("tests.ranks", TESTS)}
+    known |= seconds or {}
     ordered: dict[str, None] = {}
-    for tests in (named, near, rest, far):
+    for tests in (named, near, beside, rest, far):
         files = [str(test.relative_to(ROOT)) for test in tests]
         ordered |= dict.fromkeys(sorted(files, key=lambda file: known.get(file, UNKNOWN_S)))
     return list(ordered)[:MOST_FILES]

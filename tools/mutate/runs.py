@@ -6,9 +6,9 @@ if it fails once more with the mutant and passes without it.
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -16,14 +16,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from threading import Lock
 
 TEST_S = 60.0  # of one test
 SMALL_SHARE = 1 / 4  # of TEST_S: a test that passes sooner without the mutant hangs with it
+CLOCK_SHARE = 1 / 4  # of the time on the clock counts as CPU time at least
 FILE_S = 600.0  # of one file of tests, should even its timeouts fail
+FORKED = Path(__file__).with_name("forked.py")
 NO_TESTS = 5  # the exit code of pytest where all tests of a file are left out
 
 
@@ -43,57 +45,49 @@ class Run:
     test: str  # that failed or was late
     wall_s: float
     cpu_s: float  # with the processes that it waited for
+    said: str = ""
 
 
-@dataclass(slots=True)
 class Tree:
-    """A copy of the code, and a folder for what its tests keep."""
+    """A copy of the code, a folder for what its tests keep, and a process to fork them from."""
 
-    root: Path
-    cache: Path
+    def __init__(self, root: Path, cache: Path) -> None:
+        self.root = root
+        self.cache = cache
+        self._one_at_a_time = Lock()
+        self._forks = subprocess.Popen(
+            [sys.executable, str(FORKED)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
+        )
+
+    def close(self) -> None:
+        """End the process."""
+        self._forks.communicate()
 
     def run(self, tests: Sequence[str], options: Sequence[str] = ()) -> Run:
         """Run tests, in the order given, until one fails."""
-        command = [sys.executable, "-m", "pytest", "-x", "-v", "--tb=no", "-rfE"]
-        command += ["-p", "pytest_timeout", "-p", "no:cacheprovider"]
-        command += [f"--timeout={TEST_S}", "--timeout-method=thread", *options, *tests]
-        own = {"PYTHONPATH": str(self.root), "XDG_CACHE_HOME": str(self.cache)}
-        own |= {
+        words = ["-x", "-v", "--tb=no", "-rfE", "-p", "pytest_timeout", "-p", "no:cacheprovider"]
+        words += [f"--timeout={TEST_S}", "--timeout-method=thread", *options, *tests]
+        environment = {
+            "PYTHONPATH": str(self.root),
             "PYTHONDONTWRITEBYTECODE": "1",
-            "OMP_NUM_THREADS": "1",
-            "OMP_WAIT_POLICY": "passive",
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # they take longer to import than many a test
+            "XDG_CACHE_HOME": str(self.cache),
         }
-        with tempfile.TemporaryFile() as output:
+        with self._one_at_a_time, tempfile.NamedTemporaryFile() as output:
+            asked = {"words": words, "folder": str(self.root), "environment": environment}
+            asked |= {"output": output.name, "limit_s": FILE_S}
+            assert self._forks.stdin is not None
+            assert self._forks.stdout is not None
             started_s = time.monotonic()
-            process = subprocess.Popen(
-                command,
-                cwd=self.root,
-                env=os.environ | own,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            usage = _wait(process, started_s + FILE_S)
-            output.seek(0)
-            said = output.read().decode(errors="replace")
-        wall_s = time.monotonic() - started_s
-        cpu_s = usage.ru_utime + usage.ru_stime
-        return _judged(said, process.returncode, wall_s, cpu_s, tests[0])
-
-
-def _wait(process: subprocess.Popen[bytes], deadline_s: float) -> resource.struct_rusage:
-    """Wait for a process, end it when its time is up, and whatever it left behind."""
-    while True:
-        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
-        if ended or time.monotonic() > deadline_s:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            if not ended:
-                _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            return usage
-        time.sleep(0.05)
+            print(json.dumps(asked), file=self._forks.stdin, flush=True)
+            code, cpu_s = json.loads(self._forks.stdout.readline())
+            wall_s = time.monotonic() - started_s
+            said = Path(output.name).read_text(encoding="utf-8", errors="replace")
+        return _judged(said, code, wall_s, cpu_s, tests[0])
 
 
 def _judged(said: str, code: int, wall_s: float, cpu_s: float, first: str) -> Run:
@@ -103,10 +97,10 @@ def _judged(said: str, code: int, wall_s: float, cpu_s: float, first: str) -> Ru
     failed = re.search(r"^(?:FAILED|ERROR) (\S+\.py(?:::.+?)?)(?: - .*)?$", said, re.MULTILINE)
     late = "+ Timeout +" in said or code == -signal.SIGKILL
     if failed and not late:
-        return Run(End.FAILED, failed[1], wall_s, cpu_s)
+        return Run(End.FAILED, failed[1], wall_s, cpu_s, said)
     # a process that ends in the middle of a test names it last
     last = begun[-1].strip() if begun else first
-    return Run(End.LATE if late else End.FAILED, last, wall_s, cpu_s)
+    return Run(End.LATE if late else End.FAILED, last, wall_s, cpu_s, said)
 
 
 class Verdict(StrEnum):
@@ -137,11 +131,11 @@ class Judge:
         passed: list[str] = []
         spent_s = 0.0
         for file in files(self.seconds):
-            verdict, test, cpu_s = self._file(tree, file)
+            verdict, test, seconds = self._file(tree, file)
             if verdict is not Verdict.LIVES:
                 return verdict, test, passed
             passed.append(file)
-            spent_s += cpu_s
+            spent_s += seconds
             if spent_s > self.limit_s:
                 break
         return Verdict.LIVES, "", passed
@@ -151,11 +145,12 @@ class Judge:
             known = [test for test in list(self.not_counted) if test.startswith(file)]
             run = tree.run([file], [f"--deselect={test}" for test in known])
             if run.end is End.PASSED or run.test in known:
-                self.seconds[file] = run.cpu_s
-                return Verdict.LIVES, "", run.cpu_s
+                # ranks are no children of pytest, and only the clock tells what they take
+                self.seconds[file] = max(run.cpu_s, CLOCK_SHARE * run.wall_s)
+                return Verdict.LIVES, "", self.seconds[file]
             verdict = self._confirmed(tree, run)
             if verdict is not Verdict.LIVES:
-                return verdict, run.test, run.cpu_s
+                return verdict, run.test, run.wall_s
             self.not_counted.add(run.test)
 
     def _confirmed(self, tree: Tree, run: Run) -> Verdict:
@@ -163,6 +158,7 @@ class Judge:
         options = [] if "::" in run.test else ["--collect-only"]
         plain = self.plain.run([run.test], options)
         if plain.end is not End.PASSED:
+            assert "::" in run.test, f"{run.test} fails without a mutant:\n{plain.said}"
             return Verdict.LIVES
         if run.end is End.LATE:
             hangs = plain.wall_s < SMALL_SHARE * TEST_S
