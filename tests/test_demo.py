@@ -67,6 +67,15 @@ def test_a_passkey_that_is_not_read_back_is_its_exit_status(
     assert "passkey NOT FOUND" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("model", ["smollm2", "bench", "/models/none"])
+def test_a_model_that_does_not_know_its_texts_is_refused(
+    demo: Callable[..., int], capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    assert demo(f"model={model}") == 2
+
+    assert f"model must be needle in the demo, got '{model}'" in capsys.readouterr().err
+
+
 def test_it_runs_without_short_requests(
     demo: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:

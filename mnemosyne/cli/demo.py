@@ -53,6 +53,7 @@ def demo(config: DemoConfig) -> int:
     Raises:
         ValueError: if the config cannot be used.
     """
+    _check_model(config.model)
     _check_plot(config.plot)
     records: list[StepRecord] = []
     recital = haystack(int(config.length), depth=config.depth, seed=config.seed)
@@ -103,6 +104,14 @@ def _ask(llm: LLM, name: str) -> Asked:
 
 def _outputs(run: Run) -> list[RequestOutput]:
     return [short.output for short in run.shorts]
+
+
+def _check_model(model: str) -> None:
+    """The texts are ids of the needle's vocabulary, and only it recites them."""
+    if model != "needle":
+        raise ValueError(
+            f"model must be needle in the demo, got {model!r}; mnemosyne generate takes any model"
+        )
 
 
 def _check_plot(plot: str) -> None:
