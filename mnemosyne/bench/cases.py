@@ -41,6 +41,11 @@ class Case:
         return len(self.lengths) + (self.beside is not None) > 1
 
     @property
+    def max_positions(self) -> int:
+        """Positions that the longest request takes."""
+        return max(*(length + self.max_tokens for length in self.lengths), (self.beside or 0) + 1)
+
+    @property
     def num_cached(self) -> int:
         """Tokens that the cache must hold."""
         return sum(self.lengths) + len(self.lengths) * self.max_tokens + (self.beside or 0) + 1

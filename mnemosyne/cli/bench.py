@@ -171,8 +171,18 @@ def engine_programs(config: BenchConfig) -> list[Program]:
 
 
 def engine_settings(config: BenchConfig, cases: Sequence[Case], model: str) -> dict[str, Any]:
-    """The first line that every engine gets; see ``bench/peers``."""
+    """The first line that every engine gets; see ``bench/peers``.
+
+    Raises:
+        ValueError: if a case is longer than the model allows.
+    """
     spec = find_checkpoint(model).spec
+    for case in cases:
+        if case.max_positions > spec.max_positions:
+            raise ValueError(
+                f"lengths, max_tokens and beside must fit the model's {spec.max_positions} "
+                f"positions, got {case.max_positions} in {case.name}; shorten them"
+            )
     num_requests = max(len(case.lengths) + 1 for case in cases)
     room = max(case.num_cached for case in cases)
     longest = max(max(*case.lengths, case.beside or 0) + case.max_tokens for case in cases)

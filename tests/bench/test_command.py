@@ -84,6 +84,7 @@ def test_a_peer_that_fails_leaves_the_others_results_and_its_reason(
         (["runs=0"], "runs must be >= 1, got 0"),
         (["mesh.tp=2"], "mesh must be one process for bench, got 2"),
         (["lenghts=[1]"], "did you mean lengths"),
+        (["lengths=[40,1M]", "max_tokens=8"], "positions, got 1048584 in 1024K; shorten them"),
     ],
 )
 def test_what_cannot_be_measured_is_said_in_a_line(
