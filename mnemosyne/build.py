@@ -35,6 +35,7 @@ from mnemosyne.runtime.executor import Crew, LocalExecutor, MeshExecutor
 from mnemosyne.runtime.step import LayerShape
 from mnemosyne.runtime.worker import Worker
 from mnemosyne.schedule.calibrate import Limits
+from mnemosyne.schedule.foreign_predictor import ForeignPredictor
 from mnemosyne.schedule.plan import Executor
 from mnemosyne.schedule.predictor import LinearPredictor, Predictor
 from mnemosyne.schedule.scheduler import build_scheduler
@@ -154,7 +155,7 @@ def build_engine(
         rank: what this process holds.
         config: all choices.
         crew: the other ranks, which follow by now; None if there are none.
-        predictor: step time, in place of the one fitted by a sweep here.
+        predictor: step time, in place of the one fitted by a sweep here, until it fails.
         on_step: called with the record of each step.
     """
     spec, mesh = rank.checkpoint.spec, rank.mesh
@@ -165,18 +166,17 @@ def build_engine(
         )
     work_model = WorkModel(spec.windows, mesh.kvp.degree, unread_share=spec.unread_share())
     measure = None
-    if predictor is None:
-        predictor = LinearPredictor(_prior(config, rank))
-        if config.schedule.is_adaptive:
-            measure = partial(
-                fit_step_times,
-                predictor,
-                executor,
-                work_model,
-                _limits(config, rank),
-                _fit_key(config, rank),
-                is_kept=config.schedule.saved_fit,
-            )
+    ours = LinearPredictor(_prior(config, rank))
+    if predictor is None and config.schedule.is_adaptive:
+        measure = partial(
+            fit_step_times,
+            ours,
+            executor,
+            work_model,
+            _limits(config, rank),
+            _fit_key(config, rank),
+            is_kept=config.schedule.saved_fit,
+        )
     if measure is not None and crew is not None:
         measure()  # the other ranks follow now; later they may be elsewhere
         measure = None
@@ -187,7 +187,7 @@ def build_engine(
         num_pages=rank.num_pages,
         page_size=config.cache.page_size,
         max_tokens_per_group=rank.tokens_per_group,
-        predictor=predictor,
+        predictor=ours if predictor is None else ForeignPredictor(predictor, ours),
         work_model=work_model,
         depth=executor.depth,
     )

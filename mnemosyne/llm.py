@@ -49,9 +49,11 @@ class LLM:
         on_step: called with the ``StepRecord`` of each step, until it raises: that is logged,
             and requests go on.
         predictor: step time by step work, in place of the one that is fitted here; an object with
-            ``predict(work) -> seconds``, and ``observe(work, seconds)`` if it wants to learn.
-        progress: called with (bytes done, bytes in all) while weights are fetched and read.
-        compiling: called with (buckets done, buckets in all) while the model is compiled.
+            ``predict(work) -> seconds``, and ``observe(work, seconds)`` if it wants to learn. One
+            that fails is logged, and ours takes its place; requests go on.
+        progress: called with (bytes done, bytes in all) while weights are fetched and read; what
+            it raises ends the start.
+        compiling: called with (buckets done, buckets in all) while the model is compiled; likewise.
 
     Raises:
         ValueError: naming the value, the rule and the remedy, before any weight is read where

@@ -14,6 +14,7 @@ from mnemosyne.metrics import StepListener, StepLog, StepRecord
 from mnemosyne.parallel.keys import MeshKey, mesh_key
 from mnemosyne.parallel.trace import Trace, claim_trace, write_trace
 from mnemosyne.request import RequestOutput
+from mnemosyne.schedule.foreign_predictor import check_predictor
 from mnemosyne.schedule.predictor import Predictor
 from mnemosyne.serve.engine import Engine
 from mnemosyne.serve.ownership import Claim, Ownership
@@ -28,7 +29,7 @@ class Session:
     Args:
         config: all choices, the same on every rank.
         on_step: called with the ``StepRecord`` of each step.
-        predictor: step time, in place of the one that is fitted here.
+        predictor: step time, in place of the one that is fitted here, until it fails.
         progress: called while weights are read.
         compiling: called while the model is compiled.
 
@@ -46,6 +47,8 @@ class Session:
         compiling: Progress | None,
     ) -> None:
         self._config = config
+        if predictor is not None:
+            check_predictor(predictor)
         # the files are rank 0's; whether they can be written is known before weights are read
         writes = config.mesh.world_size == 1 or os.environ.get("RANK", "0") == "0"
         if writes and config.metrics.trace:

@@ -70,7 +70,8 @@ TABLE = {
     "session": Rule(
         (
             *("build", "checkpoint", "config", "crew", "metrics", "request", "serve"),
-            *("parallel.keys", "parallel.trace", "schedule.predictor"),
+            *("parallel.keys", "parallel.trace"),
+            *("schedule.foreign_predictor", "schedule.predictor"),
         ),
     ),
     "__main__": Rule(("cli", "process")),

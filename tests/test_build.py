@@ -13,6 +13,7 @@ from mnemosyne.build import build_engine, build_rank, describe_reads
 from mnemosyne.config import CacheConfig, EngineConfig, ScheduleConfig
 from mnemosyne.device import choose_device
 from mnemosyne.schedule.predictor import LinearPredictor
+from mnemosyne.schedule.work import StepWork
 from tests.engines import greedy, open_tiny, worker_of
 from tests.model_zoo.tiny import tiny_checkpoint
 
@@ -97,8 +98,9 @@ def test_a_predictor_of_ones_own_is_not_fitted(checkpoint: Path) -> None:
     engine = build_engine(
         build_rank(config(checkpoint)), config(checkpoint, "adaptive"), predictor=predictor
     )
+    engine.measure()
 
-    assert engine.scheduler.predictor is predictor
+    assert engine.scheduler.predictor.predict(StepWork(num_tokens=1)) == 0.0
     assert predictor.coefficients == ()
 
 
