@@ -29,7 +29,7 @@ lint: $(VENV)/installed-plots-serve-smollm2-dev
 	$(VENV)/bin/ruff format --check --quiet .
 	$(VENV)/bin/mypy
 
-# docs/paper.md: the paper's figures beside simulated ones; about ten minutes
+# docs/paper.md: the paper's figures beside simulated ones; about half an hour
 paper: $(VENV)/installed-plots
 	$(VENV)/bin/python tools/paper
 

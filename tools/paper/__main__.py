@@ -1,16 +1,22 @@
 """Writes docs/paper.md: the paper's figures beside ours, all of ours simulated. ``make paper``.
 
-Takes about ten minutes on two cores. Every number of the page comes from here.
+Every number of the page comes from here. A row of results is kept once it is there, with the commit
+it is of, so that a run that was stopped loses nothing: named kinds of rows are run alone, and
+``--missing`` runs those that are not of the commit that is checked out.
+
+Usage: python tools/paper [--missing] [KIND ...]     kinds: alone mix capacity static ...
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -89,17 +95,56 @@ def _alone_on_groups(model: str, context: int, kvp: int, *words: str) -> Any:
     return serve_alone(model, context, *words, kvp=kvp)
 
 
+def _commit() -> str:
+    """The commit that is checked out."""
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def main() -> None:
-    """Run every experiment and write page, plots and numbers under docs/."""
+    """Run experiments and write page, plots and numbers under docs/."""
     docs = Path(__file__).resolve().parents[2] / "docs"
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        results = dict(pool.map(run, jobs()))
+    file = docs / "paper" / "results.json"
+    everything = {job[0]: job for job in jobs()}
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    commits = {name: old for name, old in before.get("commits", {}).items() if name in everything}
+    results = {name: before[name] for name in commits}
     results["num_requests"] = NUM_REQUESTS
     results["step_overhead_s"] = simulate_config("bench").efficiency.step_overhead
-    (docs / "paper").mkdir(exist_ok=True)
-    text = json.dumps(results, indent=1) + "\n"
-    (docs / "paper" / "results.json").write_text(text, encoding="utf-8")
-    write_page(results, docs)
+    results["commits"], commit = commits, _commit()
+    wanted = _wanted(everything, {name for name, old in commits.items() if old == commit})
+    file.parent.mkdir(exist_ok=True)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for future in as_completed([pool.submit(run, everything[name]) for name in wanted]):
+            name, results[name] = future.result()
+            commits[name] = commit
+            _write(file, results)
+    _write(file, results)
+    if commits.keys() == everything.keys():
+        write_page(results, docs)
+    else:
+        print(f"no page: {len(everything) - len(commits)} rows are missing", file=sys.stderr)
+
+
+def _wanted(names: Iterable[str], new: set[str]) -> list[str]:
+    """Rows to run, by the words of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help="only rows of these kinds")
+    parser.add_argument("--missing", action="store_true", help="only rows of other commits")
+    arguments = parser.parse_args()
+    return [
+        name
+        for name in names
+        if (not arguments.kinds or name.split("/")[0] in arguments.kinds)
+        and not (arguments.missing and name in new)
+    ]
+
+
+def _write(file: Path, results: dict[str, Any]) -> None:
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    part.replace(file)
 
 
 if __name__ == "__main__":

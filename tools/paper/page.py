@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from pictures import by_size, draw_all
@@ -28,7 +29,7 @@ def write_page(results: Results, docs: Path) -> None:
     """
     draw_all(results, docs / "paper")
     parts = (
-        intro(),
+        intro(results),
         figures(results),
         chunks(results),
         plane(results),
@@ -40,23 +41,37 @@ def write_page(results: Results, docs: Path) -> None:
     (docs / "paper.md").write_text("\n".join(parts), encoding="utf-8")
 
 
-def intro() -> str:
-    return """\
+def intro(results: Results) -> str:
+    """What the page is, and the code that it is of."""
+    return f"""\
 # The paper's figures, and ours
 
-Written by `make paper` (`tools/paper`, about ten minutes on two cores); do not edit. *Theirs*
-are the figures of Medha (arXiv 2409.17264v5; v1 is *Mnemosyne*). *Ours* are simulated: the
-engine and the scheduler are those that serve, and every step takes the time that a roofline
-gives for it (`mnemosyne/simulate/cost.py`) at the peaks in `conf/hardware` and the efficiencies
-in `conf/efficiency/published.yaml`, one set for everything on this page, taken from what others
-published and not chosen to meet any figure here. **No number of ours on this page was measured
-on a GPU.** The scheduler predicts steps with its own linear model, fitted on the simulated
-hardware as it is at the start of a real engine.
+Written by `make paper` (`tools/paper`, half an hour on two cores); do not edit.
+{_commits(results["commits"])}
+
+*Theirs* are the figures of Medha (arXiv 2409.17264v5; v1 is *Mnemosyne*). *Ours* are
+simulated: the engine and the scheduler are those that serve, and every step takes the time
+that a roofline gives for it (`mnemosyne/simulate/cost.py`) at the peaks in `conf/hardware` and
+the efficiencies in `conf/efficiency/published.yaml`, one set for everything on this page,
+taken from what others published and not chosen to meet any figure here. **No number of ours on
+this page was measured on a GPU.** The scheduler predicts steps with its own linear model,
+fitted on the simulated hardware as it is at the start of a real engine.
 
 Operations are counted causally (a query meets half of the keys on average). Medha counts without
 that half, so that its 50 to 60% of the peak are 26 to 31% here. `1M` is 1,048,576 tokens. All is
 bfloat16. Within a stage nothing overlaps; a stage sends a step on while it computes the next.
 """
+
+
+def _commits(commits: dict[str, str]) -> str:
+    """Which code the rows are of, by the first part of their names."""
+    kinds: dict[str, set[str]] = {}
+    for name, commit in sorted(commits.items()):
+        kinds.setdefault(commit, set()).add(name.split("/")[0])
+    if len(kinds) == 1:
+        return f"All of it is of commit {next(iter(kinds))}."
+    parts = (f"{commit} ({', '.join(sorted(names))})" for commit, names in kinds.items())
+    return fill(f"Its rows are of commits {'; '.join(parts)}.", width=95)
 
 
 def figures(results: Results) -> str:
