@@ -47,6 +47,14 @@ def test_the_parameters_of_the_client_are_not_touched() -> None:
     assert params == SamplingParams()
 
 
+def test_stop_strings_are_refused_where_there_is_no_text_to_find_them_in() -> None:
+    with pytest.raises(ValueError, match="stop must be empty for a model, which"):
+        intake().requests([1], SamplingParams(stop="x"), 0.0)
+
+    (request,) = intake(Tokenizer(words())).requests([1], SamplingParams(stop="x"), 0.0)
+    assert request.params.stop == ("x",)
+
+
 class Hostile:
     """A prompt that raises whatever it is asked."""
 
