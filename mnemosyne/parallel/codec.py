@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -102,14 +101,7 @@ class _Result(Struct, array_like=True):
     prompt_logprobs: dict[int, list[Logprobs]]
 
 
-def _plain(value: Any) -> Any:
-    """Numbers of numpy as Python's own: they come in sampling parameters of users."""
-    if isinstance(value, np.generic):
-        return value.item()
-    raise NotImplementedError(f"no encoding for {type(value).__name__}")
-
-
-_ENCODER = msgspec.msgpack.Encoder(enc_hook=_plain)
+_ENCODER = msgspec.msgpack.Encoder()
 _MESSAGES = msgspec.msgpack.Decoder(_Plan | _Stop | _Interrupted | _Outputs)
 _RESULTS = msgspec.msgpack.Decoder(_Result)
 

@@ -52,17 +52,6 @@ class Mesh:
         """What this rank is called in logs and errors."""
         return "/".join(f"{axis.name}{axis.index}" for axis in (self.pp, self.kvp, self.tp))
 
-    def rank_of(
-        self, *, pp: int | None = None, kvp: int | None = None, tp: int | None = None
-    ) -> int:
-        """The rank at the given indices; an axis that is not given keeps this rank's index."""
-        rank = 0
-        for axis, index in ((self.pp, pp), (self.kvp, kvp), (self.tp, tp)):
-            index = axis.index if index is None else index
-            assert 0 <= index < axis.degree, f"{axis.name} has no index {index}"
-            rank = rank * axis.degree + index
-        return rank
-
 
 def single_mesh() -> Mesh:
     """The mesh of one process; torch.distributed is not touched."""

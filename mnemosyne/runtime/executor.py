@@ -36,9 +36,8 @@ class LocalExecutor:
             if not _is_out_of_memory(error):
                 raise
             log.warning("memory ran out in step %d: %s", plan.index, error)
-            num_tokens = sum(chunk.num_tokens for chunk in plan.chunks)
             reason = (
-                f"memory must suffice for a step, got one of {num_tokens} tokens for which it "
+                f"memory must suffice for a step, got one of {plan.num_tokens} tokens for which it "
                 "did not; lower schedule.max_chunk, schedule.max_sequences or cache.max_tokens"
             )
             result = StepResult(plan.index, error=reason)

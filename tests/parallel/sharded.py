@@ -64,10 +64,10 @@ def _logits(decoder: Decoder, mesh: Mesh, layers: range, token_ids: list[int]) -
     x, positions_T = torch.tensor(token_ids), torch.arange(len(token_ids))
     if not decoder.is_first:
         x = torch.empty(len(token_ids), decoder.spec.width, dtype=torch.float64)
-        dist.recv(x, mesh.rank_of(pp=mesh.pp.index - 1))
+        dist.recv(x, group=mesh.pp.group, group_src=mesh.pp.index - 1)
     windows = decoder.spec.windows[layers.start : layers.stop]
     hidden_TE = decoder(x, positions_T, DenseAttend(windows))
     if decoder.is_last:
         return decoder.logits(hidden_TE)
-    dist.send(hidden_TE, mesh.rank_of(pp=mesh.pp.index + 1))
+    dist.send(hidden_TE, group=mesh.pp.group, group_dst=mesh.pp.index + 1)
     return None

@@ -215,19 +215,6 @@ def test_outputs_arrive_with_their_samples_and_arrays() -> None:
     assert plain(one) == plain(first)
 
 
-def test_numbers_of_numpy_in_parameters_arrive_as_numbers() -> None:
-    given_params = SamplingParams(
-        logit_bias={np.int64(3): np.float64(0.5)}, stop_token_ids=[np.int32(4)]
-    )
-    admission = Admission(0, np.arange(3), given_params, 0, (), Placement((), 16))
-
-    decoded = decode(encode(Plan(0, (), (admission,))))
-
-    assert isinstance(decoded, Plan)
-    assert decoded.admitted[0].params.logit_bias == {3: 0.5}
-    assert decoded.admitted[0].params.stop_token_ids == (4,)
-
-
 def test_decoded_arrays_may_be_written_to() -> None:
     shard = Shard(0, np.arange(8))
     admission = Admission(0, np.arange(4), SamplingParams(), 0, (), Placement((shard,), 128))

@@ -43,9 +43,6 @@ def describe(config: MeshConfig) -> dict[str, Any]:
         "label": mesh.label,
         "ranks": everyone,
         "indices": {a.name: a.index for a in (mesh.pp, mesh.kvp, mesh.tp, mesh.ffn)},
-        "first": mesh.rank_of(pp=0, kvp=0, tp=0),
-        "next stage": mesh.rank_of(pp=1) if config.pp > 1 else None,
-        "itself": mesh.rank_of(),
         "counts": gather_counts(2**40 + mesh.rank, mesh),
     }
 
@@ -56,9 +53,6 @@ def test_axes_join_the_ranks_that_differ_in_nothing_else() -> None:
     assert [s["label"] for s in seen[:3]] == ["pp0/kvp0/tp0", "pp0/kvp0/tp1", "pp0/kvp1/tp0"]
     assert seen[6]["ranks"] == {"pp": [2, 6], "kvp": [4, 6], "tp": [6, 7], "ffn": [4, 5, 6, 7]}
     assert seen[6]["indices"] == {"pp": 1, "kvp": 1, "tp": 0, "ffn": 2}
-    assert [s["first"] for s in seen] == [0] * 8
-    assert [s["next stage"] for s in seen] == [4, 5, 6, 7] * 2
-    assert [s["itself"] for s in seen] == list(range(8))
     assert [s["counts"] for s in seen] == [[2**40 + rank for rank in range(8)]] * 8
 
 
