@@ -36,7 +36,8 @@ class LLM:
         dtype: ``"auto"`` (as the checkpoint says), float64, float32, bfloat16 or float16.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         attention: ``"auto"``, ``"reference"``, ``"flex"``, ``"cpu"``, ``"triton"``, or the C++
-            kernels of an instruction set: ``"amx"``, ``"avx512"``, ``"avx512f"`` or ``"avx2"``.
+            kernels of an instruction set: ``"amx"``, ``"avx512"``, ``"avx512f"``, ``"avx2"`` or
+            ``"neon"``.
         operators: what computes all but attention: ``"auto"``, ``"torch"`` or an instruction set.
         compile: ``"none"``, or ``"step"``: all but attention is compiled before the first request,
             or decodes are recorded where C++ kernels do everything; ``"auto"``: the latter on one

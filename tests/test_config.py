@@ -94,7 +94,7 @@ def test_a_suffix_multiplies_by_1024(count: int, suffix: str) -> None:
         ),
         (
             lambda: EngineConfig(model="m", operators="blas"),
-            "operators must be one of auto, torch, amx, avx512, avx512f, avx2, got 'blas'",
+            "operators must be one of auto, torch, amx, avx512, avx512f, avx2, neon, got 'blas'",
         ),
         (lambda: EngineConfig(model=None), "model must be str, got None"),
         (lambda: EngineConfig(model="m", dtype="int8"), "dtype must be one of auto, float64, "),

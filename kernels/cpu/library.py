@@ -38,13 +38,36 @@ def load_library(name: str, compiler_flags: tuple[str, ...] = (), **constants: i
     """
     compiler = find_compiler()
     assert compiler is not None
+    shares_openmp = _share_openmp()
+    library = build_library(
+        compiler, name, compiler_flags, shares_openmp=shares_openmp, **constants
+    )
+    return ctypes.CDLL(str(library))
+
+
+def build_library(
+    compiler: str,
+    name: str,
+    compiler_flags: tuple[str, ...] = (),
+    *,
+    shares_openmp: bool = False,
+    **constants: int,
+) -> Path:
+    """The file of a library, for the machine of a compiler (see ``load_library``).
+
+    Args:
+        compiler: of C++.
+        name: as for ``load_library``, like the others.
+        compiler_flags: those of its instruction set.
+        shares_openmp: whether the process that loads it has OpenMP; else it is linked.
+        constants: compile-time constants by macro name.
+    """
     flags = ("-O3", *compiler_flags, "-std=c++17", "-fPIC", "-fopenmp", "-w")
     defines = [f"-D{key}={value}" for key, value in sorted(constants.items())]
     source = SOURCES / f"{name}.cpp"
     headers = sorted(SOURCES.glob("*.h"))
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    has_openmp = str(_share_openmp())  # of torch; without it one is linked
-    recipe = (version.stdout, has_openmp, *flags, *defines, *sorted(processor_flags()))
+    recipe = (version.stdout, str(shares_openmp), *flags, *defines, *sorted(processor_flags()))
     digest = hashlib.sha256("\0".join(recipe).encode())
     for path in (source, *headers):
         digest.update(path.read_bytes())
@@ -53,8 +76,8 @@ def load_library(name: str, compiler_flags: tuple[str, ...] = (), **constants: i
     if damage is not None:
         if target.exists():
             log.warning("%s is compiled again: %s", target, damage)
-        _compile([compiler, *flags, *defines], source, target)
-    return ctypes.CDLL(str(target))
+        _compile([compiler, *flags, *defines], source, target, shares_openmp)
+    return target
 
 
 def _damage(library: Path) -> str | None:
@@ -69,12 +92,12 @@ def _damage(library: Path) -> str | None:
     return None if content[-_DIGEST_BYTES:] == digest else "it is not as it was written"
 
 
-def _compile(command: list[str], source: Path, target: Path) -> None:
+def _compile(command: list[str], source: Path, target: Path, shares_openmp: bool) -> None:
     """Into a file of its own first: several processes may do the same at once."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         obj, library = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
         link = [command[0], "-shared", str(obj), "-o", str(library)]
-        if not _share_openmp():
+        if not shares_openmp:
             link.append("-lgomp")
         for step in ([*command, "-c", str(source), "-o", str(obj)], link):
             done = subprocess.run(step, capture_output=True, text=True, check=False)
@@ -103,9 +126,13 @@ def _share_openmp() -> bool:
 
 @cache
 def processor_flags() -> frozenset[str]:
-    """What this processor can do, as Linux on x86 calls it."""
-    info = Path("/proc/cpuinfo").read_text()
-    found = re.search(r"^flags\s*:(.*)$", info, re.MULTILINE)
+    """What this processor can do, as Linux calls it."""
+    return flags_of(Path("/proc/cpuinfo").read_text())
+
+
+def flags_of(info: str) -> frozenset[str]:
+    """What a processor can do, as the text of ``/proc/cpuinfo`` lists it."""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", info, re.MULTILINE)  # of x86, of ARM
     return frozenset(found[1].split()) if found else frozenset()
 
 

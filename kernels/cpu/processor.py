@@ -134,4 +134,14 @@ AVX2 = InstructionSet(
     rows="rows",
     dtypes=tuple(ELEMENTS),
 )
-INSTRUCTION_SETS = (AMX, AVX512, AVX512F, AVX2)  # the fastest first
+NEON = InstructionSet(
+    name="neon",
+    machine="aarch64",
+    flags=("asimd",),
+    compiler_flags=("-march=armv8-a",),
+    linear="linear_vector",
+    attention="attention_vector",
+    rows="rows",
+    dtypes=tuple(ELEMENTS),
+)
+INSTRUCTION_SETS = (AMX, AVX512, AVX512F, AVX2, NEON)  # of a machine the fastest first

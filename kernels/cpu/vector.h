@@ -89,8 +89,8 @@ inline float largest_of(vec x) {
 inline vec fma(vec a, vec b, vec c) {
   return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 }
-inline vec larger(vec a, vec b) { return (vec)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }
-inline vec smaller(vec a, vec b) { return (vec)vminq_f32((float32x4_t)a, (float32x4_t)b); }
+inline vec larger(vec a, vec b) { return a > b ? a : b; }  // vmaxq_f32 gives nan for either
+inline vec smaller(vec a, vec b) { return a < b ? a : b; }
 inline float sum_of(vec x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 inline float largest_of(vec x) { return vmaxvq_f32((float32x4_t)x); }
 

@@ -21,6 +21,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 from difflib import get_close_matches
 from importlib.util import find_spec
 
@@ -117,13 +118,14 @@ def _usual(device: torch.device, dtype: torch.dtype, head_dim: int) -> Attention
 
 def _usual_on_cpu(dtype: torch.dtype, head_dim: int) -> str:
     why_not = None
-    for instructions in INSTRUCTION_SETS:
+    native = [each for each in INSTRUCTION_SETS if each.machine == platform.machine()]
+    for instructions in native:
         passed_over, why_not = why_not, why_not_native(instructions, dtype, head_dim)
         if why_not is None:
             log.info("attention is %s: %s", instructions.name, passed_over or "it runs here")
             return instructions.name
-    if dtype in INSTRUCTION_SETS[-1].dtypes:
-        log.warning("attention is cpu, not the faster %s: %s", INSTRUCTION_SETS[-1].name, why_not)
+    if native and dtype in native[-1].dtypes:
+        log.warning("attention is cpu, not the faster %s: %s", native[-1].name, why_not)
     return "cpu"
 
 

@@ -35,7 +35,7 @@ def test_auto_goes_by_the_device() -> None:
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:
     with pytest.raises(
         ValueError,
-        match="attention must be one of auto, amx, avx512, avx512f, avx2, cpu, flex, refer",
+        match="attention must be one of auto, amx, avx512, avx512f, avx2, neon, cpu, flex, refer",
     ):
         choose_backend("dense", device=CPU, dtype=torch.float32, head_dim=64)
     with pytest.raises(ValueError, match="did you mean 'flex'"):
@@ -96,6 +96,19 @@ def test_auto_says_what_it_could_not_choose(
 
     assert backend.name == "cpu"
     assert "not the faster avx2: there is no C++ compiler" in caplog.text
+
+
+@pytest.mark.usefixtures("_asks_again")
+def test_auto_speaks_of_sets_of_this_machine_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    monkeypatch.setattr(processor, "processor_flags", lambda: frozenset({"fp"}))
+
+    backend = choose_backend("auto", device=CPU, dtype=torch.float16, head_dim=64)
+
+    assert backend.name == "cpu"
+    assert "not the faster neon: this processor lacks asimd" in caplog.text
 
 
 @pytest.mark.skipif(AVX512.why_not() is not None, reason=str(AVX512.why_not()))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pytest
 import torch
 
 from mnemosyne.kernels.cpu.processor import INSTRUCTION_SETS, InstructionSet
+from tests.kernels.emulated import EMULATED_NEON, Emulated
 
 
 class Kernels(NamedTuple):
@@ -16,11 +18,27 @@ class Kernels(NamedTuple):
     instructions: InstructionSet
     dtype: torch.dtype
 
+    @property
+    def is_emulated(self) -> bool:
+        """Whether computing takes them fifty times as long."""
+        return isinstance(self.instructions, Emulated)
+
+    def some(self, sizes: Sequence[int]) -> Sequence[int]:
+        """The sizes to try: all, or a few with every remainder by 6 (rows of a product)."""
+        return sizes[::37] if self.is_emulated else sizes
+
     def __str__(self) -> str:
         return f"{self.instructions.name}-{str(self.dtype).removeprefix('torch.')}"
 
 
-ALL = [Kernels(each, dtype) for each in INSTRUCTION_SETS for dtype in each.dtypes]
+INSTRUCTIONS = (*INSTRUCTION_SETS, EMULATED_NEON)
+ALL = [Kernels(each, dtype) for each in INSTRUCTIONS for dtype in each.dtypes]
+
+
+def skip_if_emulated(instructions: InstructionSet) -> None:
+    """Skip a case that takes an emulator too long; others prove the same of it."""
+    if isinstance(instructions, Emulated):
+        pytest.skip(f"{instructions.name}: it takes an emulator too long")
 
 
 def runnable(kernels: Kernels) -> Kernels:

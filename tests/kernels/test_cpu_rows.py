@@ -147,7 +147,7 @@ def test_a_row_has_the_same_bits_in_a_chunk_of_any_size(
     data = randn(by, MOST_ROWS, WIDTH), randn(by, WIDTH)
     together = everything(by, *data, 0, MOST_ROWS)
 
-    for num_rows in range(1, MOST_ROWS):
+    for num_rows in by.some(range(1, MOST_ROWS)):
         row = (37 * num_rows) % (MOST_ROWS - num_rows + 1)
         monkeypatch.setattr(torch, "get_num_threads", lambda n=num_rows: 1 + n % 2)
         for part, whole in zip(everything(by, *data, row, num_rows), together, strict=True):

@@ -38,7 +38,7 @@ def test_auto_takes_the_fastest_set_that_runs() -> None:
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:
     with pytest.raises(
         ValueError,
-        match="operators must be one of auto, torch, amx, avx512, avx512f, avx2, got 'blas'; auto",
+        match="operators must be one of auto, torch, amx, avx512, avx512f, avx2, neon, got 'blas'",
     ):
         choose_operators("blas", device=CPU, dtype=torch.float32)
     with pytest.raises(ValueError, match="did you mean 'torch'"):
