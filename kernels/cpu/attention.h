@@ -125,7 +125,7 @@ struct Tile {
 inline void fold_partial(float* out, float& sum, float& top, const float* more, float more_sum,
                          float more_top) {
   const float now = std::max(top, more_top);
-  if (now == NONE) return;
+  if (now == NONE && more_sum == 0) return;  // no key was seen; where all scores are nan, it is nan
   const float a = exp2_scalar(top - now), b = exp2_scalar(more_top - now);
   for (int d = 0; d < D; d++) out[d] = out[d] * a + more[d] * b;
   sum = sum * a + more_sum * b;
@@ -134,8 +134,8 @@ inline void fold_partial(float* out, float& sum, float& top, const float* more, 
 
 inline void finish(const Step& step, int64_t row, int head, const float* out, float sum, float top) {
   element* to = step.out + (row * step.num_heads + head) * D;
-  narrow_scaled<D>(out, sum > 0 ? 1.0f / sum : 0.0f, to);
-  step.lse[row * step.num_heads + head] = sum > 0 ? top * LN2 + std::log(sum) : NONE;
+  narrow_scaled<D>(out, sum == 0 ? 0.0f : 1.0f / sum, to);
+  step.lse[row * step.num_heads + head] = sum == 0 ? NONE : top * LN2 + std::log(sum);
 }
 
 // What folds tiles into rows, one for each thread. A kernel gives a type of this form:

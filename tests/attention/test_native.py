@@ -116,6 +116,27 @@ def test_slots_that_no_row_may_see_do_not_matter(backend: Backend, window: int |
     assert torch.equal(lse, expected_lse)
 
 
+@pytest.mark.parametrize("rows", [Rows(1, 99), Rows(30, 0), Rows(1, 9000)], ids=str)
+def test_a_nan_reaches_the_rows_that_see_it_and_no_others(backend: Backend, rows: Rows) -> None:
+    case = make_case([rows], heads=(1, 2, 64), num_pages=600).to(torch.bfloat16)
+    (segment,) = case.batch.segments
+    in_query, in_key, in_value = (
+        replace(case, q_THD=case.q_THD.clone(), k_KSD=case.k_KSD.clone(), v_KSD=case.v_KSD.clone())
+        for _ in range(3)
+    )
+    in_query.q_THD[0, 1] = torch.nan
+    in_key.k_KSD[0, 16 * segment.pages[0] + 5] = torch.nan
+    in_value.v_KSD[0, 16 * segment.pages[0] + 5] = torch.nan
+
+    for each in (in_query, in_key, in_value):
+        out, lse = each.attend(backend(64), return_lse=True)
+        exact_out, exact_lse = each.to(torch.float64).attend(REFERENCE, return_lse=True)
+        assert lse is not None
+        assert exact_lse is not None
+        assert torch.equal(out.isnan(), exact_out.isnan())
+        assert torch.equal(lse.isnan(), exact_lse.isnan())
+
+
 @pytest.mark.parametrize(
     ("head_dim", "window"), [(64, None), (64, 9000), (32, None), (96, None), (128, 9000)]
 )
