@@ -105,7 +105,8 @@ void add_slice(Scratch& s, int which, const Part& part, int64_t num_columns, int
 // The sums of some rows and outputs of one or two layers, over all columns.
 void multiply_block(Scratch& s, const Call& call, const Part* const* parts, int num_parts,
                     int64_t row, int num_rows, int64_t first, int count) {
-  std::memset(s.sum, 0, sizeof s.sum[0] * num_parts);
+  for (int i = 0; i < num_parts; i++)
+    for (int r = 0; r < num_rows; r++) std::fill_n(s.sum[i][r], OUTPUTS, 0.0f);
   for (int64_t k = 0; k < call.num_columns; k += SLICE) {
     const Slice slice{k, std::min<int64_t>(SLICE, call.num_columns - k)};
     for (int r = 0; r < num_rows; r++)
