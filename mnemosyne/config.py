@@ -298,7 +298,7 @@ class GenerateConfig(EngineConfig):
     chat: bool = False  # wrap each prompt as a user message in the model's chat template
     stream: bool = True  # print text as it comes (a single prompt)
     output: str | None = None  # JSONL, one line per request
-    max_tokens: int = 128
+    max_tokens: int | None = 128  # unset: as many as model and cache hold
     min_tokens: int = 0
     temperature: float | None = None
     top_p: float | None = None

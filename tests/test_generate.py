@@ -104,6 +104,19 @@ def test_a_refused_prompt_is_named_and_the_others_are_served(
     assert lines[0]["metrics"]["ttft_s"] > 0
 
 
+def test_without_max_tokens_an_answer_takes_what_the_cache_holds(tmp_path: Path) -> None:
+    output = tmp_path / "answers.jsonl"
+
+    status = generate(
+        f"prompt={text_of(DAYS.prompt_ids)}",
+        *("max_tokens=null", "ignore_eos=true", "cache.max_tokens=128", f"output={output}"),
+    )
+
+    (answer,) = map(json.loads, output.read_text().splitlines())
+    assert status == cli.OK
+    assert len(DAYS.prompt_ids) + len(answer["token_ids"]) == 128
+
+
 def test_samples_and_logprobs_reach_the_output_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -87,8 +87,7 @@ def read_prompts(config: GenerateConfig) -> list[Prompt]:
 def sampling_params(config: GenerateConfig) -> SamplingParams:
     """The sampling parameters among the keys of a config."""
     names = {entry.name for entry in fields(SamplingParams)} & {f.name for f in fields(config)}
-    values = {name: getattr(config, name) for name in names}
-    return SamplingParams(**{name: value for name, value in values.items() if value is not None})
+    return SamplingParams(**{name: getattr(config, name) for name in names})
 
 
 def accept(
