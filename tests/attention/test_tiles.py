@@ -60,7 +60,16 @@ def test_items_hold_the_keys_of_their_tile_and_partials_of_their_own(
         assert (mine[:, 7] == (len(mine) == 1)).all()
     rows = [item[6] + row for item in items[items[:, 7] == 0] for row in range(item[1])]
     assert sorted(rows) == list(range(num_partials))
-    assert merges[:, 2].sum() == num_partials
+    owners = {
+        first_partial + row: first_row + row
+        for first_row, num_rows, _, _, _, _, first_partial, is_whole in items.tolist()
+        if not is_whole
+        for row in range(num_rows)
+    }
+    for row, first_partial, num_parts, stride in merges.tolist():
+        for part in range(num_parts):
+            assert owners.pop(first_partial + part * stride) == row
+    assert not owners
     num_keys = items[:, 5] - items[:, 4]
     assert (np.diff(num_keys) <= 0).all()  # the longest first: nobody waits for it at the end
 
