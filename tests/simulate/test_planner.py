@@ -22,7 +22,16 @@ from mnemosyne.config_simulate import PlanConfig
 from mnemosyne.model_zoo.spec import read_spec
 from mnemosyne.simulate.footprint import Footprint, activation_bytes, footprint
 from mnemosyne.simulate.outlook import Outlook
-from mnemosyne.simulate.planner import Rank, frontier, judge, layouts, plan_layouts, remedies
+from mnemosyne.simulate.planner import (
+    Rank,
+    Verdict,
+    _why_behind,
+    frontier,
+    judge,
+    layouts,
+    plan_layouts,
+    remedies,
+)
 from mnemosyne.simulate.workload import Arrival
 from tests.engines import PAGE_SIZE, add, greedy, model_of, open_tiny, pool_of, random_prompts
 from tests.model_zoo.tiny import tiny_checkpoint
@@ -141,6 +150,23 @@ def test_the_best_layout_meets_the_targets_and_the_others_say_why_not() -> None:
     assert best.ttft_s <= 60
     assert all(verdict.reason for verdict in others)
     assert best.goodput == max(verdict.goodput for verdict in verdicts)
+
+
+@pytest.mark.parametrize(
+    ("goodput", "ttft_s", "why"),
+    [
+        (1.5, 1.0, "75% of its goodput"),
+        (2.0, 4.0, "larger TTFT"),
+        (2.0, 3.0, "more ranks for the same"),
+    ],
+)
+def test_a_layout_is_behind_by_goodput_then_by_ttft_then_by_its_ranks(
+    goodput: float, ttft_s: float, why: str
+) -> None:
+    best = Verdict(MeshConfig(tp=2), 2, Rank.FITS, goodput=2.0, ttft_s=3.0)
+    other = Verdict(MeshConfig(tp=4), 1, Rank.FITS, goodput=goodput, ttft_s=ttft_s)
+
+    assert _why_behind(other, best) == why
 
 
 @pytest.mark.parametrize(
