@@ -137,6 +137,26 @@ def test_first_layer_gives_all_wrong_keys_together_less_than_a_millionth() -> No
     assert np.sort(wrong)[3:].min() > 75  # ten million of them weigh nothing
 
 
+def test_the_norms_before_attention_change_nothing(oracle: LlamaForCausalLM) -> None:
+    ids = torch.from_numpy(haystack(300, seed=1).prompt_ids)[None]
+    seen: list[tuple[Tensor, Tensor]] = []
+    hooks = [
+        layer.input_layernorm.register_forward_hook(
+            lambda _, given, out: seen.append((given[0], out))
+        )
+        for layer in oracle.model.layers
+    ]
+    with torch.inference_mode():
+        oracle(ids)
+    for hook in hooks:
+        hook.remove()
+
+    assert len(seen) == 2
+    for before_1TE, after_1TE in seen:
+        # the first token has no one before it whose code the second layer could find
+        torch.testing.assert_close(after_1TE[:, 1:], before_1TE[:, 1:], rtol=0.01, atol=0.01)
+
+
 def test_codes_overlap_by_a_third_at_most() -> None:
     embed_VE = needle_weights()["model.embed_tokens.weight"]
     codes_VE = embed_VE[:, THIS]
