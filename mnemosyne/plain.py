@@ -7,6 +7,7 @@ dict that no one else can change, and that every rank can be sent.
 from __future__ import annotations
 
 import math
+import re
 import reprlib
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -169,6 +170,6 @@ def refusal(name: str, rule: str, value: object, remedy: str) -> Refusal:
 def shown(value: object) -> str:
     """A short form of any value for an error, even of one that cannot show itself."""
     try:
-        return _SHORT.repr(value)
+        return re.sub(r"\s*\n\s*", " ", _SHORT.repr(value))  # a tensor shows itself in lines
     except Exception:  # noqa: BLE001  # code of another library, or a number of too many digits
         return f"a {type(value).__name__}"

@@ -68,6 +68,7 @@ BIAS = Number(low=-LARGEST, high=LARGEST, rule="lie in [-1e300, 1e300]", remedy=
 OFF: dict[str, Any] = {
     "min_tokens": 0,
     "n": 1,
+    "priority": 0,
     "min_p": 0.0,
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mnemosyne.request import SamplingParams, own_params
 
@@ -209,3 +210,22 @@ def test_a_field_that_was_changed_is_checked_again(name: str) -> None:
 def test_what_is_no_sampling_params_is_refused(params: object) -> None:
     with pytest.raises(ValueError, match=r"^params must be a SamplingParams, got .*; write"):
         own_params(params)
+
+
+FLAGS = ("ignore_eos", "skip_special_tokens")  # which None does not turn off: it is refused
+
+
+@pytest.mark.parametrize(
+    "name", [field.name for field in fields(SamplingParams) if field.name not in FLAGS]
+)
+def test_a_field_that_is_none_is_off_or_means_not_set(name: str) -> None:
+    kind = SamplingParams.__dataclass_fields__[name].type
+
+    value = getattr(SamplingParams(**{name: None}), name)
+
+    assert value is not None or "None" in str(kind)
+
+
+def test_a_value_that_shows_itself_in_lines_is_refused_in_one() -> None:
+    with pytest.raises(ValueError, match=r"got tensor\(\[\[1, 1\], \[1, 1\]\]\); use None"):
+        SamplingParams(logprobs=torch.ones(2, 2, dtype=torch.int64))
