@@ -14,13 +14,15 @@ from mnemosyne.cli import demo as demo_module
 from mnemosyne.model_zoo.haystack import Recital, haystack, text_of
 from mnemosyne.process import INTERRUPTED
 from mnemosyne.serve.engine import Engine
+from tests.caches import empty_cache
 
 
 @pytest.fixture(scope="module", autouse=True)
 def needle_home(tmp_path_factory: pytest.TempPathFactory) -> object:
     """Where the needle model is written, once for all tests here."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        cache = empty_cache(tmp_path_factory.mktemp("cache"))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
         yield
 
 

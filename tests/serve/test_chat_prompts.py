@@ -12,6 +12,7 @@ from mnemosyne.model_zoo.haystack import BEGIN, ID_OF, cycle, text_of
 from mnemosyne.serve.chat import ChatTemplate
 from mnemosyne.serve.prompts import Conversation, PromptReader, list_conversations
 from mnemosyne.serve.tokenizer import Tokenizer
+from tests.caches import empty_cache
 from tests.engines import greedy
 from tests.serve.made_tokenizers import byte_level_bpe
 
@@ -26,7 +27,8 @@ TEMPLATE = (
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     """The needle model, whose template writes a begin token and the messages."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        cache = empty_cache(tmp_path_factory.mktemp("cache"))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
         with LLM(
             "needle", dtype="float32", schedule={"chunk": 64}, cache={"max_tokens": "1K"}
         ) as opened:
