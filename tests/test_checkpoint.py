@@ -9,6 +9,7 @@ import torch
 
 from mnemosyne.checkpoint import BENCH_SEED, find_checkpoint, path_on_disk, weight_bytes
 from mnemosyne.model_zoo.bench import bench_spec
+from mnemosyne.operators import TORCH
 from mnemosyne.parallel.mesh import single_mesh
 from tests.model_zoo.tiny import tiny_checkpoint
 
@@ -75,7 +76,7 @@ def test_weights_are_counted_before_they_are_loaded(
     tmp_path: Path, tied: bool, dtype: torch.dtype
 ) -> None:
     checkpoint = find_checkpoint(str(tiny_checkpoint(tmp_path / "tiny", tied=tied)))
-    decoder = checkpoint.decoder(single_mesh(), dtype)
+    decoder = checkpoint.decoder(single_mesh(), dtype, TORCH)
 
     counted = weight_bytes(decoder)
     checkpoint.load(decoder, torch.device("cpu"), None)
