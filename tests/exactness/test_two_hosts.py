@@ -117,8 +117,12 @@ def _launch(
     hosts: tuple[Host, Host], model: Path, folder: Path, max_tokens: int, *options: dict[str, Any]
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Start one rank on each host with torchrun; what they say goes to files of the folder."""
+    key = folder / "mesh.key"
+    key.touch(mode=0o600)
+    key.write_bytes(secrets.token_bytes(32))
+    keyed = [each | {"mesh": {**each["mesh"], "key": str(key)}} for each in options]
     script = ["-m", "tests.exactness.serve_rank"]
-    script += [str(model), str(folder), str(max_tokens), json.dumps(options)]
+    script += [str(model), str(folder), str(max_tokens), json.dumps(keyed)]
     launchers = []
     try:
         for index, host in enumerate(hosts):
