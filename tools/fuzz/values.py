@@ -93,6 +93,12 @@ def listed(rng: random.Random, items: list[Any]) -> Any:
         return items
 
 
+def held(rng: random.Random, items: list[Any]) -> Any:
+    """The items, of any size, in a container that takes them as they are and converts none."""
+    kinds: list[Callable[[list[Any]], Any]] = [list, tuple, collections.UserList, collections.deque]
+    return rng.choice(kinds)(items)
+
+
 def mapped(rng: random.Random, items: dict[Any, Any]) -> Any:
     """The items in a mapping of some kind."""
     kinds: list[Callable[[dict[Any, Any]], Any]] = [dict, types.MappingProxyType]
@@ -115,7 +121,7 @@ def odd(rng: random.Random) -> Any:
         lambda: rng.choice([np.zeros((3, 0)), np.array(5), np.array(["a"]), np.array([True])]),
         lambda: rng.choice([torch.tensor(3), torch.tensor([0.5]), torch.ones(2, 2).long()]),
         lambda: rng.choice([[], [[]], [[], []], [None], [[[5]]], {}, set(), {5}]),
-        lambda: listed(rng, [odd(rng) for _ in range(rng.randint(0, 3))]),
+        lambda: held(rng, [odd(rng) for _ in range(rng.randint(0, 3))]),
         lambda: {rng.choice([5, True, "5", -1, 2**70, None, (1,)]): odd(rng)},
         lambda: rng.choice([Hostile(), HostileInt(3), HostileList([5]), EndlessList([5])]),
         lambda: rng.choice([object(), Hostile, lambda: 5, iter([5, 6]), types]),
