@@ -1,4 +1,4 @@
-"""Who computes on this rank, chosen once: attention, all other operators, compiler or tape."""
+"""The choice of attention, operators and compiler or tape on this rank, made once."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ AS_THEY_ARE = Wraps()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compute:
-    """What computes a step."""
+    """The parts that compute a step."""
 
     device: torch.device
     dtype: torch.dtype

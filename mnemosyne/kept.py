@@ -95,7 +95,7 @@ def _put(made: Path, path: Path, old: Path, is_whole: Callable[[], bool]) -> Non
 
 
 def _damage(path: Path, recipe: str) -> str | None:
-    """What is wrong with a folder that ``kept_folder`` made, None if nothing is."""
+    """The damage to a folder that ``kept_folder`` made, None if there is none."""
     try:
         seal = json.loads(read_kept(path / SEAL))
         if seal["recipe"] != recipe:

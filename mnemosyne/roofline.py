@@ -1,4 +1,4 @@
-"""What a step should take: its operations and bytes at what this machine is measured to do."""
+"""Predicted step times by roofline: operations and bytes at the peaks measured here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PRODUCTS = {"cpu": (256, 1024, 1024), "cuda": (4096, 4096, 4096)}  # rows, inner
 
 @dataclass(frozen=True, slots=True)
 class Peaks:
-    """What one rank can do at most."""
+    """Measured peaks of one rank."""
 
     flops_per_s: float  # of a matrix product
     bytes_per_s: float  # of a read

@@ -126,7 +126,7 @@ def _share_openmp() -> bool:
 
 @cache
 def processor_flags() -> frozenset[str]:
-    """What this processor can do, as Linux calls it."""
+    """Instructions of this processor, as Linux names them."""
     return flags_of(Path("/proc/cpuinfo").read_text())
 
 

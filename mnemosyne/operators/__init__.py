@@ -1,4 +1,4 @@
-"""What a model computes between two attentions: one contract, chosen once, given to the decoder.
+"""Operators of a model between two attentions: one contract, chosen once for the decoder.
 
 >>> import torch
 >>> operators = choose_operators("torch", device=torch.device("cpu"), dtype=torch.float64)

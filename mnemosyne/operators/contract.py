@@ -13,7 +13,7 @@ Rotary = tuple[Tensor, Tensor]  # cos and sin of the rows of a step, both [T, D/
 
 
 class Operators(Protocol):
-    """What a model computes between two attentions; one set per engine.
+    """Operators of a model between two attentions; one set per engine.
 
     Modules call it inside their ``forward``, so that whatever is attached to a module keeps
     working. Results have the dtype of their first tensor unless it says otherwise.

@@ -1,4 +1,4 @@
-"""How two ranks prove over a fresh connection that they have the key of the mesh, and stay sure.
+"""A handshake over a fresh connection: both ranks prove that they have the key of the mesh.
 
 Both bring a number that was never used, and answer that of the other with a code that only the key
 makes. Codes of the words that follow come from both numbers and count up, so that nothing of an

@@ -25,7 +25,7 @@ TICK_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class MeshKey:
-    """What every rank knows, and nobody else."""
+    """A secret shared by the ranks of a mesh."""
 
     secret: bytes = field(repr=False)
 

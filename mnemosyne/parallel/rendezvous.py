@@ -1,4 +1,4 @@
-"""How the processes of a run find each other: torch's store, on loopback where we start them."""
+"""Rendezvous of the processes of a run: torch's store, on loopback under our launcher."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def name_of(ranks: Sequence[int], labels: Mapping[int, str]) -> str:
 def _stuck(
     trouble: Trouble, answers: Mapping[int, Whereabouts | None], labels: Mapping[int, str]
 ) -> str:
-    """Who holds the others up: a rank that does not answer, did not run, or waits for nobody."""
+    """The rank that holds the others up: it does not answer, did not run, or waits for nobody."""
     silent = sorted(rank for rank, answer in answers.items() if answer is None)
     if silent:
         return f"{name_of(silent, labels)} did not answer; {trouble.text}"

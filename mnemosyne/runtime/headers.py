@@ -1,4 +1,4 @@
-"""What the files of a checkpoint hold: which tensor lies where, in which shape; all is checked."""
+"""Headers of a checkpoint's files, checked: the place and shape of each tensor."""
 
 from __future__ import annotations
 
