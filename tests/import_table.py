@@ -213,9 +213,14 @@ TABLE = {
     ),
     "serve": Rule(
         ("schedule", "runtime", "request", "metrics", "config", "files", "plain"),
+        ("torch", "numpy", "tokenizers", "jinja2", "rich", "zmq", "msgspec"),
+    ),
+    # HTTP over an engine in this process or another one: the extra `serve`
+    "server": Rule(
+        ("config", "config_serve", "files", "plain", "process", "request", "metrics", "serve"),
         (
-            *("torch", "numpy", "tokenizers", "jinja2", "rich", "zmq", "msgspec"),
-            *("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"),
+            *("numpy", "msgspec", "tokenizers", "fastapi", "starlette", "uvicorn"),
+            *("prometheus_client", "zmq"),
         ),
     ),
     "conf": Rule(),

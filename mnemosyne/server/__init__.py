@@ -1,0 +1,1 @@
+"""The HTTP side: an app over a backend. Needs the extra ``serve``."""
