@@ -12,7 +12,7 @@ CHUNK_MULTIPLE = 32  # sizes fill matrix tiles
 MAX_LINES = 6  # tries before a search halves what is left
 LONE_RATE = 0.98  # share of the best prefill rate at which a larger chunk gains nothing
 LONE_FLOW = 0.99  # the same of a prompt that flows through several stages
-MOST_PER_STAGE = 24  # chunks of a prompt: with so many the fill is 4% of its time
+MAX_PER_STAGE = 24  # chunks of a prompt: with so many the fill is 4% of its time
 SPACING = 1.1  # of neighbouring numbers of chunks that are tried
 
 
@@ -159,12 +159,12 @@ def solve_lone_count(
 
     Returns:
         The largest number of chunks at nearly the least time: smaller ones let new arrivals in
-        sooner. At most ``MOST_PER_STAGE`` by stage, however cheap a step looks.
+        sooner. At most ``MAX_PER_STAGE`` by stage, however cheap a step looks.
 
     Source: a flow shop in which a job takes as long on each machine; the choice is ours.
     """
     fewest = -(-total // max_chunk)
-    most = max(fewest, min(total // min_chunk, MOST_PER_STAGE * depth))
+    most = max(fewest, min(total // min_chunk, MAX_PER_STAGE * depth))
     counts = [fewest]
     while counts[-1] < most:
         counts.append(min(most, max(counts[-1] + 1, int(counts[-1] * SPACING))))

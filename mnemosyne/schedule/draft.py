@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mnemosyne.schedule.plan import Chunk
-from mnemosyne.schedule.prompts import Progress
+from mnemosyne.schedule.request_state import RequestState
 from mnemosyne.schedule.work import StepWork, Work, WorkModel
 
 
-class Draft:
+class StepDraft:
     """A step in the making: its decodes, and the chunks of prefill so far.
 
     Args:
@@ -30,10 +30,10 @@ class Draft:
         self.group_s = [predict(part) for part in work]
         self.seconds = max(self.group_s)
         self.chunks: list[Chunk] = []
-        self.prompts: list[Progress] = []
+        self.prompts: list[RequestState] = []
 
 
-class OneMore:
+class ChunkCandidate:
     """A step with the next chunk of one prompt in it, by the size of that chunk.
 
     Args:
@@ -41,17 +41,18 @@ class OneMore:
         prompt: whose chunk it is.
 
     Attributes:
-        most: tokens that the chunk may hold: it never crosses into another shard.
+        max_tokens: tokens that the chunk may hold: it never crosses into another shard.
         without_s: predicted time of the step without it.
     """
 
-    def __init__(self, step: Draft, prompt: Progress) -> None:
+    def __init__(self, step: StepDraft, prompt: RequestState) -> None:
         self._step, self._prompt, self._start = step, prompt, prompt.num_planned
         self.without_s = step.seconds
-        self.most = self._remaining = prompt.request.num_prompt_tokens - self._start
+        self.max_tokens = self._remaining = prompt.request.num_prompt_tokens - self._start
         self._active = shards = prompt.placement.shards  # that compute the chunk
         if len(shards) > 1:
-            self.most = min(self.most, prompt.placement.next_boundary(self._start) - self._start)
+            until_boundary = prompt.placement.next_boundary(self._start) - self._start
+            self.max_tokens = min(self.max_tokens, until_boundary)
             self._active = shards[: prompt.placement.num_active(self._start + 1)]
         self._others_s = 0.0
         if len(self._active) < len(step.work):
@@ -75,7 +76,7 @@ class OneMore:
                 slowest_s = part_s
         return slowest_s
 
-    def join(self, num_tokens: int) -> None:
+    def accept(self, num_tokens: int) -> None:
         """Make it part of the step, with a chunk of so many tokens."""
         if self._size != num_tokens:
             self.seconds(num_tokens)

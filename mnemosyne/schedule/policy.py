@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 Number = TypeVar("Number", float, np.ndarray)
-LEAST_S = 1e-200  # makes a difference to no predicted time but zero, by which nothing is divided
+MIN_S = 1e-200  # makes a difference to no predicted time but zero, by which nothing is divided
 
 
 @dataclass(slots=True, eq=False)
@@ -45,7 +45,7 @@ def relative_slack(urgency: Urgency[Number], now_s: float, factor: float) -> Num
     total_s = urgency.total_s * factor
     slack = urgency.due_s - now_s
     slack -= total_s - urgency.done_s * factor
-    slack /= total_s + LEAST_S
+    slack /= total_s + MIN_S
     return slack
 
 

@@ -18,7 +18,7 @@ GAIN_STEPS = 15  # whose median ratio of measured to fitted time is the gain
 KNOWN_AFTER = 64  # steps; until then a sweep that was wrong looks like a change of speed
 NEWEST = GAIN_STEPS // 2 + 1  # steps that move the median together
 SAME_SPEED = 1.25  # a gain beyond it, up or down, asks for an explanation
-CLEARLY = 0.9  # of the error of one fit is that of the other, if it explains better
+BETTER_FIT = 0.9  # error of one fit over that of another, below which it explains better
 MIN_STEP_S = 1e-9  # a clock may not have moved
 NUM_FEATURES = len(StepWork().features())
 # Seconds per unit of each feature on a machine like any other; what counts is how they compare.
@@ -114,8 +114,8 @@ class LinearPredictor:
             self._gain = 1.0  # one slow first step, as of kernels being compiled, says nothing yet
             return
         self._follow(seconds / max(work.seconds(self._coefficients), MIN_STEP_S))
-        if self._asks_why():
-            self._explain()
+        if self._speed_may_have_changed():
+            self._refit()
         elif self._num_observed % REFIT_EVERY == 0:
             # without the newest, of which nobody can tell yet whether the machine has changed
             self._use(self._fit(self.samples[:-NEWEST])[0])
@@ -129,12 +129,12 @@ class LinearPredictor:
         self._ratios.append(ratio)
         self._gain = median(self._ratios)
 
-    def _asks_why(self) -> bool:
+    def _speed_may_have_changed(self) -> bool:
         is_known = self._num_observed >= KNOWN_AFTER
         is_due = self._num_observed - self._explained_at >= NEWEST
         return is_known and is_due and not 1 / SAME_SPEED <= self._gain <= SAME_SPEED
 
-    def _explain(self) -> None:
+    def _refit(self) -> None:
         """The newest steps did work of which too little was known, or the machine has changed.
 
         One fit over steps of two speeds would have a wrong shape: the chunk rule makes small steps
@@ -146,7 +146,7 @@ class LinearPredictor:
         rates, error = self._fit(rows)
         rows[:-NEWEST, -1] *= self._gain
         rates_if_changed, error_if_changed = self._fit(rows)
-        if error_if_changed < CLEARLY * error:
+        if error_if_changed < BETTER_FIT * error:
             rates = rates_if_changed
             self._calibration = rows[: len(self._calibration)]
             self._recent[self._places(MAX_SAMPLES)] = rows[len(self._calibration) :]

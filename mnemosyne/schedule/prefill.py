@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from mnemosyne.config import ScheduleConfig
 from mnemosyne.schedule.chunking import solve_chunk, solve_lone_chunk
-from mnemosyne.schedule.draft import Draft, OneMore
+from mnemosyne.schedule.draft import ChunkCandidate, StepDraft
 from mnemosyne.schedule.plan import Chunk
 from mnemosyne.schedule.policy import POLICIES, relative_slack, slack_s
 from mnemosyne.schedule.predictor import Predictor
+from mnemosyne.schedule.prefill_queue import PrefillQueue
 from mnemosyne.schedule.prefill_table import PrefillTable
-from mnemosyne.schedule.prompts import Progress, Prompts
+from mnemosyne.schedule.request_state import RequestState
 from mnemosyne.schedule.work import StepWork, Work, WorkModel
 
 
@@ -21,7 +22,7 @@ class Prefills:
     """The prefill part of a step."""
 
     chunks: list[Chunk]
-    prompts: list[Progress]  # whose they are
+    prompts: list[RequestState]  # whose they are
     slack_s: list[float]  # of each: time to spare when it was planned
     work: Work  # of the whole step, decodes included
     seconds: float  # predicted, for all of it
@@ -60,21 +61,21 @@ class PrefillPlanner:
             max_chunk=config.max_chunk,
             depth=depth,
         )
-        self._prompts = Prompts(POLICIES[config.policy], self.table)
+        self._queue = PrefillQueue(POLICIES[config.policy], self.table)
         self._num_short = 0  # of those
 
-    def add(self, prompt: Progress) -> None:
+    def add(self, prompt: RequestState) -> None:
         """Take an admitted prompt in."""
-        self._prompts.add(prompt)
+        self._queue.add(prompt)
         self._num_short += prompt.request.num_prompt_tokens <= self._long_tokens
 
-    def discard(self, prompt: Progress) -> None:
+    def discard(self, prompt: RequestState) -> None:
         """Forget a prompt that is not planned to its end."""
-        self._remove([self._prompts.find(prompt)])
+        self._remove([prompt])
 
     def clear(self) -> None:
         """Forget all."""
-        self._prompts.clear()
+        self._queue.clear()
         self._num_short = 0
 
     def plan(self, work: Work, now_s: float, *, delays_decodes: bool) -> Prefills:
@@ -86,14 +87,14 @@ class PrefillPlanner:
             delays_decodes: whether any request decodes, in this step or in others in flight,
                 which follow this one through the stages.
         """
-        step = Draft(work, self.work_model, self.predictor.predict)
-        if not self._prompts:
+        step = StepDraft(work, self.work_model, self.predictor.predict)
+        if not self._queue:
             return Prefills([], [], [], work, step.seconds)
-        factor = self._prompts.follow_table()
+        factor = self._queue.follow_table()
         if not self.config.is_adaptive:
-            self._add_fixed(step, self._prompts.in_order(now_s, factor))
-        elif len(self._prompts) == 1 and not delays_decodes:
-            self._add_lone(step, *self._prompts.in_order(now_s, factor))
+            self._add_fixed(step, self._queue.in_order(now_s, factor))
+        elif len(self._queue) == 1 and not delays_decodes:
+            self._add_lone(step, *self._queue.in_order(now_s, factor))
         else:
             self._add_adaptive(step, now_s, factor)
         slacks_s = [slack_s(prompt, now_s, factor) for prompt in step.prompts]
@@ -104,48 +105,48 @@ class PrefillPlanner:
             if chunk.samples:
                 done.append(prompt)
             else:
-                self._prompts.advance(prompt)
+                self._queue.advance(prompt)
         self._remove(done)
         return Prefills(step.chunks, step.prompts, slacks_s, tuple(step.work), step.seconds)
 
-    def _remove(self, prompts: list[Progress]) -> None:
-        self._prompts.remove(prompts)
+    def _remove(self, prompts: list[RequestState]) -> None:
+        self._queue.remove(prompts)
         for prompt in prompts:
             self._num_short -= prompt.request.num_prompt_tokens <= self._long_tokens
 
-    def _add_fixed(self, step: Draft, order: Iterable[Progress]) -> None:
+    def _add_fixed(self, step: StepDraft, order: Iterable[RequestState]) -> None:
         budget = int(self.config.chunk)
         for prompt in order:
-            one_more = OneMore(step, prompt)
-            size = min(budget, one_more.most)
-            one_more.join(size)
+            candidate = ChunkCandidate(step, prompt)
+            size = min(budget, candidate.max_tokens)
+            candidate.accept(size)
             budget -= size
             if budget == 0:
                 break
 
-    def _add_lone(self, step: Draft, prompt: Progress) -> None:
+    def _add_lone(self, step: StepDraft, prompt: RequestState) -> None:
         """Nobody waits for this step but the prompt itself: take the chunk that ends soonest.
 
         On one stage it is never smaller than beside decodes: where measurements are noisy, small
         chunks may look as fast as large ones, and a step of ``target_tbt`` delays no new arrival
         too long. On several, chunks that take equally long leave no stage idle between them.
         """
-        one_more = OneMore(step, prompt)
+        candidate = ChunkCandidate(step, prompt)
         if self._depth > 1:
             pace_s = self.table.pace(prompt.num_planned, prompt.request.num_prompt_tokens)
-            size = self._solve(one_more, self.config.max_chunk, pace_s)
-            one_more.join(size or min(self.config.min_chunk, one_more.most))
+            size = self._solve(candidate, self.config.max_chunk, pace_s)
+            candidate.accept(size or min(self.config.min_chunk, candidate.max_tokens))
             return
         soonest = solve_lone_chunk(
-            one_more.seconds,
-            remaining=one_more.most,
+            candidate.seconds,
+            remaining=candidate.max_tokens,
             min_chunk=self.config.min_chunk,
             max_chunk=self.config.max_chunk,
         )
         target_s, max_chunk = float(self.config.target_tbt), self.config.max_chunk
-        one_more.join(max(soonest, self._solve(one_more, max_chunk, target_s)))
+        candidate.accept(max(soonest, self._solve(candidate, max_chunk, target_s)))
 
-    def _add_adaptive(self, step: Draft, now_s: float, factor: float) -> None:
+    def _add_adaptive(self, step: StepDraft, now_s: float, factor: float) -> None:
         """Chunks in order of the policy until the predicted time of the step is spent.
 
         At most one long prefill takes part, and while it has slack it leaves a share of the step
@@ -157,7 +158,7 @@ class PrefillPlanner:
         # whatever the decodes of one group take, prompts of others may take as well
         budget_s = max(float(self.config.target_tbt), step.seconds)
         full: set[int] = set()  # groups in which not even the smallest chunk fits any more
-        for prompt in self._prompts.in_order(now_s, factor):
+        for prompt in self._queue.in_order(now_s, factor):
             is_long = prompt.request.num_prompt_tokens > self._long_tokens
             num_short -= not is_long
             if (is_long and tried_long) or (full and prompt.next_group in full):
@@ -167,16 +168,16 @@ class PrefillPlanner:
             if is_long and num_short:
                 rho = relative_slack(prompt, now_s, factor)
                 own_s -= self._given_up_s(rho, budget_s - step.seconds)
-            one_more = OneMore(step, prompt)
-            size = self._solve(one_more, num_left, own_s)
+            candidate = ChunkCandidate(step, prompt)
+            size = self._solve(candidate, num_left, own_s)
             if size == 0 and not step.chunks:
-                size = min(min_chunk, one_more.most)
+                size = min(min_chunk, candidate.max_tokens)
             if size == 0:
                 full.add(prompt.next_group)
                 if len(full) == len(step.work):
                     break
                 continue
-            one_more.join(size)
+            candidate.accept(size)
             budget_s = max(budget_s, step.seconds)
             num_left -= size
             if num_left < min_chunk:
@@ -186,14 +187,14 @@ class PrefillPlanner:
         """What a long prefill of this relative slack leaves, of the time the step still has."""
         return min(max(rho, 0.0), self.config.max_relative_slack) * max(0.0, left_s)
 
-    def _solve(self, one_more: OneMore, num_left: int, budget_s: float) -> int:
+    def _solve(self, candidate: ChunkCandidate, num_left: int, budget_s: float) -> int:
         return solve_chunk(
-            one_more.seconds,
-            remaining=one_more.most,
+            candidate.seconds,
+            remaining=candidate.max_tokens,
             budget_s=budget_s,
             min_chunk=self.config.min_chunk,
             max_chunk=num_left,
-            without_s=one_more.without_s,
+            without_s=candidate.without_s,
         )
 
     def _alone(self, start: int, num_tokens: int) -> StepWork:

@@ -13,7 +13,7 @@ from mnemosyne.schedule.work import StepWork
 
 NODE_RATIO = 1.125  # of neighbouring lengths far out, where one chunk changes little
 SPARE = 0.25  # of a chunk that the others take along: sizes are rounded
-STALE_SHAPE = 0.1  # change of one chunk against another after which the table is made anew
+STALE_SHAPE = 0.1  # change of one chunk against another after which the table is rebuilt
 
 
 class PrefillTable:
@@ -22,7 +22,7 @@ class PrefillTable:
     Lengths between two nodes are interpolated. Far out a node stands for many chunks: the time
     of a chunk grows linearly with what is before it, so their mean is that of the first and last.
     When the machine as a whole becomes slower or faster, the table follows by one factor; when
-    near and far chunks change differently, it is made anew.
+    near and far chunks change differently, it is rebuilt.
 
     Args:
         work: of a step with ``num_tokens`` tokens from position ``start``.
@@ -47,7 +47,7 @@ class PrefillTable:
         self._min_chunk = min_chunk
         self._max_chunk = max_chunk
         self._depth = depth
-        self._longest = 0  # of all prompts: a table made anew serves those that wait as well
+        self._longest = 0  # of all prompts: a rebuilt table serves those that wait as well
         self._flow: tuple[int, int]  # a length, and the chunks of a lone prompt of it
         self._clear()
 

@@ -43,7 +43,7 @@ class Router:
     def num_used(self) -> int:
         return sum(allocator.num_used for allocator in self.allocators)
 
-    def most_free_tokens(self) -> int:
+    def max_free_tokens(self) -> int:
         """Tokens that the free pages of one group hold at most."""
         return max(allocator.num_free for allocator in self.allocators) * self.page_size
 

@@ -8,12 +8,12 @@ from itertools import islice
 from mnemosyne.cache.allocator import PageAllocator
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request
+from mnemosyne.schedule.admission import AdmissionQueue
 from mnemosyne.schedule.plan import Admission, Chunk, Plan
 from mnemosyne.schedule.predictor import LearningPredictor, Predictor
 from mnemosyne.schedule.prefill import PrefillPlanner
-from mnemosyne.schedule.prompts import NOWHERE, Progress
+from mnemosyne.schedule.request_state import UNPLACED, RequestState
 from mnemosyne.schedule.routing import Router
-from mnemosyne.schedule.waiting import Waiting
 from mnemosyne.schedule.work import DecodeTally, Work, WorkModel
 
 
@@ -56,8 +56,8 @@ class Scheduler:
             shard_tokens=router.max_tokens_per_group,
             depth=depth,
         )
-        self._waiting = Waiting(config.policy, slo, router, self._prefill.table)
-        self._progress: dict[int, Progress] = {}  # of all, those that wait included
+        self._admission = AdmissionQueue(config.policy, slo, router, self._prefill.table)
+        self._requests: dict[int, RequestState] = {}  # of all, those that wait included
         self._ready: dict[int, Chunk] = {}  # decodes that may run, longest waiting first
         self._ready_tally = DecodeTally(work_model)  # of those
         self._num_decoding = 0  # of the running ones, past their prompts
@@ -67,11 +67,11 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._admission)
 
     @property
     def num_running(self) -> int:
-        return len(self._progress) - len(self._waiting)
+        return len(self._requests) - len(self._admission)
 
     def prefill_s(self, num_tokens: int) -> float:
         """Predicted time of prefilling a prompt of ``num_tokens`` tokens alone."""
@@ -104,18 +104,18 @@ class Scheduler:
             ValueError: if it can never fit.
         """
         self.check_fits(request)
-        progress = self._progress[request.request_id] = self._waiting.add(request)
-        return progress.deadline_s
+        state = self._requests[request.request_id] = self._admission.add(request)
+        return state.deadline_s
 
     def release(self, request_id: int) -> None:
         """Forget a request that finished or was cancelled; its pages are free again.
 
         Pages of a request that is part of a step in flight are freed when that step is back.
         """
-        running = self._progress[request_id]
-        if running.placement is NOWHERE:
-            self._waiting.discard(running)
-            del self._progress[request_id]
+        running = self._requests[request_id]
+        if running.placement is UNPLACED:
+            self._admission.discard(running)
+            del self._requests[request_id]
             return
         running.is_released = True
         if running.is_prefilling:
@@ -138,10 +138,10 @@ class Scheduler:
         """
         for plan in lost:
             self._released += plan.released
-        self._released += [i for i, p in self._progress.items() if p.placement is not NOWHERE]
-        self._waiting.clear()
+        self._released += [i for i, p in self._requests.items() if p.placement is not UNPLACED]
+        self._admission.clear()
         self._prefill.clear()
-        self._progress.clear()
+        self._requests.clear()
         self._ready.clear()
         self._ready_tally.clear()
         self._num_decoding = 0
@@ -155,7 +155,7 @@ class Scheduler:
             now_s: seconds on the clock of the requests' arrivals.
         """
         num_places = self.config.max_sequences - self.num_running
-        admitted = [self._start(running) for running in self._waiting.admit(num_places, now_s)]
+        admitted = [self._start(running) for running in self._admission.admit(num_places, now_s)]
         chunks, work = self._decode()
         prefills = self._prefill.plan(work, now_s, delays_decodes=self._num_decoding > 0)
         for running, chunk in zip(prefills.prompts, prefills.chunks, strict=True):
@@ -186,7 +186,7 @@ class Scheduler:
         """
         rows = []
         for request_id, start, num_tokens, samples, token_id in plan.chunks:
-            running = self._progress[request_id]
+            running = self._requests[request_id]
             if token_id is None:
                 running.num_in_flight -= 1
             if running.is_released:
@@ -204,18 +204,18 @@ class Scheduler:
         if self._learner is not None:
             self._learner.observe(max(work, key=self._learner.predict), seconds)
 
-    def _start(self, running: Progress) -> Admission:
+    def _start(self, running: RequestState) -> Admission:
         self._prefill.add(running)
         request = running.request
         what = request.request_id, request.prompt_ids, request.params
         return Admission(*what, request.seed, request.end_token_ids, running.placement)
 
-    def _forget(self, running: Progress) -> None:
+    def _forget(self, running: RequestState) -> None:
         request = running.request
-        del self._progress[request.request_id]
+        del self._requests[request.request_id]
         num_done = min(running.num_planned, request.num_prompt_tokens)
         self.router.release(running.placement, request.num_prompt_tokens, num_done)
-        self._waiting.note_release(request.request_id)
+        self._admission.note_release(request.request_id)
         self._released.append(request.request_id)
 
     def _decode(self) -> tuple[list[Chunk], Work]:
@@ -232,7 +232,7 @@ class Scheduler:
             self._ready_tally.clear()
             return chunks, work
         chunks = list(islice(self._ready.values(), share))
-        rows = [(chunk.start, self._progress[chunk.request_id].placement) for chunk in chunks]
+        rows = [(chunk.start, self._requests[chunk.request_id].placement) for chunk in chunks]
         self._ready_tally.add(rows, sign=-1)
         taken = DecodeTally(self.work_model)
         taken.add(rows)

@@ -1,57 +1,32 @@
-"""Prompts that are not computed yet, or not all of them, and their order by a policy."""
+"""The queue of prompts with tokens left to compute, ordered by a policy."""
 
 from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from math import inf
 from operator import attrgetter
 
 import numpy as np
 
-from mnemosyne.cache.layout import Placement
-from mnemosyne.request import Request
 from mnemosyne.schedule.policy import Policy, Urgency, slack_s
 from mnemosyne.schedule.prefill_table import PrefillTable
+from mnemosyne.schedule.request_state import RequestState
 
 FEW = 8  # prompts that are compared one by one, and of many those that are looked for first
-NOWHERE = Placement((), 1)  # of a request that waits
 # Cells of a prompt: its ``Urgency``, then priority and tokens of prompt and output together.
-ARRIVAL, DUE, TOTAL_S, DONE_S, PRIORITY, ROOM = range(6)
+ARRIVAL, DUE, TOTAL_S, DONE_S, PRIORITY, TOKENS = range(6)
 NUM_CELLS = 6
 LAST = float(np.finfo(np.float64).max)  # the largest key: inf marks who is taken or left out
 
 
-@dataclass(slots=True, eq=False)
-class Progress(Urgency[float]):
-    """How far a request is, as planning needs it: counts and times, never token values."""
-
-    request: Request
-    deadline_s: float  # of the first token, after arrival
-    placement: Placement = NOWHERE  # pages for its whole life, once it is admitted
-    num_planned: int = 0  # prompt tokens in this and earlier plans
-    num_in_flight: int = 0  # steps that hold a chunk of its prompt
-    is_released: bool = False
-    turn: int = 0  # how many prompts had come to where it is before it
-    row: int = 0  # how many of those are still there, if it was just looked for
-
-    @property
-    def is_prefilling(self) -> bool:
-        return self.num_planned < self.request.num_prompt_tokens
-
-    @property
-    def next_group(self) -> int:
-        """The group that stores the next chunk."""
-        return self.placement.shards[self.placement.num_active(self.num_planned + 1) - 1].group
-
-
-class Prompts:
-    """Prompts that are not computed yet, or not all of them, ordered by a policy.
+class PrefillQueue:
+    """Prompts with tokens left to compute, ordered by a policy.
 
     A few are compared one by one. Many are weighed at once: what is known of them stands in a
-    table as well, which Python changes in a moment and numpy reads without a copy.
+    table as well, which Python changes in a moment and numpy reads without a copy. A prompt is
+    found by its ticket: tickets rise, so that they are sorted as the prompts stand.
 
     Args:
         policy: what makes one more urgent than another.
@@ -70,13 +45,13 @@ class Prompts:
 
     def clear(self) -> None:
         """Forget all."""
-        self._items: list[Progress] = []  # as they came
+        self._items: list[RequestState] = []  # as they came
         self._cells = array("d")  # of all if they are many, else of the first ones
         self._is_mixed = False  # whether there may be several priorities
 
-    def add(self, prompt: Progress) -> None:
+    def add(self, prompt: RequestState) -> None:
         """Take a prompt in, behind all others where the policy makes no difference."""
-        prompt.turn = self._num_taken
+        prompt.ticket = self._num_taken
         self._num_taken += 1
         self._items.append(prompt)
         if prompt.request.priority != self._items[0].request.priority:
@@ -84,25 +59,21 @@ class Prompts:
         if len(self._items) > FEW:
             self._fill()
 
-    def find(self, prompt: Progress) -> Progress:
-        """The prompt, ready for ``advance`` and ``remove`` as if it came from ``in_order``."""
-        prompt.row = bisect_left(self._items, prompt.turn, key=attrgetter("turn"))
-        return prompt
-
-    def remove(self, prompts: Iterable[Progress]) -> None:
-        """Take prompts out, all those at once that ``in_order`` gave."""
-        for row in sorted([prompt.row for prompt in prompts], reverse=True):
+    def remove(self, prompts: Iterable[RequestState]) -> None:
+        """Take prompts out."""
+        for row in sorted([self._row(prompt) for prompt in prompts], reverse=True):
             del self._items[row]
             del self._cells[row * NUM_CELLS : (row + 1) * NUM_CELLS]
 
-    def advance(self, prompt: Progress) -> None:
-        """Note that more of a prompt is planned, before any is removed."""
+    def advance(self, prompt: RequestState) -> None:
+        """Note that more of a prompt is planned."""
         prompt.done_s = self._table.at(prompt.num_planned)
-        if prompt.row * NUM_CELLS < len(self._cells):
-            self._cells[prompt.row * NUM_CELLS + DONE_S] = prompt.done_s
+        cell = self._row(prompt) * NUM_CELLS + DONE_S
+        if cell < len(self._cells):
+            self._cells[cell] = prompt.done_s
 
     def follow_table(self) -> float:
-        """Look the times up again if the table was made anew; to be called before what follows.
+        """Look the times up again if the table was rebuilt; to be called before what follows.
 
         Returns:
             The factor from seconds of the table to seconds as the machine is now.
@@ -118,44 +89,44 @@ class Prompts:
             del self._cells[:]
         return self._table.factor()
 
-    def in_order(self, now_s: float, factor: float, most_room: float = inf) -> Iterator[Progress]:
+    def in_order(
+        self, now_s: float, factor: float, max_tokens: float = inf
+    ) -> Iterator[RequestState]:
         """Prompts, the most urgent first: by priority, policy, then as they came.
 
         Args:
             now_s: seconds on the clock of arrivals.
             factor: as ``follow_table`` returned it.
-            most_room: tokens of prompt and output above which a request is left out.
+            max_tokens: tokens of prompt and output above which a request is left out.
 
         Returns:
             Prompts for a reader who stops early, and before any is added or removed.
         """
         if len(self._items) > FEW:
             keys = np.array(self._policy(self._urgency(), now_s, factor))
-            return self._many_in_order(keys, most_room)
+            return self._many_in_order(keys, max_tokens)
         few = [
-            (prompt.request.priority, self._policy(prompt, now_s, factor), prompt.turn, prompt)
+            (prompt.request.priority, self._policy(prompt, now_s, factor), prompt.ticket, prompt)
             for prompt in self._items
-            if prompt.request.max_tokens <= most_room
+            if prompt.request.max_tokens <= max_tokens
         ]
         few.sort()
-        for row, prompt in enumerate(self._items):
-            prompt.row = row
         return iter([prompt for *_, prompt in few])
 
-    def overdue(self, now_s: float, factor: float, least_room: float) -> list[Progress]:
-        """Requests of more than ``least_room`` tokens without time to spare, in order of age."""
+    def overdue(self, now_s: float, factor: float, over_tokens: float) -> list[RequestState]:
+        """Requests of more than ``over_tokens`` tokens without time to spare, in order of age."""
         is_late = slack_s(self._urgency(), now_s, factor) <= 0
-        rows = np.flatnonzero(is_late & (self._columns()[ROOM] > least_room)).tolist()
+        rows = np.flatnonzero(is_late & (self._columns()[TOKENS] > over_tokens)).tolist()
         late = [self._items[row] for row in rows]
-        return sorted(late, key=lambda p: (p.request.priority, p.arrival_s, p.turn))
+        return sorted(late, key=lambda p: (p.request.priority, p.arrival_s, p.ticket))
 
-    def most_room(self) -> float:
+    def largest_tokens(self) -> float:
         """Tokens of prompt and output of the largest request."""
         if len(self._items) <= FEW:
             return max((prompt.request.max_tokens for prompt in self._items), default=0)
-        return float(self._columns()[ROOM].max())
+        return float(self._columns()[TOKENS].max())
 
-    def _many_in_order(self, keys: np.ndarray, most_room: float) -> Iterator[Progress]:
+    def _many_in_order(self, keys: np.ndarray, max_tokens: float) -> Iterator[RequestState]:
         """Prompts by their keys, class by class; each of them once, whatever the keys."""
         np.fmin(keys, LAST, out=keys)
         classes = [self._items[0].request.priority]
@@ -164,15 +135,16 @@ class Prompts:
             self._is_mixed = len(classes) > 1
         for priority in classes:
             count, own = len(keys), keys
-            if self._is_mixed or most_room < inf:
+            if self._is_mixed or max_tokens < inf:
                 columns = self._columns()
-                is_own = (columns[PRIORITY] == priority) & (columns[ROOM] <= most_room)
+                is_own = (columns[PRIORITY] == priority) & (columns[TOKENS] <= max_tokens)
                 del columns
                 count, own = int(np.count_nonzero(is_own)), np.where(is_own, keys, inf)
             for row in _smallest_first(own, count):
-                prompt = self._items[row]
-                prompt.row = row
-                yield prompt
+                yield self._items[row]
+
+    def _row(self, prompt: RequestState) -> int:
+        return bisect_left(self._items, prompt.ticket, key=attrgetter("ticket"))
 
     def _urgency(self) -> Urgency[np.ndarray]:
         return Urgency(*self._columns()[:PRIORITY])

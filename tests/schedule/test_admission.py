@@ -62,7 +62,7 @@ def test_the_long_one_starts_as_soon_as_those_before_it_are_gone():
     assert _admitted(scheduler.plan(9.0)) == [1, 3]
 
 
-def test_a_higher_class_takes_pages_that_are_claimed():
+def test_a_higher_class_takes_pages_that_are_reserved():
     scheduler = _with_a_long_one_waiting(deadline_s=1.0, priority=1)
     scheduler.add(make_request(2, 124, arrival_s=9.0, priority=1))
     scheduler.add(make_request(3, 124, arrival_s=9.0, priority=0))  # 32 pages
@@ -70,7 +70,7 @@ def test_a_higher_class_takes_pages_that_are_claimed():
     assert _admitted(scheduler.plan(9.0)) == [3]
 
 
-def test_a_claim_ends_with_its_request():
+def test_a_reservation_ends_with_its_request():
     scheduler = _with_a_long_one_waiting(deadline_s=1.0)
     scheduler.plan(9.0)
     scheduler.add(make_request(2, 124, arrival_s=9.0))

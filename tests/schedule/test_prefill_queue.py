@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mnemosyne.schedule.policy import POLICIES, Policy
+from mnemosyne.schedule.prefill_queue import PrefillQueue
 from mnemosyne.schedule.prefill_table import PrefillTable
-from mnemosyne.schedule.prompts import Progress, Prompts
+from mnemosyne.schedule.request_state import RequestState
 from tests.schedule.clocked import make_request
 
 NOW_S = 3.0
@@ -31,30 +32,34 @@ prompts = st.lists(
 )
 
 
-def _filled(fields: list[dict], policy: Policy) -> Prompts:
-    """Prompts named by their turns, without those that left."""
+def _filled(fields: list[dict], policy: Policy) -> PrefillQueue:
+    """Prompts named by their tickets, without those that left."""
     table = PrefillTable(
         lambda start, size: size, lambda size: 1e-3 * size, min_chunk=1, max_chunk=8
     )
     table.extend(8)
-    waiting, everyone = Prompts(policy, table), []
-    for turn, each in enumerate(fields):
+    waiting, everyone = PrefillQueue(policy, table), []
+    for ticket, each in enumerate(fields):
         length = each["length"]
         request = make_request(
-            turn, length, max_tokens=length, arrival_s=each["arrival_s"], priority=each["priority"]
+            ticket,
+            length,
+            max_tokens=length,
+            arrival_s=each["arrival_s"],
+            priority=each["priority"],
         )
-        prompt = Progress(
+        prompt = RequestState(
             request.arrival_s, each["due_s"], table.at(length), 0.0, request, deadline_s=1.0
         )
         waiting.add(prompt)
         everyone.append(prompt)
     for prompt, each in zip(everyone, fields, strict=True):
         if each["leaves"]:
-            waiting.remove([waiting.find(prompt)])
+            waiting.remove([prompt])
     return waiting
 
 
-def _turns(prompts: Iterable[Progress]) -> list[int]:
+def _tickets(prompts: Iterable[RequestState]) -> list[int]:
     return [prompt.request.request_id for prompt in prompts]
 
 
@@ -65,22 +70,22 @@ def _plain_key(each: dict, policy: str) -> float:
     return keys.get(policy, slack_s / alone_s)
 
 
-def _sorted(fields: list[dict], policy: str, turns: Iterable[int]) -> list[int]:
-    return sorted(turns, key=lambda t: (fields[t]["priority"], _plain_key(fields[t], policy), t))
+def _sorted(fields: list[dict], policy: str, tickets: Iterable[int]) -> list[int]:
+    return sorted(tickets, key=lambda t: (fields[t]["priority"], _plain_key(fields[t], policy), t))
 
 
 @settings(max_examples=100, deadline=None)
-@given(fields=prompts, policy=st.sampled_from(sorted(POLICIES)), most_room=st.integers(2, 8))
-def test_the_order_is_that_of_a_plain_sort(fields, policy, most_room):
+@given(fields=prompts, policy=st.sampled_from(sorted(POLICIES)), max_tokens=st.integers(2, 8))
+def test_the_order_is_that_of_a_plain_sort(fields, policy, max_tokens):
     waiting = _filled(fields, POLICIES[policy])
-    staying = [turn for turn, each in enumerate(fields) if not each["leaves"]]
+    staying = [ticket for ticket, each in enumerate(fields) if not each["leaves"]]
     factor = waiting.follow_table()
 
-    everyone = _turns(waiting.in_order(NOW_S, factor))
-    some = _turns(waiting.in_order(NOW_S, factor, most_room))
+    everyone = _tickets(waiting.in_order(NOW_S, factor))
+    some = _tickets(waiting.in_order(NOW_S, factor, max_tokens))
 
     assert everyone == _sorted(fields, policy, staying)
-    assert some == [turn for turn in everyone if 2 * fields[turn]["length"] <= most_room]
+    assert some == [ticket for ticket in everyone if 2 * fields[ticket]["length"] <= max_tokens]
 
 
 @settings(max_examples=100, deadline=None)
@@ -91,14 +96,14 @@ def test_the_order_is_that_of_a_plain_sort(fields, policy, most_room):
 )
 def test_the_order_stays_that_of_a_plain_sort_while_the_first_ones_leave(fields, policy, taken):
     waiting = _filled(fields, POLICIES[policy])
-    left = [turn for turn, each in enumerate(fields) if not each["leaves"]]
+    left = [ticket for ticket, each in enumerate(fields) if not each["leaves"]]
 
     for count in taken:
         left = _sorted(fields, policy, left)
         first = list(islice(waiting.in_order(NOW_S, waiting.follow_table()), count))
         waiting.remove(first)
 
-        assert _turns(first) == left[:count]
+        assert _tickets(first) == left[:count]
         left = left[count:]
     assert len(waiting) == len(left)
 
@@ -107,11 +112,11 @@ def test_the_order_stays_that_of_a_plain_sort_while_the_first_ones_leave(fields,
 @pytest.mark.parametrize("count", [3, 20, 60])
 def test_each_prompt_comes_once_whatever_its_key(odd, count):
     each = {"length": 2, "arrival_s": 0.0, "due_s": 1.0, "leaves": False}
-    fields = [each | {"priority": turn % 2, "length": 1 + turn % 4} for turn in range(count)]
+    fields = [each | {"priority": ticket % 2, "length": 1 + ticket % 4} for ticket in range(count)]
 
     waiting = _filled(fields, lambda urgency, now_s, factor: urgency.due_s * odd)
     factor = waiting.follow_table()
 
-    assert sorted(_turns(waiting.in_order(NOW_S, factor))) == list(range(count))
-    small = [turn for turn in range(count) if fields[turn]["length"] < 3]
-    assert sorted(_turns(waiting.in_order(NOW_S, factor, 4))) == small
+    assert sorted(_tickets(waiting.in_order(NOW_S, factor))) == list(range(count))
+    small = [ticket for ticket in range(count) if fields[ticket]["length"] < 3]
+    assert sorted(_tickets(waiting.in_order(NOW_S, factor, 4))) == small

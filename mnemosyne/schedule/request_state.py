@@ -1,0 +1,33 @@
+"""What planning knows of one request, from its arrival to the release of its pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mnemosyne.cache.layout import Placement
+from mnemosyne.request import Request
+from mnemosyne.schedule.policy import Urgency
+
+UNPLACED = Placement((), 1)  # of a request that waits
+
+
+@dataclass(slots=True, eq=False)
+class RequestState(Urgency[float]):
+    """How far a request is, as planning needs it: counts and times, never token values."""
+
+    request: Request
+    deadline_s: float  # of the first token, after arrival
+    placement: Placement = UNPLACED  # pages for its whole life, once it is admitted
+    num_planned: int = 0  # prompt tokens in this and earlier plans
+    num_in_flight: int = 0  # steps that hold a chunk of its prompt
+    is_released: bool = False
+    ticket: int = 0  # drawn from the queue that it is in: how many came there before it
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.num_planned < self.request.num_prompt_tokens
+
+    @property
+    def next_group(self) -> int:
+        """The group that stores the next chunk."""
+        return self.placement.shards[self.placement.num_active(self.num_planned + 1) - 1].group
