@@ -76,10 +76,10 @@ def test_the_fastest_of_equally_near_tests_go_first() -> None:
 
     assert found[0] == "tests/schedule/test_chunking.py"
     assert found.index("tests/schedule/test_policy.py") < found.index(
-        "tests/schedule/test_waiting.py"
+        "tests/schedule/test_admission.py"
     )
     assert found.index("tests/schedule/test_any_workload.py") > found.index(
-        "tests/schedule/test_waiting.py"
+        "tests/schedule/test_admission.py"
     )
 
 
