@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from mnemosyne.checkpoint import Progress
 from mnemosyne.config import (
     CacheConfig,
     EngineConfig,
@@ -15,6 +14,7 @@ from mnemosyne.config import (
     ScheduleConfig,
     SloConfig,
 )
+from mnemosyne.joining.checkpoint import Progress
 from mnemosyne.metrics import StepRecord
 from mnemosyne.options import typed
 from mnemosyne.request import Piece, RequestOutput, SamplingParams

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
-from mnemosyne.build import Rank, build_engine, build_rank
-from mnemosyne.checkpoint import Progress
 from mnemosyne.config import EngineConfig
+from mnemosyne.joining.checkpoint import Progress
+from mnemosyne.joining.rank import Rank, build_engine, build_rank
 from mnemosyne.metrics import StepListener, StepLog, StepRecord
 from mnemosyne.parallel.keys import MeshKey, mesh_key
 from mnemosyne.parallel.trace import Trace, claim_trace, write_trace
@@ -20,7 +20,7 @@ from mnemosyne.serve.engine import Engine
 from mnemosyne.serve.ownership import Claim, Ownership
 
 if TYPE_CHECKING:
-    from mnemosyne.crew import Driver, Follower
+    from mnemosyne.joining.crew import Driver, Follower
 
 
 class Session:
@@ -159,6 +159,6 @@ class Session:
 
 def _join(rank: Rank, key: MeshKey | None) -> tuple[Driver | None, Follower | None]:
     """This rank's tie to the others of its mesh."""
-    from mnemosyne.crew import Driver, Follower  # one process needs no channel
+    from mnemosyne.joining.crew import Driver, Follower  # one process needs no channel
 
     return (Driver(rank, key), None) if rank.mesh.rank == 0 else (None, Follower(rank, key))

@@ -42,7 +42,7 @@ def fits_of_its_own(
 ) -> None:
     """A test never starts from step times that another one measured, nor leaves any behind."""
     folder = tmp_path_factory.mktemp("fits")
-    monkeypatch.setattr("mnemosyne.step_times.fits_folder", lambda: folder)
+    monkeypatch.setattr("mnemosyne.joining.step_times.fits_folder", lambda: folder)
 
 
 @pytest.fixture(scope="session")

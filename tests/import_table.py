@@ -47,7 +47,7 @@ _DEMO = Rule(
 )
 _SIMULATED = Rule(
     (
-        *("cli", "build_simulated", "simulate", "config", "config_simulate", "metrics", "plot"),
+        *("cli", "joining.simulated", "simulate", "config", "config_simulate", "metrics", "plot"),
         *("process", "shape"),
     ),
     ("rich",),
@@ -59,17 +59,16 @@ _CORE = ("torch", "numpy", "safetensors", "tokenizers", "jinja2")
 TABLE = {
     # the package itself: the public names
     "": Rule(("llm", "request", "config", "serve")),
-    "crew": Rule(("build", "parallel", "request", "runtime", "serve"), ("torch",)),
     "options": Rule(("config",)),
     "llm": Rule(
         (
-            *("options", "session", "checkpoint", "config", "metrics", "request", "serve"),
+            *("options", "session", "joining.checkpoint", "config", "metrics", "request", "serve"),
             "schedule.predictor",
         ),
     ),
     "session": Rule(
         (
-            *("build", "checkpoint", "config", "crew", "metrics", "request", "serve"),
+            *("joining", "config", "metrics", "request", "serve"),
             *("parallel.keys", "parallel.trace"),
             *("schedule.foreign_predictor", "schedule.predictor"),
         ),
@@ -81,15 +80,11 @@ TABLE = {
     "memory_limits": Rule(),
     "kept": Rule(("machine",)),
     "hub": Rule(),
-    "device": Rule((), ("torch",)),
-    "step_times": Rule(("machine", "schedule"), ("numpy", "torch")),
-    "roofline": Rule(("config", "shape"), ("torch",)),
-    # design.md gives it build and config; what it serves with is the offline API beside build
     "cli": Rule(
         (
-            *("build", "llm", "request", "serve.progress", "serve.prompts"),
+            *("joining.rank", "llm", "request", "serve.progress", "serve.prompts"),
             *("config", "config_bench", "config_simulate"),
-            *("parallel.launch", "parallel.start", "build_simulated", "process"),
+            *("parallel.launch", "parallel.start", "joining.simulated", "process"),
         ),
         ("hydra", "omegaconf", "rich"),
     ),
@@ -98,7 +93,9 @@ TABLE = {
     "cli.plan": _SIMULATED,
     "cli.demo": _DEMO,
     "cli.demo_view": _DEMO,
-    "cli.bench": Rule(("bench", "checkpoint", "config", "config_bench", "machine"), ("rich",)),
+    "cli.bench": Rule(
+        ("bench", "joining.checkpoint", "config", "config_bench", "machine"), ("rich",)
+    ),
     # `mnemosyne bench`: the engines run in processes of their own
     "bench": Rule(("config_bench", "machine"), ("numpy", "rich")),
     "bench.picture": Rule(("bench.compare", "bench.report"), ("matplotlib",), itself=False),
@@ -114,45 +111,41 @@ TABLE = {
     "bench.peers.with_llamacpp": Rule((), ("numpy", "llama_cpp"), itself=False),
     "bench.peers.ours": Rule(
         (
-            *("build", "cache.pages", "compute", "config", "metrics", "request", "runtime"),
+            *("joining", "cache.pages", "config", "metrics", "request", "runtime"),
             *("schedule", "serve"),
         ),
         ("numpy", "torch"),
         itself=False,
     ),
-    "checkpoint": Rule(
+    # the one room that knows all others; each file of it knows few
+    "joining": Rule(),
+    "joining.device": Rule((), ("torch",)),
+    "joining.checkpoint": Rule(
         (
             *("files", "hub", "kept", "machine", "model_zoo", "operators", "parallel", "runtime"),
             "serve",
         ),
         ("torch",),
     ),
-    "build": Rule(
-        (
-            *(
-                "checkpoint",
-                "config",
-                "request",
-                "metrics",
-                "schedule",
-                "cache",
-                "attention",
-                "kernels",
-            ),
-            *("parallel", "runtime", "serve", "simulate", "model_zoo"),
-            *("compute", "device", "roofline", "shape", "step_times"),
-        ),
-        _CORE,
-    ),
-    "compute": Rule(
+    "joining.compute": Rule(
         (
             *("attention", "cache.pages", "config", "operators", "runtime", "schedule.plan"),
             "shape",
         ),
         ("torch",),
     ),
-    # the counterpart of build; the cuts of a model and the rules of a mesh are those of a real one
-    "build_simulated": Rule(
+    "joining.roofline": Rule(("config", "shape"), ("torch",)),
+    "joining.step_times": Rule(("machine", "schedule"), ("numpy", "torch")),
+    "joining.rank": Rule(
+        (
+            *("joining", "config", "request", "metrics", "schedule", "cache", "attention"),
+            *("kernels", "parallel", "runtime", "serve", "simulate", "model_zoo", "shape"),
+        ),
+        _CORE,
+    ),
+    "joining.crew": Rule(("joining.rank", "parallel", "request", "runtime", "serve"), ("torch",)),
+    # without a model; the cuts of one and the rules of a mesh are those of a real one
+    "joining.simulated": Rule(
         (
             *("cache", "config", "config_simulate", "metrics", "request", "schedule", "serve"),
             *("shape", "simulate", "model_zoo.stages", "parallel.mesh"),

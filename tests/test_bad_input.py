@@ -196,7 +196,7 @@ def test_an_option_that_cannot_be_met_is_refused(
 def test_options_are_refused_before_weights_are_read(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mnemosyne.checkpoint.load_weights", None)
+    monkeypatch.setattr("mnemosyne.joining.checkpoint.load_weights", None)
 
     assert "must fit the memory of cpu" in refusal(checkpoint, cache={"max_tokens": "1000G"})
     assert "number of processes" in refusal(checkpoint, mesh={"tp": 2})

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mnemosyne.checkpoint import find_checkpoint, path_on_disk
 from mnemosyne.hub import hub_folder, is_hub_id
+from mnemosyne.joining.checkpoint import find_checkpoint, path_on_disk
 from tests.model_zoo.tiny import tiny_checkpoint
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"

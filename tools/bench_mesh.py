@@ -33,10 +33,10 @@ import torch
 
 from mnemosyne import LLM, SamplingParams
 from mnemosyne.attention import kvp
-from mnemosyne.build import Rank, build_rank
 from mnemosyne.cache.layout import Placement, Shard, pages_for
 from mnemosyne.config import CacheConfig, EngineConfig, MeshConfig, ScheduleConfig, parse_size
-from mnemosyne.crew import Driver, Follower
+from mnemosyne.joining.crew import Driver, Follower
+from mnemosyne.joining.rank import Rank, build_rank
 from mnemosyne.parallel.collectives import Gather, all_gather
 from mnemosyne.parallel.mesh import Axis
 from mnemosyne.runtime import step

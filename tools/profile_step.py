@@ -29,8 +29,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from mnemosyne.bench.peers.ours import Ours
 from mnemosyne.cache.layout import Placement, Shard
-from mnemosyne.compute import Wraps
 from mnemosyne.config import CacheConfig, EngineConfig, ScheduleConfig, parse_size
+from mnemosyne.joining.compute import Wraps
 from mnemosyne.request import SamplingParams
 from mnemosyne.runtime.step import Model
 from mnemosyne.schedule.plan import Admission, Chunk, Plan, StepResult

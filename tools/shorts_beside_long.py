@@ -101,7 +101,7 @@ def make_settings(
     requests: list[dict[str, Any]], schedule: dict[str, Any], record: str | None
 ) -> dict[str, Any]:
     """The settings of ``mnemosyne.bench.peers``; steps of our engine are written to ``record``."""
-    from mnemosyne.checkpoint import path_on_disk
+    from mnemosyne.joining.checkpoint import path_on_disk
 
     model = str(path_on_disk("bench", "bfloat16"))
     room = sum(len(r["ids"]) + r["max_tokens"] + 256 for r in requests)
@@ -177,8 +177,8 @@ def simulate(
         ValueError: if the file holds too few steps, or none.
     """
     from mnemosyne import cli
-    from mnemosyne.build_simulated import build_simulation
     from mnemosyne.cli.shapes import calibrated, find_shape
+    from mnemosyne.joining.simulated import build_simulation
     from mnemosyne.simulate.workload import Arrival
 
     words = [f"schedule.{name}={value}" for name, value in schedule.items()]

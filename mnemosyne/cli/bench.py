@@ -18,9 +18,9 @@ from mnemosyne.bench.cases import Case, make_cases
 from mnemosyne.bench.compare import Result, can_run, compare
 from mnemosyne.bench.process import EngineProcess, Program
 from mnemosyne.bench.start import PROMPT, start_ours, start_peer
-from mnemosyne.checkpoint import find_checkpoint, path_on_disk
 from mnemosyne.config import EngineConfig
 from mnemosyne.config_bench import BenchConfig
+from mnemosyne.joining.checkpoint import find_checkpoint, path_on_disk
 from mnemosyne.machine import num_cores
 
 OK, FAILED = 0, 2  # exit statuses

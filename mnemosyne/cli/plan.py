@@ -11,11 +11,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mnemosyne.build_simulated import stages_of
 from mnemosyne.cli.shapes import calibrated, find_shape
 from mnemosyne.cli.simulate import write_json
 from mnemosyne.config import MeshConfig
 from mnemosyne.config_simulate import PlanConfig
+from mnemosyne.joining.simulated import stages_of
 from mnemosyne.process import say
 from mnemosyne.shape import ModelShape
 from mnemosyne.simulate.planner import (

@@ -12,9 +12,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mnemosyne.build_simulated import Simulation, build_simulation
 from mnemosyne.cli.shapes import calibrated, find_shape
 from mnemosyne.config_simulate import SimulateConfig
+from mnemosyne.joining.simulated import Simulation, build_simulation
 from mnemosyne.metrics import StepLog, StepRecord
 from mnemosyne.process import say
 from mnemosyne.simulate.report import Report, make_report, result_rows

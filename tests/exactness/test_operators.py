@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mnemosyne.build import build_engine, build_rank
-from mnemosyne.compute import Wraps
 from mnemosyne.config import CacheConfig, EngineConfig, ScheduleConfig
+from mnemosyne.joining.compute import Wraps
+from mnemosyne.joining.rank import build_engine, build_rank
 from mnemosyne.kernels.cpu import attention, linear, rows
 from mnemosyne.kernels.cpu.processor import INSTRUCTION_SETS
 from mnemosyne.operators import Operators

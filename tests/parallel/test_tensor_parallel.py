@@ -174,7 +174,9 @@ def test_random_weights_are_slices_of_the_same_model_and_words_need_not_divide(t
 
 
 def test_one_process_does_not_import_dtensor() -> None:
-    program = "import sys, mnemosyne.build; sys.exit('torch.distributed.tensor' in sys.modules)"
+    program = (
+        "import sys, mnemosyne.joining.rank; sys.exit('torch.distributed.tensor' in sys.modules)"
+    )
 
     subprocess.run([sys.executable, "-c", program], check=True)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from mnemosyne.checkpoint import find_checkpoint
+from mnemosyne.joining.checkpoint import find_checkpoint
 from mnemosyne.model_zoo.decoder import Decoder
 from mnemosyne.model_zoo.spec import read_spec
 from mnemosyne.model_zoo.tensors import tensor_shapes
@@ -235,7 +235,7 @@ def test_sizes_are_held_against_the_headers_before_anything_is_built(
     path = tiny_checkpoint(tmp_path)
     entries = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(entries | changes))
-    monkeypatch.setattr("mnemosyne.checkpoint.Decoder", None)
+    monkeypatch.setattr("mnemosyne.joining.checkpoint.Decoder", None)
 
     said = refusal(path)
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mnemosyne.build_simulated import Simulation, build_simulation
 from mnemosyne.cache.layout import Placement, Shard
 from mnemosyne.cli.shapes import find_shape
 from mnemosyne.config import MeshConfig
+from mnemosyne.joining.simulated import Simulation, build_simulation
 from mnemosyne.request import SamplingParams
 from mnemosyne.schedule.plan import Admission, Chunk, Plan
 from mnemosyne.simulate.cluster import SimulatedCluster

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from mnemosyne import cli
-from mnemosyne.build_simulated import build_simulation
 from mnemosyne.cli.shapes import find_shape
 from mnemosyne.config_simulate import EfficiencyConfig
+from mnemosyne.joining.simulated import build_simulation
 from mnemosyne.metrics import StepLog, StepRecord
 from mnemosyne.simulate.fit import fit_efficiency
 from mnemosyne.simulate.workload import Arrival

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mnemosyne.build_simulated import build_simulation
 from mnemosyne.cli.shapes import find_shape
+from mnemosyne.joining.simulated import build_simulation
 from mnemosyne.simulate.workload import Arrival
 from tests.simulate.machines import simulate_config
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mnemosyne.build_simulated import build_simulation
 from mnemosyne.cli.shapes import find_shape
+from mnemosyne.joining.simulated import build_simulation
 from mnemosyne.simulate.workload import draw
 from tests.simulate.machines import simulate_config
 

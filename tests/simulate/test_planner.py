@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mnemosyne import cli
-from mnemosyne.build_simulated import build_simulation, stages_of
 from mnemosyne.cli.shapes import find_shape
 from mnemosyne.config import MeshConfig
 from mnemosyne.config_simulate import PlanConfig
+from mnemosyne.joining.simulated import build_simulation, stages_of
 from mnemosyne.model_zoo.spec import read_spec
 from mnemosyne.simulate.footprint import Footprint, activation_bytes, footprint
 from mnemosyne.simulate.outlook import Outlook

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from runs import layout, serve_alone
 
 from mnemosyne import cli
-from mnemosyne.build_simulated import stages_of
 from mnemosyne.cli.shapes import find_shape
 from mnemosyne.config_simulate import PlanConfig
+from mnemosyne.joining.simulated import stages_of
 from mnemosyne.simulate.planner import Rank, plan_layouts
 
 CLUSTERS = (4, 8, 12, 16, 24, 32, 40, 48, 64, 96, 128)  # GPUs to try

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from runs import layout, simulate_config, simulation
 
-from mnemosyne.build_simulated import build_simulation
 from mnemosyne.cli.shapes import find_shape
+from mnemosyne.joining.simulated import build_simulation
 from mnemosyne.simulate.report import tpot_s
 from mnemosyne.simulate.workload import draw
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from mnemosyne import cli
-from mnemosyne.build_simulated import Simulation, build_simulation
 from mnemosyne.cli.shapes import find_shape
 from mnemosyne.config_simulate import SimulateConfig
+from mnemosyne.joining.simulated import Simulation, build_simulation
 from mnemosyne.simulate.workload import Arrival
 
 OUTPUT = 32  # tokens after a long prompt, whose mean gap is its TPOT

@@ -8,9 +8,9 @@ from typing import Any
 
 from runs import simulate_config
 
-from mnemosyne.build_simulated import stages_of
 from mnemosyne.cli.shapes import find_shape
 from mnemosyne.config import MeshConfig
+from mnemosyne.joining.simulated import stages_of
 from mnemosyne.simulate.cost import GroupLoad, StepCost
 
 

@@ -10,10 +10,10 @@ from typing import Any, get_type_hints
 import numpy as np
 import torch
 
-from mnemosyne.build import build_engine, build_rank
 from mnemosyne.cache.pages import PagePool
-from mnemosyne.compute import AS_THEY_ARE, Wraps
 from mnemosyne.config import EngineConfig
+from mnemosyne.joining.compute import AS_THEY_ARE, Wraps
+from mnemosyne.joining.rank import build_engine, build_rank
 from mnemosyne.metrics import StepLog
 from mnemosyne.request import Sampled, SamplingParams
 from mnemosyne.runtime.executor import LocalExecutor

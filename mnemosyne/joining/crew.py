@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from functools import partial
 
-from mnemosyne.build import Rank
+from mnemosyne.joining.rank import Rank
 from mnemosyne.parallel.address import default_store
 from mnemosyne.parallel.control import (
     DriverChannel,

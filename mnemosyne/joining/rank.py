@@ -11,10 +11,12 @@ import torch
 
 from mnemosyne.cache.capacity import count_pages, describe_cache, tokens_per_group
 from mnemosyne.cache.pages import PagePool
-from mnemosyne.checkpoint import Checkpoint, Progress, find_checkpoint, weight_bytes
-from mnemosyne.compute import AS_THEY_ARE, Compute, Wraps, choose_compute
 from mnemosyne.config import CacheConfig, EngineConfig, MetricsConfig
-from mnemosyne.device import choose_device
+from mnemosyne.joining.checkpoint import Checkpoint, Progress, find_checkpoint, weight_bytes
+from mnemosyne.joining.compute import AS_THEY_ARE, Compute, Wraps, choose_compute
+from mnemosyne.joining.device import choose_device
+from mnemosyne.joining.roofline import expected_rates, measure_peaks
+from mnemosyne.joining.step_times import describe_machine, fit_step_times
 from mnemosyne.kernels.cpu.memory import keep_freed
 from mnemosyne.metrics import StepRecord
 from mnemosyne.model_zoo.decoder import Decoder
@@ -30,7 +32,6 @@ from mnemosyne.parallel.mesh import (
 )
 from mnemosyne.parallel.pipeline import Pipeline
 from mnemosyne.parallel.trace import Trace
-from mnemosyne.roofline import expected_rates, measure_peaks
 from mnemosyne.runtime.executor import Crew, LocalExecutor, MeshExecutor
 from mnemosyne.runtime.step import LayerShape
 from mnemosyne.runtime.worker import Worker
@@ -43,7 +44,6 @@ from mnemosyne.schedule.work import WorkModel
 from mnemosyne.serve.engine import Engine
 from mnemosyne.serve.intake import Intake
 from mnemosyne.shape import ModelShape
-from mnemosyne.step_times import describe_machine, fit_step_times
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnemosyne.build import build_engine, build_rank, describe_reads
 from mnemosyne.config import CacheConfig, EngineConfig, ScheduleConfig
-from mnemosyne.device import choose_device
+from mnemosyne.joining.device import choose_device
+from mnemosyne.joining.rank import build_engine, build_rank, describe_reads
 from mnemosyne.schedule.predictor import LinearPredictor
 from mnemosyne.schedule.work import StepWork
 from tests.engines import greedy, open_tiny, worker_of
@@ -39,7 +39,8 @@ def test_start_up_says_what_runs_and_what_fits(
 
     rank = build_rank(config(checkpoint))
 
-    said = [record.getMessage() for record in caplog.records if record.name == "mnemosyne.build"]
+    room = "mnemosyne.joining.rank"
+    said = [record.getMessage() for record in caplog.records if record.name == room]
     num_bytes = sum(p.nbytes for p in rank.worker._model.parameters())
     assert said == [
         f"weights read: {num_bytes / 1e6:.1f} MB",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnemosyne.checkpoint import BENCH_SEED, find_checkpoint, path_on_disk, weight_bytes
+from mnemosyne.joining.checkpoint import BENCH_SEED, find_checkpoint, path_on_disk, weight_bytes
 from mnemosyne.model_zoo.bench import bench_spec
 from mnemosyne.operators import TORCH
 from mnemosyne.parallel.mesh import single_mesh
@@ -39,7 +39,7 @@ def test_the_bench_model_on_disk_is_written_again_once_a_file_of_it_was_damaged(
         written.append((seed, dtype))
         tiny_checkpoint(path)
 
-    monkeypatch.setattr("mnemosyne.checkpoint.write_bench", write)
+    monkeypatch.setattr("mnemosyne.joining.checkpoint.write_bench", write)
     path = path_on_disk("bench", "float32")
     assert path_on_disk("bench", "float32") == path
     assert written == [(BENCH_SEED, torch.float32)]

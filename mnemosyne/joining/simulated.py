@@ -1,4 +1,4 @@
-"""Joins engine, scheduler and a simulated cluster; the counterpart of ``build`` without a model."""
+"""Joins engine, scheduler and a simulated cluster; the counterpart of ``rank`` without a model."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 
 from mnemosyne.cli.shapes import find_shape
 from mnemosyne.config import MeshConfig
-from mnemosyne.roofline import REACHED, STEP_S, Peaks, expected_rates, measure_peaks
+from mnemosyne.joining.roofline import REACHED, STEP_S, Peaks, expected_rates, measure_peaks
 from mnemosyne.schedule.plan import Chunk, Plan
 from mnemosyne.schedule.work import WorkModel
 from mnemosyne.simulate.cluster import SimulatedCluster

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnemosyne import machine, step_times
-from mnemosyne.build import _fit_key, build_rank
+from mnemosyne import machine
 from mnemosyne.config import CacheConfig, EngineConfig, ScheduleConfig
+from mnemosyne.joining import step_times
+from mnemosyne.joining.rank import _fit_key, build_rank
+from mnemosyne.joining.step_times import describe_machine, fit_step_times, still_holds
 from mnemosyne.schedule.calibrate import Limits
 from mnemosyne.schedule.predictor import LinearPredictor
 from mnemosyne.schedule.saved_fits import load_fit
 from mnemosyne.schedule.work import StepWork
-from mnemosyne.step_times import describe_machine, fit_step_times, still_holds
 from tests.model_zoo.tiny import tiny_checkpoint
 from tests.schedule.test_calibrate import COSTS, ROOMY, WORK_MODEL, Machine, seconds_of
 
