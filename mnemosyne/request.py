@@ -265,6 +265,10 @@ class Piece(NamedTuple):
     error: str | None = None
     prefilled: int = 0  # prompt tokens computed so far
     num_prompt_tokens: int = 0
+    sample: int = 0  # which of the request's n
+    stop_reason: int | str | None = None  # the end token or stop string that ended it
+    # of the whole prompt, once, with its end; None for the first position
+    prompt_logprobs: tuple[Logprobs | None, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -272,13 +276,17 @@ class Request:
     """What a client sent, checked and resolved: every sampling default is filled in."""
 
     request_id: int
-    prompt_ids: np.ndarray  # int64 [num_prompt_tokens]
+    # int64 [num_prompt_tokens], what is prefilled: the prompt, then tokens of the output that are
+    # known already, as those of a request that goes on after its engine died
+    prompt_ids: np.ndarray
     params: SamplingParams
     seed: int
     end_token_ids: tuple[int, ...]  # the model's own
     arrival_s: float
     priority: int = 0  # a lower number is prefilled first
     deadline_s: float | None = None  # for the first token, after arrival; unset: by the slo config
+    sample: int = 0  # which of the n
+    num_given: int = 0  # of the ids, those at the end that are output
     # kept, not counted each time: a scheduling decision asks dozens of times
     num_prompt_tokens: int = field(init=False)
     max_tokens: int = field(init=False)  # of prompt and output together
@@ -287,4 +295,16 @@ class Request:
         assert self.params.max_tokens is not None, "the intake resolves it"
         num_prompt_tokens = len(self.prompt_ids)
         object.__setattr__(self, "num_prompt_tokens", num_prompt_tokens)
-        object.__setattr__(self, "max_tokens", num_prompt_tokens + self.params.max_tokens)
+        num_own = num_prompt_tokens - self.num_given
+        object.__setattr__(self, "max_tokens", num_own + self.params.max_tokens)
+
+    @property
+    def own_prompt_ids(self) -> np.ndarray:
+        """The prompt as the client sent it, int64."""
+        return self.prompt_ids[: len(self.prompt_ids) - self.num_given]
+
+    @property
+    def given_ids(self) -> list[int]:
+        """Tokens of the output that are known already."""
+        ids: list[int] = self.prompt_ids[len(self.prompt_ids) - self.num_given :].tolist()
+        return ids

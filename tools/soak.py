@@ -72,7 +72,7 @@ class Streams:
     ends: Counter[str] = field(default_factory=Counter)  # how streams ended
     num_wrong: int = 0  # read to the end, with other tokens than alone
     num_pages: int = 0
-    num_mailboxes: int = 0
+    num_streams: int = 0
     num_tasks: int = 0
     num_threads: int = 0
     num_descriptors: int = 0
@@ -136,7 +136,7 @@ async def soak_streams(llm: LLM, *, seconds: float, coroutines: int, seed: int) 
         await asyncio.gather(*clients)
         while llm.engine.has_work:  # those that were left
             await asyncio.sleep(0.01)
-        report.num_mailboxes = len(engine._mailboxes)
+        report.num_streams = len(engine._streams)
     gc.collect()
     report.growth_bytes = resident_bytes() - warm_bytes
     report.num_pages = llm.engine.scheduler.router.num_used

@@ -58,6 +58,7 @@ class _Admission(Struct, array_like=True):
     end_token_ids: tuple[int, ...]
     shards: list[tuple[int, bytes]]  # group, page runs
     shard_tokens: int
+    num_given: int
 
 
 class _Plan(Struct, array_like=True, tag="plan"):
@@ -168,6 +169,7 @@ def _admission_to_wire(admission: Admission) -> _Admission:
         end_token_ids=admission.end_token_ids,
         shards=[(s.group, pages_to_runs(s.pages).tobytes()) for s in admission.placement.shards],
         shard_tokens=admission.placement.shard_tokens,
+        num_given=admission.num_given,
     )
 
 
@@ -183,6 +185,7 @@ def _admission_from_wire(wire: _Admission) -> Admission:
         seed=wire.seed,
         end_token_ids=wire.end_token_ids,
         placement=Placement(shards, wire.shard_tokens),
+        num_given=wire.num_given,
     )
 
 

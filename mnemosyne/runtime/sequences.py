@@ -26,17 +26,22 @@ class SequenceState:
     @classmethod
     def start(cls, admission: Admission) -> SequenceState:
         assert admission.params.max_tokens is not None, "the intake resolves it"
-        num_prompt_tokens = len(admission.prompt_ids)
+        num_tokens = len(admission.prompt_ids)
+        num_prompt_tokens = num_tokens - admission.num_given
         tokens = np.empty(num_prompt_tokens + admission.params.max_tokens, dtype=np.int64)
-        tokens[:num_prompt_tokens] = admission.prompt_ids
+        tokens[:num_tokens] = admission.prompt_ids
+        prompt_ids, given = np.split(admission.prompt_ids, [num_prompt_tokens])
+        sampler = SamplerState(
+            admission.params, prompt_ids, admission.end_token_ids, admission.seed
+        )
+        for token in given.tolist():
+            sampler.append(token)
         return cls(
             tokens=tokens,
             num_prompt_tokens=num_prompt_tokens,
-            num_tokens=num_prompt_tokens,
+            num_tokens=num_tokens,
             placement=admission.placement,
-            sampler=SamplerState(
-                admission.params, admission.prompt_ids, admission.end_token_ids, admission.seed
-            ),
+            sampler=sampler,
             prompt_logprobs=admission.params.prompt_logprobs,
         )
 

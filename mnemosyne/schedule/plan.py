@@ -15,11 +15,12 @@ class Admission(NamedTuple):
     """A request that starts: its prompt, how to sample, where its cache lives."""
 
     request_id: int
-    prompt_ids: np.ndarray  # int64 [num_prompt_tokens]
+    prompt_ids: np.ndarray  # int64 [num_prompt_tokens], and what is known of the output
     params: SamplingParams  # resolved: no sampling field is None but top-level switches
     seed: int
     end_token_ids: tuple[int, ...]
     placement: Placement  # pages for its whole life
+    num_given: int = 0  # of the ids, those at the end that are output
 
 
 class Chunk(NamedTuple):

@@ -87,10 +87,11 @@ class Scheduler:
         place = f"the cache of {capacity} tokens"
         if key == "cache.max_tokens_per_group":
             place = f"the {capacity} tokens that the groups of the cache take of one request"
+        num_output = request.params.max_tokens or 0
         if request.max_tokens > capacity:
             raise ValueError(
                 f"prompt and max_tokens must fit {place}, got "
-                f"{request.num_prompt_tokens} + {request.params.max_tokens} = "
+                f"{request.max_tokens - num_output} + {num_output} = "
                 f"{request.max_tokens}; shorten one of them or raise {key}"
             )
 
@@ -208,7 +209,8 @@ class Scheduler:
         self._prefill.add(running)
         request = running.request
         what = request.request_id, request.prompt_ids, request.params
-        return Admission(*what, request.seed, request.end_token_ids, running.placement)
+        how = request.seed, request.end_token_ids
+        return Admission(*what, *how, running.placement, request.num_given)
 
     def _forget(self, running: RequestState) -> None:
         request = running.request

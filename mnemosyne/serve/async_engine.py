@@ -13,17 +13,26 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self, TypeVar
 
 from mnemosyne.request import Piece, SamplingParams, own_params
 from mnemosyne.serve.engine import Engine
+from mnemosyne.serve.intake import Given
 from mnemosyne.serve.mailbox import Mailbox
 from mnemosyne.serve.ownership import Claim
 from mnemosyne.serve.prompts import Prompt, PromptIds
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 NUM_READERS = 4  # prompts that are read at a time; one of a few words waits behind long ones else
+
+
+class _Stream(NamedTuple):
+    """Where the pieces of a request go, and which sample it is."""
+
+    mailbox: Mailbox
+    sample: int
 
 
 class AsyncEngine:
@@ -44,7 +53,7 @@ class AsyncEngine:
         self._calls: deque[Callable[[], None]] = deque()  # run by the thread between steps
         self._lock = threading.Lock()  # a call is queued before the thread stops, or refused
         self._wake = threading.Event()
-        self._mailboxes: dict[int, Mailbox] = {}
+        self._streams: dict[int, _Stream] = {}  # by request
         self._thread: threading.Thread | None = None
         self._is_stopping = False
         self._failure: BaseException | None = None
@@ -92,13 +101,16 @@ class AsyncEngine:
             self._is_stopping = True
         self._wake.set()
 
-    async def submit(self, prompt: Prompt, params: SamplingParams) -> AsyncIterator[Piece]:
+    async def submit(
+        self, prompt: Prompt, params: SamplingParams, given: Given = ()
+    ) -> AsyncIterator[Piece]:
         """Serve one prompt.
 
         Args:
             prompt: text, token ids, or a mapping that holds one of them.
             params: how to sample; with ``params.n`` above 1 the pieces of the samples interleave
-                and are told apart by ``request_id``.
+                and are told apart by ``sample``.
+            given: tokens that each sample has already (see ``Engine.add``).
 
         Yields:
             New tokens and text, or how far the prompt is computed. A reader that is slower than
@@ -110,12 +122,10 @@ class AsyncEngine:
             ValueError: if the prompt is refused, or this is another event loop than the engine's.
             RuntimeError: if the engine failed or was stopped.
         """
-        owned = own_params(params)
-        ids = await self._read(prompt)
-        mailbox = Mailbox(self._loop)
+        mailbox = Mailbox(asyncio.get_running_loop())
         is_done = False
         try:
-            num_running = await self._call(lambda: self._accept(ids, owned, mailbox))
+            num_running = len(await self.post(prompt, params, mailbox, given))
             while num_running:
                 for piece in await mailbox.take():
                     num_running -= piece.finish_reason is not None
@@ -125,6 +135,20 @@ class AsyncEngine:
             # by the mailbox: a submitter may leave before it knows the ids of its requests
             if not is_done:
                 self._post_if_running(lambda: self._drop(mailbox))
+
+    async def post(
+        self, prompt: Prompt, params: SamplingParams, mailbox: Mailbox, given: Given = ()
+    ) -> list[int]:
+        """Serve one prompt as ``submit`` does, its pieces going to a mailbox of the caller's.
+
+        Several prompts may share one, so that what a step brings is taken at once.
+
+        Returns:
+            Ids of the requests, one per sample that is wanted, in order.
+        """
+        owned = own_params(params)
+        ids = await self._read(prompt)
+        return await self._call(lambda: self._accept(ids, owned, mailbox, given))
 
     async def _read(self, prompt: Prompt) -> PromptIds:
         """The ids of a prompt, read in a thread of its own."""
@@ -140,9 +164,9 @@ class AsyncEngine:
         """End a request; its stream ends with a piece whose ``finish_reason`` is "cancelled"."""
         self._post_if_running(lambda: self._cancel(request_id))
 
-    async def _call(self, function: Callable[[], int]) -> int:
+    async def _call(self, function: Callable[[], T]) -> T:
         """Run a function on the engine's thread, between two steps, and wait for its value."""
-        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
         def run() -> None:
             try:
@@ -177,33 +201,54 @@ class AsyncEngine:
         with suppress(RuntimeError):  # the loop was closed, nobody listens any more
             self._loop.call_soon_threadsafe(call, *arguments)
 
-    def _accept(self, prompt: PromptIds, params: SamplingParams, mailbox: Mailbox) -> int:
-        """Add a prompt; the number of its requests, whose pieces go to the mailbox from now on."""
+    def _accept(
+        self, prompt: PromptIds, params: SamplingParams, mailbox: Mailbox, given: Given
+    ) -> list[int]:
+        """Add a prompt; the ids of its requests, whose pieces go to the mailbox from now on."""
         self._check_runs()
-        outputs = self._engine.add(prompt, params)
-        for output in outputs:
+        outputs = self._engine.add(prompt, params, given)
+        samples = [i for i in range(params.n) if not given or given[i] is not None]
+        request_ids = []
+        for sample, output in zip(samples, outputs, strict=True):
             assert output.request_id is not None
-            self._mailboxes[output.request_id] = mailbox
-        return len(outputs)
+            request_ids.append(output.request_id)
+            self._streams[output.request_id] = _Stream(mailbox, sample)
+            if output.finish_reason is not None:  # by what was given
+                self._end(output.request_id, output.finish_reason, stop=output.stop_reason)
+        return request_ids
 
     def _cancel(self, request_id: int) -> None:
         self._engine.cancel(request_id)
-        self._deliver(Piece(request_id, finish_reason="cancelled"))
+        self._end(request_id, "cancelled")
+
+    def _end(
+        self,
+        request_id: int,
+        reason: str,
+        *,
+        error: str | None = None,
+        stop: int | str | None = None,
+    ) -> None:
+        """Deliver the end of a request that no step brings; its reader may be gone already."""
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            piece = Piece(request_id, finish_reason=reason, error=error, sample=stream.sample)
+            self._deliver(piece._replace(stop_reason=stop))
 
     def _drop(self, mailbox: Mailbox) -> None:
         """Cancel the requests of a submitter who left."""
-        for request_id in [i for i, own in self._mailboxes.items() if own is mailbox]:
-            del self._mailboxes[request_id]
+        for request_id in [i for i, own in self._streams.items() if own.mailbox is mailbox]:
+            del self._streams[request_id]
             self._engine.cancel(request_id)
 
     def _deliver(self, piece: Piece) -> None:
         assert piece.request_id is not None
-        mailbox = self._mailboxes.get(piece.request_id)
-        if mailbox is None:
+        stream = self._streams.get(piece.request_id)
+        if stream is None:
             return
         if piece.finish_reason is not None:
-            del self._mailboxes[piece.request_id]
-        mailbox.put(piece)
+            del self._streams[piece.request_id]
+        stream.mailbox.put(piece)
 
     def _run(self, started: asyncio.Future[int]) -> None:
         """What the thread does: claim the engine, serve, give it back."""
@@ -248,15 +293,15 @@ class AsyncEngine:
             self._engine.abort(reason, error)
         while self._calls:
             self._calls.popleft()()
-        for request_id in list(self._mailboxes):
-            self._deliver(Piece(request_id, finish_reason=reason, error=error))
+        for request_id in list(self._streams):
+            self._end(request_id, reason, error=error)
 
 
-def _fail(future: asyncio.Future[int], error: Exception) -> None:
+def _fail(future: asyncio.Future[T], error: Exception) -> None:
     if not future.done():
         future.set_exception(error)
 
 
-def _fulfil(future: asyncio.Future[int], value: int) -> None:
+def _fulfil(future: asyncio.Future[T], value: T) -> None:
     if not future.done():
         future.set_result(value)

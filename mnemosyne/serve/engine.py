@@ -8,22 +8,14 @@ from collections import deque
 from collections.abc import Callable
 
 from mnemosyne.metrics import StepListener, StepRecord, percentiles
-from mnemosyne.request import (
-    Piece,
-    Request,
-    RequestMetrics,
-    RequestOutput,
-    Sampled,
-    SamplingParams,
-)
+from mnemosyne.request import Piece, Request, RequestOutput, Sampled, SamplingParams
 from mnemosyne.schedule.plan import Chunk, Executor, Plan, StepResult
 from mnemosyne.schedule.scheduler import Scheduler
 from mnemosyne.serve.active import Active
-from mnemosyne.serve.intake import Intake
+from mnemosyne.serve.intake import Given, Intake
 from mnemosyne.serve.ownership import Ownership
 from mnemosyne.serve.prompts import Prompt
 from mnemosyne.serve.records import step_record
-from mnemosyne.serve.stream import TextStream
 
 log = logging.getLogger(__name__)
 
@@ -82,26 +74,33 @@ class Engine:
     def on_step(self, callback: Callable[[StepRecord], None] | None) -> None:
         self._on_step = None if callback is None else StepListener(callback)
 
-    def add(self, prompt: Prompt, params: SamplingParams) -> list[RequestOutput]:
+    def add(self, prompt: Prompt, params: SamplingParams, given: Given = ()) -> list[RequestOutput]:
         """Accept a prompt; its tokens come with the next steps.
 
         Args:
             prompt: text or token ids.
             params: how to sample; ``params.n`` requests are made.
+            given: tokens that each sample has already, as after the death of an engine that had
+                the same ``params``, seed included; None for one that is not wanted. They count as
+                its output, and what follows is what would have followed there. Only new tokens
+                come in pieces, and in ``logprobs``.
 
         Returns:
-            One output per sample. They fill as the engine steps.
+            One output per sample that is wanted. They fill as the engine steps; one whose given
+            tokens end it has its ``finish_reason`` already.
 
         Raises:
             ValueError: if the prompt is refused; nothing else is affected.
         """
         with self.ownership.use("Engine.add"):
             capacity = self.scheduler.router.max_request_tokens()
-            requests = self.intake.requests(prompt, params, self.clock(), capacity)
-            self.scheduler.check_fits(requests[0])  # they are of one size
+            requests = self.intake.requests(prompt, params, self.clock(), capacity, given)
+            for request in requests[:1]:
+                self.scheduler.check_fits(request)  # they are of one size
             if len(self._active) + len(requests) > 1:
                 self.measure()
-            return [self._accept(request) for request in requests]
+            started = [self._start(request) for request in requests]
+            return [self._accept(active) for active in started]
 
     def measure(self) -> None:
         """Measure step times now, if that was put off and nothing runs.
@@ -120,30 +119,16 @@ class Engine:
             ValueError: if no empty cache could hold it.
         """
         with self.ownership.use("Engine.accept"):
-            return self._accept(request)
+            return self._accept(self._start(request))
 
-    def _accept(self, request: Request) -> RequestOutput:
-        deadline_s = self.scheduler.add(request)
-        output = RequestOutput(
-            request_id=request.request_id,
-            prompt_token_ids=request.prompt_ids,
-            logprobs=None if request.params.logprobs is None else [],
-            prompt_logprobs=None if request.params.prompt_logprobs is None else [None],
-            metrics=RequestMetrics(arrival_s=request.arrival_s, deadline_s=deadline_s),
-        )
-        tokenizer = self.intake.tokenizer
-        text = (
-            None
-            if tokenizer is None
-            else TextStream(
-                tokenizer,
-                prompt_ids=request.prompt_ids,
-                stop=request.params.stop,
-                min_tokens=request.params.min_tokens,
-                skip_special_tokens=request.params.skip_special_tokens,
-            )
-        )
-        self._active[request.request_id] = Active(request, output, text)
+    def _start(self, request: Request) -> Active:
+        return Active.start(request, self.intake.tokenizer)
+
+    def _accept(self, active: Active) -> RequestOutput:
+        output, request = active.output, active.request
+        if output.finish_reason is None:
+            output.metrics.deadline_s = self.scheduler.add(request)
+            self._active[request.request_id] = active
         return output
 
     def prediction_error(self) -> dict[int, float]:
@@ -240,7 +225,7 @@ class Engine:
             self._finish(active, "error")
             return active.piece()
         if not chunk.is_decode:
-            active.prefilled = chunk.stop
+            active.prefilled = min(chunk.stop, len(output.prompt_token_ids))
             output.metrics.chunks.append(chunk.num_tokens)
         if output.prompt_logprobs is not None:
             output.prompt_logprobs += result.prompt_logprobs.get(chunk.request_id, [])
@@ -251,27 +236,18 @@ class Engine:
             output.error = sampled.error
             self._finish(active, "error")
             return active.piece()
-        return self._take_token(active, sampled)
+        piece = self._take_token(active, sampled)
+        if output.prompt_logprobs is None or chunk.is_decode:
+            return piece
+        return piece._replace(prompt_logprobs=tuple(output.prompt_logprobs))
 
     def _take_token(self, active: Active, sampled: Sampled) -> Piece:
         output = active.output
         self._time_token(active)
-        output.token_ids.append(sampled.token_id)
         if output.logprobs is not None and sampled.logprobs is not None:
             output.logprobs.append(sampled.logprobs)
-        reason = active.finish_reason(sampled.token_id)
-        text = ""
-        if active.text is not None:
-            # the token that ends a request is no part of its text
-            text = active.text.push(() if reason == "stop" else (sampled.token_id,))
-            if reason is not None:
-                text += active.text.close()
-            if active.text.matched is not None:
-                reason, output.stop_reason = "stop", active.text.matched
-            output.text += text
+        text, reason = active.enter(sampled.token_id)
         if reason is not None:
-            if reason == "stop" and output.stop_reason is None:
-                output.stop_reason = sampled.token_id
             self._finish(active, reason)
         logprobs = () if sampled.logprobs is None else (sampled.logprobs,)
         return active.piece((sampled.token_id,), text, logprobs)

@@ -7,6 +7,7 @@ client cannot change any more, all of which ``parallel.codec`` can send.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,6 +26,9 @@ from mnemosyne.serve.tokenizer import Tokenizer
 
 MAX_SHOWN = 2**24  # ids of a refused prompt that its output repeats
 MAX_LOGPROBS = 2**22  # (token, log-probability) pairs that one request may bring: 0.5 GB
+
+# tokens that each sample has already, None for one that is not wanted; (): none has any
+Given = Sequence[Sequence[int] | None]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -73,14 +77,16 @@ class Intake:
         params: SamplingParams,
         arrival_s: float,
         capacity: int | None = None,
+        given: Given = (),
     ) -> list[Request]:
-        """One request per sample that ``params.n`` asks for.
+        """One request per sample that ``params.n`` asks for and ``given`` does not leave out.
 
         Args:
             prompt: text, or token ids (a list or an integer array), or what ``read`` gave.
             params: as the client wrote them.
             arrival_s: seconds on the engine's clock.
             capacity: tokens that an empty cache holds, for ``max_tokens=None``; unset: any number.
+            given: tokens of the output that are known already.
 
         Raises:
             ValueError: if a parameter breaks its rule, or the prompt is empty, holds an id the
@@ -97,21 +103,51 @@ class Intake:
         deadline_s = None if params.deadline is None else float(params.deadline)
         seed = params.seed if params.seed is not None else secrets.randbelow(NUM_SEEDS)
         requests = []
-        for sample in range(params.n):
+        for sample, known in enumerate(self._known(given, params)):
+            if known is None:
+                continue
             request_id, self._next_id = self._next_id, self._next_id + 1
             requests.append(
                 Request(
                     request_id=request_id,
-                    prompt_ids=prompt_ids,
+                    prompt_ids=np.concatenate((prompt_ids, known)) if len(known) else prompt_ids,
                     params=resolved,
                     seed=_sample_seed(seed, sample),
                     end_token_ids=self.end_token_ids(),
                     arrival_s=arrival_s,
                     priority=params.priority,
                     deadline_s=deadline_s,
+                    sample=sample,
+                    num_given=len(known),
                 )
             )
         return requests
+
+    def _known(self, given: Given, params: SamplingParams) -> list[np.ndarray | None]:
+        """What each sample has, as int64; None for one that is not wanted."""
+        if not len(given):
+            return [np.empty(0, dtype=np.int64)] * params.n
+        if len(given) != params.n:
+            raise ValueError(
+                f"given must hold the tokens of each of n={params.n} samples, got {len(given)}; "
+                "write () for a sample that has none"
+            )
+        assert params.max_tokens is not None, "it was resolved"
+        known = [None if ids is None else np.array(ids, dtype=np.int64) for ids in given]
+        for ids in known:
+            if ids is None:
+                continue
+            if len(ids) > params.max_tokens:
+                raise ValueError(
+                    f"given must hold at most max_tokens={params.max_tokens} tokens of a sample, "
+                    f"got {len(ids)}; raise max_tokens"
+                )
+            if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+                raise ValueError(
+                    f"given must hold ids in [0, {self.vocab_size}), got "
+                    f"{ids.min() if ids.min() < 0 else ids.max()}; encode texts first"
+                )
+        return known
 
     def _check(self, ids: np.ndarray, params: SamplingParams) -> None:
         assert params.max_tokens is not None, "it was resolved"

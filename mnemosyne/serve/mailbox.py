@@ -51,13 +51,14 @@ class Mailbox:
 class _Unread:
     """Pieces of one request, joined."""
 
-    __slots__ = ("_last", "_logprobs", "_texts", "_token_ids")
+    __slots__ = ("_last", "_logprobs", "_prompt_logprobs", "_texts", "_token_ids")
 
     def __init__(self) -> None:
         self._last: Piece | None = None
         self._token_ids: list[int] = []
         self._texts: list[str] = []
         self._logprobs: list[Logprobs] = []
+        self._prompt_logprobs: tuple[Logprobs | None, ...] | None = None
 
     def add(self, piece: Piece) -> None:
         self._last = piece
@@ -65,6 +66,7 @@ class _Unread:
         if piece.text:
             self._texts.append(piece.text)
         self._logprobs += piece.logprobs
+        self._prompt_logprobs = piece.prompt_logprobs or self._prompt_logprobs
 
     def piece(self) -> Piece:
         assert self._last is not None, "it is made for a piece"
@@ -72,4 +74,5 @@ class _Unread:
             token_ids=tuple(self._token_ids),
             text="".join(self._texts),
             logprobs=tuple(self._logprobs),
+            prompt_logprobs=self._prompt_logprobs,
         )

@@ -90,6 +90,7 @@ admissions = st.builds(
     st.integers(0, 2**63 - 1),
     st.lists(tokens, max_size=3).map(tuple),
     placements,
+    counts,
 )
 chunks = st.builds(Chunk, request_ids, counts, counts, st.booleans(), st.none() | tokens)
 plans = st.builds(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import tokenizers
 
-from mnemosyne.request import RequestOutput, Sampled, SamplingParams
+from mnemosyne.request import Piece, RequestOutput, Sampled, SamplingParams
 from mnemosyne.schedule.plan import Plan, StepResult
 from mnemosyne.serve.defaults import GenerationDefaults
 from mnemosyne.serve.engine import Engine
@@ -40,6 +40,8 @@ def say(
     script: Sequence[int],
     *,
     end_token_ids: tuple[int, ...] = (),
+    known: Sequence[int] = (),
+    pieces: list[Piece] | None = None,
     **params: object,
 ) -> RequestOutput:
     """The output of a request whose sampled tokens are those of the script.
@@ -49,6 +51,8 @@ def say(
         prompt: text or ids.
         script: ids, as many as the request may sample.
         end_token_ids: of the model.
+        known: tokens that the request has already.
+        pieces: takes what the steps bring.
         params: fields of ``SamplingParams``; ``max_tokens`` is the length of the script.
     """
     intake = Intake(
@@ -60,9 +64,9 @@ def say(
     )
     engine = Engine(make_scheduler(), ScriptedExecutor(script), intake)
     fields = {"max_tokens": len(script), **params}
-    (output,) = engine.add(prompt, SamplingParams(**fields))
-    pieces = []
+    (output,) = engine.add(prompt, SamplingParams(**fields), [known])
+    pieces, had = [] if pieces is None else pieces, output.text
     while engine.has_work:
         pieces += engine.step()
-    assert "".join(piece.text for piece in pieces) == output.text
+    assert had + "".join(piece.text for piece in pieces) == output.text
     return output

@@ -297,7 +297,7 @@ def test_many_submitters_that_come_and_go_leave_nothing(llm: LLM) -> None:
         async with AsyncEngine(llm.engine) as engine:
             found = await asyncio.gather(*(come_and_go(engine, index) for index in range(24)))
             await until(lambda: not llm.engine.has_work)
-            assert not engine._mailboxes
+            assert not engine._streams
             return found
 
     found = run(main())
@@ -434,3 +434,26 @@ def test_parameters_changed_after_submitting_change_nothing(llm: LLM) -> None:
             return await task
 
     assert len(tokens_of(run(main()))) == 30
+
+
+def test_pieces_tell_their_sample_what_ended_it_and_once_the_logprobs_of_the_prompt(
+    llm: LLM,
+) -> None:
+    params = SamplingParams(max_tokens=6, temperature=1.0, seed=3, n=3, prompt_logprobs=2)
+    expected = llm.generate(PROMPTS[0], params)[0].samples
+    ends = SamplingParams(max_tokens=6, stop_token_ids=range(96))
+
+    async def main() -> tuple[list[Piece], list[Piece]]:
+        async with AsyncEngine(llm.engine) as engine:
+            samples = await collect(engine, PROMPTS[0], params)
+            return samples, await collect(engine, PROMPTS[1], ends)
+
+    samples, ended = run(main())
+
+    for sample, output in enumerate(expected):
+        own = [piece for piece in samples if piece.sample == sample]
+        assert tokens_of(own) == output.token_ids
+        told = [piece.prompt_logprobs for piece in own if piece.prompt_logprobs is not None]
+        assert told == [tuple(output.prompt_logprobs or ())]
+    assert ended[-1].stop_reason == ended[-1].token_ids[-1]
+    assert ended[-1].finish_reason == "stop"
