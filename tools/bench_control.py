@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch.distributed import TCPStore
 
-from mnemosyne.cache.allocator import PageAllocator
 from mnemosyne.config import ScheduleConfig, SloConfig, parse_size
 from mnemosyne.parallel import codec
 from mnemosyne.parallel.control import DriverChannel, FollowerChannel
@@ -33,8 +32,7 @@ from mnemosyne.runtime.inputs import build_inputs
 from mnemosyne.runtime.sequences import SequenceState
 from mnemosyne.schedule.plan import Plan, StepResult
 from mnemosyne.schedule.predictor import LinearPredictor
-from mnemosyne.schedule.routing import Router
-from mnemosyne.schedule.scheduler import Scheduler
+from mnemosyne.schedule.scheduler import Scheduler, build_scheduler
 from mnemosyne.schedule.work import WorkModel
 
 HOST = "127.0.0.1"
@@ -102,13 +100,13 @@ def make_scheduler(length: int, num_short: int, chunk: int) -> Scheduler:
     """A scheduler with the short requests waiting, and the long one behind them."""
     pages_per_group = (length + OUTPUT_TOKENS) // NUM_GROUPS // PAGE_SIZE + 1
     short_pages = num_short * ((SHORT_TOKENS + OUTPUT_TOKENS) // PAGE_SIZE + 1)
-    allocators = [PageAllocator(pages_per_group + short_pages) for _ in range(NUM_GROUPS)]
-    scheduler = Scheduler(
+    scheduler = build_scheduler(
         ScheduleConfig(chunk=chunk, max_chunk=chunk, max_sequences=num_short + 1, policy="fcfs"),
         SloConfig(),
-        router=Router(
-            allocators, page_size=PAGE_SIZE, max_tokens_per_group=pages_per_group * PAGE_SIZE
-        ),
+        num_groups=NUM_GROUPS,
+        num_pages=pages_per_group + short_pages,
+        page_size=PAGE_SIZE,
+        max_tokens_per_group=pages_per_group * PAGE_SIZE,
         predictor=LinearPredictor(),
         work_model=WorkModel((None,), NUM_GROUPS),
     )

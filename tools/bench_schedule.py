@@ -25,13 +25,11 @@ from itertools import count
 
 import numpy as np
 
-from mnemosyne.cache.allocator import PageAllocator
 from mnemosyne.config import ScheduleConfig, SloConfig, parse_size
 from mnemosyne.metrics import percentiles
 from mnemosyne.request import Request, SamplingParams
 from mnemosyne.schedule.predictor import LinearPredictor
-from mnemosyne.schedule.routing import Router
-from mnemosyne.schedule.scheduler import Scheduler
+from mnemosyne.schedule.scheduler import build_scheduler
 from mnemosyne.schedule.work import StepWork, WorkModel
 
 PAGE_SIZE = 128
@@ -76,14 +74,13 @@ class Crowd:
         max_sequences = case.max_sequences or num_short + 1
         self.predictor = LinearPredictor()
         self.predictor.fit(list(gpu_like_steps()))
-        self.scheduler = Scheduler(
+        self.scheduler = build_scheduler(
             ScheduleConfig(target_tbt=0.03, max_sequences=max_sequences, policy=policy),
             SloConfig(),
-            router=Router(
-                [PageAllocator(num_pages)],
-                page_size=PAGE_SIZE,
-                max_tokens_per_group=num_pages * PAGE_SIZE,
-            ),
+            num_groups=1,
+            num_pages=num_pages,
+            page_size=PAGE_SIZE,
+            max_tokens_per_group=num_pages * PAGE_SIZE,
             predictor=self.predictor,
             work_model=WorkModel((None,)),
         )

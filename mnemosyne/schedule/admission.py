@@ -64,16 +64,19 @@ class AdmissionQueue:
     def __len__(self) -> int:
         return len(self._queue)
 
-    def add(self, request: Request) -> RequestState:
-        """Queue a request; how far it is tells when its first token is due."""
+    def add(self, request: Request, *, num_planned: int = 0) -> RequestState:
+        """Queue a request, of whose prompt so many tokens need no planning any more."""
         self._table.extend(request.num_prompt_tokens)
         deadline_s, arrival_s = request.deadline_s, request.arrival_s
         if deadline_s is None:
-            alone_s = self._table.seconds(0, request.num_prompt_tokens)
+            alone_s = self._table.seconds(num_planned, request.num_prompt_tokens)
             deadline_s = max(float(self._slo.ttft_min), self._slo.ttft_scale * alone_s)
         total_s = self._table.at(request.num_prompt_tokens)
         due_s = arrival_s + min(deadline_s, FOREVER_S)
-        prompt = RequestState(arrival_s, due_s, total_s, 0.0, request, deadline_s)
+        prompt = RequestState(
+            *(arrival_s, due_s, total_s, self._table.at(num_planned), request, deadline_s),
+            num_planned=num_planned,
+        )
         self._queue.add(prompt)
         self._largest_tokens = max(self._largest_tokens, request.max_tokens)
         self._is_settled = False
@@ -110,6 +113,8 @@ class AdmissionQueue:
             placement = self._place(prompt.request)
             if placement is not None:
                 prompt.placement = placement
+                if prompt.num_planned:
+                    self._router.advance(placement, 0, prompt.num_planned)
                 admitted.append(prompt)
                 if len(admitted) == num_places:
                     break

@@ -95,8 +95,13 @@ class Scheduler:
                 f"{request.max_tokens}; shorten one of them or raise {key}"
             )
 
-    def add(self, request: Request) -> float:
+    def add(self, request: Request, *, is_filled: bool = False) -> float:
         """Queue a request.
+
+        Args:
+            request: of any kind.
+            is_filled: whether the cache is said to hold the keys and values of its prompt already,
+                so that its last token alone is computed: a bench fills the pages with anything.
 
         Returns:
             Its deadline for the first token, seconds after its arrival.
@@ -105,7 +110,9 @@ class Scheduler:
             ValueError: if it can never fit.
         """
         self.check_fits(request)
-        state = self._requests[request.request_id] = self._admission.add(request)
+        state = self._requests[request.request_id] = self._admission.add(
+            request, num_planned=request.num_prompt_tokens - 1 if is_filled else 0
+        )
         return state.deadline_s
 
     def release(self, request_id: int) -> None:
@@ -253,7 +260,7 @@ def build_scheduler(
     max_tokens_per_group: int,
     predictor: Predictor,
     work_model: WorkModel,
-    depth: int,
+    depth: int = 1,
 ) -> Scheduler:
     """A scheduler over empty caches.
 

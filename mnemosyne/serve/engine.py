@@ -112,22 +112,26 @@ class Engine:
             measure, self._measure = self._measure, None
             measure()
 
-    def accept(self, request: Request) -> RequestOutput:
+    def accept(self, request: Request, *, is_filled: bool = False) -> RequestOutput:
         """Queue a request that is checked and numbered already, as a replay makes them.
+
+        Args:
+            request: of any kind.
+            is_filled: see ``Scheduler.add``.
 
         Raises:
             ValueError: if no empty cache could hold it.
         """
         with self.ownership.use("Engine.accept"):
-            return self._accept(self._start(request))
+            return self._accept(self._start(request), is_filled=is_filled)
 
     def _start(self, request: Request) -> Active:
         return Active.start(request, self.intake.tokenizer)
 
-    def _accept(self, active: Active) -> RequestOutput:
+    def _accept(self, active: Active, *, is_filled: bool = False) -> RequestOutput:
         output, request = active.output, active.request
         if output.finish_reason is None:
-            output.metrics.deadline_s = self.scheduler.add(request)
+            output.metrics.deadline_s = self.scheduler.add(request, is_filled=is_filled)
             self._active[request.request_id] = active
         return output
 

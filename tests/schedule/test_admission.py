@@ -121,3 +121,14 @@ def test_the_deadline_is_known_when_a_request_is_accepted():
     assert scheduler.add(make_request(0, 1000)) == pytest.approx(3.0)
     assert scheduler.add(make_request(1, 10)) == 0.5
     assert scheduler.add(make_request(2, 10, deadline_s=9.0)) == 9.0
+
+
+def test_filled_prompts_are_no_work_ahead_of_a_group():
+    scheduler = make_scheduler(num_pages=[1000, 1000], policy="fcfs", chunk=64)
+    scheduler.add(make_request(0, 2000), is_filled=True)
+    scheduler.add(make_request(1, 100))
+    scheduler.add(make_request(2, 50))
+
+    admitted = scheduler.plan(0.0).admitted
+
+    assert [admission.placement.shards[0].group for admission in admitted] == [0, 1, 0]

@@ -5,12 +5,10 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from mnemosyne.cache.allocator import PageAllocator
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request, SamplingParams
 from mnemosyne.schedule.policy import POLICIES, Urgency, relative_slack
-from mnemosyne.schedule.routing import Router
-from mnemosyne.schedule.scheduler import Scheduler
+from mnemosyne.schedule.scheduler import Scheduler, build_scheduler
 from mnemosyne.schedule.work import StepWork, WorkModel
 from tests.schedule.clocked import Rates, make_request, make_scheduler, serve
 
@@ -69,10 +67,13 @@ def test_prompts_of_no_predicted_time_go_by_their_slack(total_s, factor):
 
 
 def _scheduler(**config) -> Scheduler:
-    return Scheduler(
+    return build_scheduler(
         ScheduleConfig(**config),
         SloConfig(ttft_scale=2.0, ttft_min=1.0),
-        router=Router([PageAllocator(2000)], page_size=64, max_tokens_per_group=2000 * 64),
+        num_groups=1,
+        num_pages=2000,
+        page_size=64,
+        max_tokens_per_group=2000 * 64,
         predictor=MillisecondPerToken(),
         work_model=WorkModel([None]),
     )

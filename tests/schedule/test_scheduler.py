@@ -5,12 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mnemosyne.cache.allocator import PageAllocator
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request, SamplingParams
 from mnemosyne.schedule.plan import Chunk, Plan
-from mnemosyne.schedule.routing import Router
-from mnemosyne.schedule.scheduler import Scheduler
+from mnemosyne.schedule.scheduler import Scheduler, build_scheduler
 from mnemosyne.schedule.work import StepWork, WorkModel
 
 
@@ -25,10 +23,13 @@ class FixedRates:
 
 
 def _scheduler(num_pages: int = 1000, depth: int = 1, **config) -> Scheduler:
-    return Scheduler(
+    return build_scheduler(
         ScheduleConfig(**{"policy": "fcfs", **config}),
         SloConfig(),
-        router=Router([PageAllocator(num_pages)], page_size=4, max_tokens_per_group=4 * num_pages),
+        num_groups=1,
+        num_pages=num_pages,
+        page_size=4,
+        max_tokens_per_group=4 * num_pages,
         predictor=FixedRates(),
         work_model=WorkModel([None]),
         depth=depth,
@@ -223,3 +224,13 @@ def test_a_plan_counts_its_decodes() -> None:
 
     for first, last in (((), prefills), (decodes, ()), (decodes, prefills), ((), ())):
         assert Plan(0, first + last).num_decodes == len(first)
+
+
+def test_of_a_filled_prompt_the_last_token_alone_is_planned():
+    scheduler = _scheduler(chunk=64)
+    scheduler.add(_request(0, 500), is_filled=True)
+    scheduler.add(_request(1, 1), is_filled=True)
+    scheduler.add(_request(2, 100))
+
+    assert _shape(_run(scheduler)) == [(0, 499, 1, True), (1, 0, 1, True), (2, 0, 62, False)]
+    assert _shape(_run(scheduler)) == [(0, 500, 1, True), (1, 1, 1, True), (2, 62, 38, True)]
