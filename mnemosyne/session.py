@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from mnemosyne.config import EngineConfig
 from mnemosyne.joining.checkpoint import Progress
-from mnemosyne.joining.rank import Rank, build_engine, build_rank
+from mnemosyne.joining.rank import Rank, build_rank
+from mnemosyne.joining.real import build_engine
 from mnemosyne.metrics import StepListener, StepLog, StepRecord
 from mnemosyne.parallel.keys import MeshKey, mesh_key
 from mnemosyne.parallel.trace import Trace, claim_trace, write_trace

@@ -138,17 +138,20 @@ TABLE = {
     "joining.step_times": Rule(("machine", "schedule"), ("numpy", "torch")),
     "joining.rank": Rule(
         (
-            *("joining", "config", "request", "metrics", "schedule", "cache", "attention"),
-            *("kernels", "parallel", "runtime", "serve", "simulate", "model_zoo", "shape"),
+            *("joining.checkpoint", "joining.compute", "joining.device", "config", "metrics"),
+            *("cache", "kernels", "model_zoo", "parallel", "runtime", "serve", "shape"),
         ),
-        _CORE,
+        ("torch",),
     ),
+    # the one door, of every executor; the two after it are of real and of simulated ones
+    "joining.engine": Rule(("cache", "config", "metrics", "schedule", "serve", "shape")),
+    "joining.real": Rule(("joining", "config", "metrics", "runtime", "schedule", "serve")),
     "joining.crew": Rule(("joining.rank", "parallel", "request", "runtime", "serve"), ("torch",)),
     # without a model; the cuts of one and the rules of a mesh are those of a real one
     "joining.simulated": Rule(
         (
             *("cache", "config", "config_simulate", "metrics", "request", "schedule", "serve"),
-            *("shape", "simulate", "model_zoo.stages", "parallel.mesh"),
+            *("joining.engine", "shape", "simulate", "model_zoo.stages", "parallel.mesh"),
         )
     ),
     "plot": Rule(("metrics",), ("matplotlib", "numpy")),

@@ -1,11 +1,10 @@
-"""The one place that joins the rooms: config in, this rank's part of an engine out."""
+"""Config in, this rank's part of an engine out: its layers, its pages, what computes a step."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
@@ -15,10 +14,7 @@ from mnemosyne.config import CacheConfig, EngineConfig, MetricsConfig
 from mnemosyne.joining.checkpoint import Checkpoint, Progress, find_checkpoint, weight_bytes
 from mnemosyne.joining.compute import AS_THEY_ARE, Compute, Wraps, choose_compute
 from mnemosyne.joining.device import choose_device
-from mnemosyne.joining.roofline import expected_rates, measure_peaks
-from mnemosyne.joining.step_times import describe_machine, fit_step_times
 from mnemosyne.kernels.cpu.memory import keep_freed
-from mnemosyne.metrics import StepRecord
 from mnemosyne.model_zoo.decoder import Decoder
 from mnemosyne.model_zoo.spec import ModelSpec
 from mnemosyne.parallel.collectives import gather_counts
@@ -32,16 +28,8 @@ from mnemosyne.parallel.mesh import (
 )
 from mnemosyne.parallel.pipeline import Pipeline
 from mnemosyne.parallel.trace import Trace
-from mnemosyne.runtime.executor import Crew, LocalExecutor, MeshExecutor
 from mnemosyne.runtime.step import LayerShape
 from mnemosyne.runtime.worker import Worker
-from mnemosyne.schedule.calibrate import Limits
-from mnemosyne.schedule.foreign_predictor import ForeignPredictor
-from mnemosyne.schedule.plan import Executor
-from mnemosyne.schedule.predictor import LinearPredictor, Predictor
-from mnemosyne.schedule.scheduler import build_scheduler
-from mnemosyne.schedule.work import WorkModel
-from mnemosyne.serve.engine import Engine
 from mnemosyne.serve.intake import Intake
 from mnemosyne.shape import ModelShape
 
@@ -141,66 +129,6 @@ def _announce(rank: Rank, where: str, num_bytes: Sequence[int], token_bytes: int
     log.info("%s", said)
 
 
-def build_engine(
-    rank: Rank,
-    config: EngineConfig,
-    *,
-    crew: Crew | None = None,
-    predictor: Predictor | None = None,
-    on_step: Callable[[StepRecord], None] | None = None,
-) -> Engine:
-    """The engine of rank 0, which plans for all.
-
-    Args:
-        rank: what this process holds.
-        config: all choices.
-        crew: the other ranks, which follow by now; None if there are none.
-        predictor: step time, in place of the one fitted by a sweep here, until it fails.
-        on_step: called with the record of each step.
-    """
-    spec, mesh = rank.checkpoint.spec, rank.mesh
-    executor: Executor = LocalExecutor(rank.worker)
-    if crew is not None:
-        executor = MeshExecutor(
-            rank.worker, crew, num_groups=mesh.kvp.degree, num_stages=mesh.pp.degree
-        )
-    work_model = WorkModel(spec.windows, mesh.kvp.degree, unread_share=spec.unread_share())
-    measure = None
-    ours = LinearPredictor(_prior(config, rank))
-    if predictor is None and config.schedule.is_adaptive:
-        measure = partial(
-            fit_step_times,
-            ours,
-            executor,
-            work_model,
-            _limits(config, rank),
-            _fit_key(config, rank),
-            is_kept=config.schedule.saved_fit,
-        )
-    if measure is not None and crew is not None:
-        measure()  # the other ranks follow now; later they may be elsewhere
-        measure = None
-    scheduler = build_scheduler(
-        config.schedule,
-        config.slo,
-        num_groups=mesh.kvp.degree,
-        num_pages=rank.num_pages,
-        page_size=config.cache.page_size,
-        max_tokens_per_group=rank.tokens_per_group,
-        predictor=ours if predictor is None else ForeignPredictor(predictor, ours),
-        work_model=work_model,
-        depth=executor.depth,
-    )
-    return Engine(scheduler, executor, rank.intake, on_step=on_step, measure=measure)
-
-
-def _prior(config: EngineConfig, rank: Rank) -> tuple[float, ...]:
-    """What steps should take, before any is measured."""
-    keys, spec = rank.worker.pool.k[0], rank.checkpoint.spec
-    shape = replace(spec, dtype=str(keys.dtype).removeprefix("torch."))
-    return expected_rates(shape, config.mesh, measure_peaks(keys.device, keys.dtype))
-
-
 def describe_reads(num_bytes: Sequence[int]) -> str:
     """One line: how much of the weights each rank read."""
     sizes = ", ".join(f"{count / 1e6:,.1f}" for count in num_bytes)
@@ -273,29 +201,3 @@ def _trace(config: MetricsConfig, mesh: Mesh, device: torch.device) -> Trace | N
         return None
     synchronize = torch.cuda.current_stream().synchronize if device.type == "cuda" else None
     return Trace(mesh.rank, mesh.label, synchronize=synchronize)
-
-
-def _limits(config: EngineConfig, rank: Rank) -> Limits:
-    """What the steps of a sweep may use."""
-    return Limits(
-        num_pages=rank.num_pages,
-        page_size=config.cache.page_size,
-        max_positions=rank.checkpoint.spec.max_positions,
-        vocab_size=rank.checkpoint.spec.vocab_size,
-        step_s=2 * float(config.schedule.target_tbt),
-    )
-
-
-def _fit_key(config: EngineConfig, rank: Rank) -> dict[str, str]:
-    """All that the time of a step depends on, the machine apart, for a fit to be found again."""
-    keys = rank.worker.pool.k[0]
-    return {
-        "model": repr(rank.checkpoint.spec),
-        "layout": repr(config.mesh),
-        "dtype": str(keys.dtype),
-        "backend": rank.backend,
-        "operators": rank.operators,
-        "compile": config.compile,
-        "pages": f"{config.cache.page_size} tokens",
-        **describe_machine(keys.device),
-    }

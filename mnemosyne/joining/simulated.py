@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mnemosyne.cache.capacity import tokens_per_group
 from mnemosyne.cache.layout import pages_for
 from mnemosyne.config import MeshConfig
 from mnemosyne.config_simulate import SimulateConfig
+from mnemosyne.joining.engine import Sweep, join
 from mnemosyne.metrics import StepRecord
 from mnemosyne.model_zoo.stages import cut_stages
 from mnemosyne.parallel.mesh import check_mesh
 from mnemosyne.request import RequestOutput
 from mnemosyne.schedule.calibrate import Limits, calibrate
 from mnemosyne.schedule.predictor import LinearPredictor
-from mnemosyne.schedule.scheduler import build_scheduler
 from mnemosyne.schedule.work import WorkModel
 from mnemosyne.serve.defaults import GenerationDefaults
 from mnemosyne.serve.engine import Engine
@@ -84,28 +83,19 @@ def build_simulation(
     stages = stages_of(shape, mesh)
     memory = _memory(config, shape, stages)
     cost = StepCost(shape, config.hardware, config.efficiency, mesh, stages)
-    cluster = SimulatedCluster(cost)
-    work_model = WorkModel(shape.windows, mesh.kvp, unread_share=shape.unread_share())
-    limits = Limits(
+    cluster, predictor = SimulatedCluster(cost), LinearPredictor()
+    engine = join(
+        cluster,
+        shape,
+        _intake(shape, config.model),
+        config,
         num_pages=memory.num_pages,
-        page_size=memory.page_size,
-        max_positions=ANY_POSITIONS,
-        vocab_size=shape.vocab_size,
-        step_s=2 * float(config.schedule.target_tbt),
+        predictor=predictor,
+        sweep=_sweep(predictor, cost),
+        clock=cluster.clock,
+        on_step=on_step,
     )
-    scheduler = build_scheduler(
-        config.schedule,
-        config.slo,
-        num_groups=mesh.kvp,
-        num_pages=memory.num_pages,
-        page_size=memory.page_size,
-        max_tokens_per_group=tokens_per_group(config.cache, memory.num_pages),
-        predictor=_fitted(cost, work_model, limits),
-        work_model=work_model,
-        depth=cluster.depth,
-    )
-    intake = _intake(shape, config.model)
-    engine = Engine(scheduler, cluster, intake, on_step=on_step, clock=cluster.clock)
+    engine.measure()
     return Simulation(engine, cluster, memory)
 
 
@@ -120,13 +110,16 @@ def _intake(shape: ModelShape, model: str) -> Intake:
     )
 
 
-def _fitted(cost: StepCost, work_model: WorkModel, limits: Limits) -> LinearPredictor:
-    predictor = LinearPredictor()
-    sweep = SimulatedCluster(cost)
-    samples = calibrate(sweep, work_model, limits, clock=sweep.clock)
-    if samples:
-        predictor.fit(samples)
-    return predictor
+def _sweep(predictor: LinearPredictor, cost: StepCost) -> Sweep:
+    """A sweep on a cluster of its own, so that requests find the clock at 0."""
+
+    def sweep(work_model: WorkModel, limits: Limits) -> None:
+        cluster = SimulatedCluster(cost)
+        samples = calibrate(cluster, work_model, limits, clock=cluster.clock)
+        if samples:
+            predictor.fit(samples)
+
+    return sweep
 
 
 def stages_of(shape: ModelShape, mesh: MeshConfig) -> tuple[int, ...]:

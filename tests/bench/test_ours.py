@@ -13,6 +13,7 @@ import pytest
 from mnemosyne.bench.peers.main import serve
 from mnemosyne.bench.peers.ours import Ours
 from mnemosyne.config import CacheConfig, EngineConfig, ScheduleConfig
+from mnemosyne.schedule.plan import Plan
 from tests.engines import greedy, open_tiny, random_prompts
 from tests.model_zoo.tiny import tiny_checkpoint
 
@@ -63,26 +64,17 @@ def test_step_times_are_measured_before_the_first_request(
     assert caplog.text.count("step times fitted") == 1
 
 
-def test_a_filled_prompt_takes_one_step_and_teaches_nothing(checkpoint: Path) -> None:
+def test_of_a_filled_prompt_the_last_token_alone_is_computed(checkpoint: Path) -> None:
     engine = engine_on(checkpoint, fills=True)
-    scheduler = engine._engine.scheduler
-    observed: list[float] = []
-    scheduler.predictor.predict = lambda work: 50.0
-    scheduler.predictor.observe = lambda work, seconds: observed.append(seconds)
+    plans: list[Plan] = []
+    submit = engine.executor.submit
+    engine.executor.submit = lambda plan: (plans.append(plan), submit(plan))[1]  # type: ignore[method-assign]
     (long, other) = random_prompts([900, 20])
-    steps = 0
 
-    def step() -> list[tuple[int, int]]:
-        nonlocal steps
-        steps += 1
-        return Ours.step(engine)
-
-    engine.step = step  # type: ignore[method-assign]
     answers = serve(engine, [request(long, is_filled=True), request(other, after=2)])
 
-    # one that skips, one decode, three chunks of 7 tokens, five decodes of the second request
-    assert steps == len(observed) == 10
-    assert 50.0 <= observed[0] < 51.0
-    assert max(observed[1:]) < 50.0
+    # one token of the filled prompt, one decode, three chunks of 7 tokens, five last decodes
+    sizes = [[chunk.num_tokens for chunk in plan.chunks] for plan in plans]
+    assert sizes == [[1], [1], [1, 7], [1, 7], [1, 6], [1, 1], *[[1]] * 4]
+    assert (plans[0].chunks[0].start, plans[0].chunks[0].is_decode) == (899, False)
     assert [len(answer["token_ids"]) for answer in answers] == [6, 6]
-    assert scheduler.config.chunk == 7

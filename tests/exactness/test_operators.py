@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mnemosyne.config import CacheConfig, EngineConfig, ScheduleConfig
 from mnemosyne.joining.compute import Wraps
-from mnemosyne.joining.rank import build_engine, build_rank
+from mnemosyne.joining.rank import build_rank
+from mnemosyne.joining.real import build_engine
 from mnemosyne.kernels.cpu import attention, linear, rows
 from mnemosyne.kernels.cpu.processor import INSTRUCTION_SETS
 from mnemosyne.operators import Operators

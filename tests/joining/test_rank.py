@@ -11,7 +11,8 @@ import torch
 
 from mnemosyne.config import CacheConfig, EngineConfig, ScheduleConfig
 from mnemosyne.joining.device import choose_device
-from mnemosyne.joining.rank import build_engine, build_rank, describe_reads
+from mnemosyne.joining.rank import build_rank, describe_reads
+from mnemosyne.joining.real import build_engine
 from mnemosyne.schedule.predictor import LinearPredictor
 from mnemosyne.schedule.work import StepWork
 from tests.engines import greedy, open_tiny, worker_of

@@ -12,7 +12,8 @@ import torch
 from mnemosyne import machine
 from mnemosyne.config import CacheConfig, EngineConfig, ScheduleConfig
 from mnemosyne.joining import step_times
-from mnemosyne.joining.rank import _fit_key, build_rank
+from mnemosyne.joining.rank import build_rank
+from mnemosyne.joining.real import fit_key
 from mnemosyne.joining.step_times import describe_machine, fit_step_times, still_holds
 from mnemosyne.schedule.calibrate import Limits
 from mnemosyne.schedule.predictor import LinearPredictor
@@ -153,7 +154,7 @@ def key(model: Path, **changes: object) -> dict[str, str]:
     rank = build_rank(config)
     for name, value in mesh.items():
         setattr(config.mesh, name, value)
-    return _fit_key(config, rank)
+    return fit_key(config, rank)
 
 
 @pytest.mark.parametrize(
