@@ -37,7 +37,7 @@ class Tiles:
     items: Tensor  # int64 [I, 8]
     whole_items: Tensor  # int64 [W, 8], of whole blocks that all rows see, for specialized warps
     merges: Tensor  # int64 [M, 4]
-    pages: Tensor  # int32, the page ids of all sequences
+    pages: Tensor  # int32 or int64, the page ids of all sequences
     num_partials: int  # rows of partials
     most_parts: int  # items of one tile
     num_rows: int  # that are written; others of the step see no key here
@@ -88,7 +88,7 @@ def product(a, b, acc):
 
 @triton.jit
 def load_pages(
-    pages,  # int32, of the sequence
+    pages,  # int32, int64 on CPU, of the sequence
     first,  # local key, a multiple of BLOCK_N
     stop,
     key_lo,
@@ -98,10 +98,11 @@ def load_pages(
 ):
     """The pages of BLOCK_N keys: one, or one for each key; 0 where nothing may be read."""
     if PAGE_SIZE % BLOCK_N == 0:  # one page holds them all
-        return tl.load(pages + first // PAGE_SIZE, mask=first < stop, other=0)
+        return tl.load(pages + first // PAGE_SIZE, mask=first < stop, other=0).to(tl.int32)
     else:
         key = first + tl.arange(0, BLOCK_N)
-        return tl.load(pages + key // PAGE_SIZE, mask=(key >= key_lo) & (key < key_hi), other=0)
+        is_read = (key >= key_lo) & (key < key_hi)
+        return tl.load(pages + key // PAGE_SIZE, mask=is_read, other=0).to(tl.int32)
 
 
 @triton.jit

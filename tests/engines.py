@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mnemosyne.cache.layout import Placement
 from mnemosyne.cache.pages import PagePool
+from mnemosyne.cache.table import PageTable
 from mnemosyne.llm import LLM
 from mnemosyne.model_zoo.decoder import Decoder
 from mnemosyne.request import Piece, RequestOutput, SamplingParams
@@ -80,7 +80,7 @@ def drain(engine: Engine) -> list[list[Piece]]:
 
 def pages_used(engine: Engine) -> int:
     """Pages that requests hold."""
-    return engine.scheduler.router.num_used
+    return engine.scheduler.ledger.num_used
 
 
 def worker_of(llm: LLM) -> Worker:
@@ -100,10 +100,10 @@ def pool_of(llm: LLM) -> PagePool:
     return worker_of(llm)._pool
 
 
-def placement_of(llm: LLM, output: RequestOutput) -> Placement:
+def table_of(llm: LLM, output: RequestOutput) -> PageTable:
     """Where the cache of a running request lies."""
     assert output.request_id is not None
-    return worker_of(llm)._sequences[output.request_id].placement
+    return worker_of(llm)._sequences[output.request_id].table
 
 
 class WrappedExecutor:

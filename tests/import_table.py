@@ -40,7 +40,8 @@ class Breach:
         )
 
 
-_PAGELESS = Rule(("config", "cache.allocator", "cache.layout"), ("numpy",), itself=False)
+_PAGELESS_CACHE = ("cache.allocator", "cache.layout", "cache.ledger", "cache.table")
+_PAGELESS = Rule(("config", *_PAGELESS_CACHE), ("numpy",), itself=False)
 _DEMO = Rule(
     ("cli", "llm", "request", "config", "metrics", "plot", "model_zoo.haystack", "process"),
     ("rich",),
@@ -163,21 +164,20 @@ TABLE = {
     "plain": Rule((), ("numpy",)),
     "request": Rule(("config", "plain"), ("numpy",)),
     "metrics": Rule(("config",), ("numpy",)),
-    "schedule": Rule(
-        ("request", "config", "cache.allocator", "cache.layout", "kept", "machine"), ("numpy",)
-    ),
+    "schedule": Rule(("request", "config", *_PAGELESS_CACHE, "kept", "machine"), ("numpy",)),
     "simulate": Rule(
         (
             *("schedule", "metrics", "config", "config_simulate", "request", "shape"),
-            *("cache.allocator", "cache.layout"),
+            *_PAGELESS_CACHE,
         ),
         ("numpy",),
     ),
     "cache": _PAGELESS,
     "cache.pages": Rule(
-        ("config", "kernels", "memory_limits", "cache.allocator", "cache.layout"),
+        ("config", "kernels", "memory_limits", "cache.layout", "cache.page_ids"),
         ("torch", "numpy"),
     ),
+    "cache.page_ids": Rule(("cache.layout",), ("torch", "numpy"), itself=False),
     "cache.capacity": Rule(("config", "cache.pages", "cache.layout"), ("torch",)),
     "kernels": Rule((), ("torch", "triton")),
     "parallel": Rule(
@@ -185,7 +185,7 @@ TABLE = {
     ),
     # plans travel, and they are free of torch
     "parallel.codec": Rule(
-        ("schedule.plan", "request", "cache.layout"), ("msgspec", "numpy"), itself=False
+        ("schedule.plan", "request", "cache.table"), ("msgspec", "numpy"), itself=False
     ),
     "parallel.control": Rule(
         ("parallel.address", "parallel.codec", "parallel.keys", "schedule.plan", "request"),

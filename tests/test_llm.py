@@ -275,7 +275,7 @@ def test_configs_may_be_dataclasses_or_dicts(checkpoint: Path) -> None:
     ):
         with LLM(str(checkpoint), dtype="float64", schedule=schedule, cache=cache) as llm:
             output = llm.generate(PROMPTS[1], greedy(3))[0]
-            assert llm.engine.scheduler.router.num_pages == 64
+            assert llm.engine.scheduler.ledger.num_pages == 64
             assert llm.config.schedule == ScheduleConfig(chunk=5)
         assert output.metrics.chunks == [5] * 6
         assert expected in (None, output.token_ids)

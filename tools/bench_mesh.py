@@ -33,7 +33,8 @@ import torch
 
 from mnemosyne import LLM, SamplingParams
 from mnemosyne.attention import kvp
-from mnemosyne.cache.layout import Placement, Shard, pages_for
+from mnemosyne.cache.layout import pages_for
+from mnemosyne.cache.table import PageTable
 from mnemosyne.config import CacheConfig, EngineConfig, MeshConfig, ScheduleConfig, parse_size
 from mnemosyne.joining.crew import Driver, Follower
 from mnemosyne.joining.rank import Rank, build_rank
@@ -107,29 +108,30 @@ def decode_filled(case: Case) -> dict[str, float] | None:
             rank.worker, driver, num_groups=num_groups, num_stages=rank.mesh.pp.degree
         )
         driver.tell_ready()
-    requests = [(case["length"], _placement(range(num_groups), shard_tokens))]
+    requests = [(case["length"], _table(range(num_groups), shard_tokens))]
     for index in range(shorts * num_groups):
         first = shard_tokens + PAGE_SIZE + index // num_groups * SHORT_TOKENS
-        placement = _placement([index % num_groups], SHORT_TOKENS, first)
-        requests.append((SHORT_TOKENS, placement))
+        table = _table([index % num_groups], SHORT_TOKENS, first)
+        requests.append((SHORT_TOKENS, table))
     times = _decode(executor, requests, clocks)
     if driver is not None:
         driver.close()
     return times
 
 
-def _placement(groups: Iterable[int], shard_tokens: int, first_slot: int = 0) -> Placement:
+def _table(groups: Iterable[int], shard_tokens: int, first_slot: int = 0) -> PageTable:
     # decodes stay in the last shard: a long request has a page more than its share
     pages = first_slot // PAGE_SIZE + np.arange(shard_tokens // PAGE_SIZE + 1, dtype=np.int64)
-    return Placement(tuple(Shard(group, pages) for group in groups), shard_tokens)
+    return PageTable.spread([(group, pages) for group in groups], shard_tokens)
 
 
 def _decode(
     executor: Executor,
-    requests: list[tuple[int, Placement]],
+    requests: list[tuple[int, PageTable]],
     clocks: dict[str, list[float]],
 ) -> dict[str, float]:
     starts = [length - NUM_WARM - NUM_STEPS for length, _ in requests]
+    tables = tuple((request_id, table) for request_id, (_, table) in enumerate(requests))
     admitted = tuple(
         Admission(
             request_id=request_id,
@@ -137,9 +139,8 @@ def _decode(
             params=SamplingParams(max_tokens=NUM_WARM + NUM_STEPS + 1, temperature=0.0),
             seed=0,
             end_token_ids=(),
-            placement=placement,
         )
-        for request_id, (_, placement) in enumerate(requests)
+        for request_id in range(len(requests))
     )
     seconds: dict[str, list[float]] = {"step_s": [], **{name: [] for name in clocks}}
     for index in range(NUM_WARM + NUM_STEPS):
@@ -150,7 +151,8 @@ def _decode(
             for request_id, start in enumerate(starts)
         )
         started_s = time.perf_counter()
-        executor.submit(Plan(index, chunks, admitted=admitted if index == 0 else ()))
+        first = {"admitted": admitted, "tables": tables} if index == 0 else {}
+        executor.submit(Plan(index, chunks, **first))
         executor.collect()
         seconds["step_s"].append(time.perf_counter() - started_s)
         for name, clock in clocks.items():

@@ -26,9 +26,10 @@ from typing import Any
 
 import numpy as np
 
+from mnemosyne.cache.table import PageTable
 from mnemosyne.config import POLICIES, ScheduleConfig, SloConfig
 from mnemosyne.request import Request, SamplingParams
-from mnemosyne.schedule.plan import Admission, Plan
+from mnemosyne.schedule.plan import Plan
 from mnemosyne.schedule.predictor import LinearPredictor
 from mnemosyne.schedule.scheduler import Scheduler, build_scheduler
 from mnemosyne.schedule.work import StepWork, WorkModel
@@ -171,16 +172,16 @@ def _seconds(work: StepWork) -> float:
     return float(np.dot(COSTS, work.features()))
 
 
-def _pages(admission: Admission) -> list[list[int]]:
-    """Of each shard of an admitted request its group, then its pages."""
-    return [[shard.group, *map(int, shard.pages)] for shard in admission.placement.shards]
+def _pages(table: PageTable) -> list[list[int]]:
+    """Of each extent of a table its group, then its pages."""
+    return [[extent.group, *map(int, extent.pages)] for extent in table.extents]
 
 
 def entry(plan: Plan) -> Entry:
     """What is compared of a plan."""
     return {
         "chunks": [list(chunk) for chunk in plan.chunks],
-        "admitted": [[admission.request_id, _pages(admission)] for admission in plan.admitted],
+        "admitted": [[request_id, _pages(table)] for request_id, table in plan.tables],
         "released": list(plan.released),
         "predicted_s": plan.predicted_s,
     }

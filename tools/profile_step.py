@@ -28,7 +28,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mnemosyne.bench.peers.ours import Ours
-from mnemosyne.cache.layout import Placement, Shard
+from mnemosyne.cache.table import PageTable
 from mnemosyne.config import CacheConfig, EngineConfig, ScheduleConfig, parse_size
 from mnemosyne.joining.compute import Wraps
 from mnemosyne.request import SamplingParams
@@ -74,9 +74,9 @@ def prefill_steps(
         params=SamplingParams(max_tokens=1, temperature=0.0),
         seed=0,
         end_token_ids=(),
-        placement=Placement((Shard(0, np.arange(num_pages, dtype=np.int64)),), 1 << 40),
     )
-    executor.submit(Plan(0, (), admitted=(admission,)))
+    table = PageTable.on(0, np.arange(num_pages, dtype=np.int64))
+    executor.submit(Plan(0, (), admitted=(admission,), tables=((REQUEST, table),)))
     executor.collect()
 
     def run(start: int) -> StepResult:

@@ -113,7 +113,7 @@ def soak_requests(llm: LLM, number: int) -> Requests:
         slope_bytes=float(np.polyfit(x, y, 1)[0]) if len(marks) > 1 else 0.0,
         slower=float(np.median(relative[-quarter:]) / np.median(relative[:quarter])),
         per_request_s=float(np.median(times_s)) / BATCH,
-        num_pages=llm.engine.scheduler.router.num_used,
+        num_pages=llm.engine.scheduler.ledger.num_used,
     )
 
 
@@ -139,7 +139,7 @@ async def soak_streams(llm: LLM, *, seconds: float, coroutines: int, seed: int) 
         report.num_streams = len(engine._streams)
     gc.collect()
     report.growth_bytes = resident_bytes() - warm_bytes
-    report.num_pages = llm.engine.scheduler.router.num_used
+    report.num_pages = llm.engine.scheduler.ledger.num_used
     after = _standing()
     # the loop itself keeps the threads of asyncio.to_thread, made to leave the engine
     ours = [t.name for t in threading.enumerate() if t.name.startswith("mnemosyne-")]

@@ -42,11 +42,11 @@ class ByKind:
         ]
 
     def fixed(
-        self, k_KSD: Tensor, *, num_rows: int, page_size: int, max_pages: int
+        self, k_KSD: Tensor, *, num_rows: int, page_size: int, page_ids: Tensor
     ) -> AttentionBackend:
         """That of the backend of decodes (see ``RecordableBackend``)."""
         decode = cast(RecordableBackend, self.decode)
-        return decode.fixed(k_KSD, num_rows=num_rows, page_size=page_size, max_pages=max_pages)
+        return decode.fixed(k_KSD, num_rows=num_rows, page_size=page_size, page_ids=page_ids)
 
     def attend(
         self,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mnemosyne.attention.segments import AttentionBatch
-from mnemosyne.attention.tiles import cut_rows, most_items, page_table, split_keys
+from mnemosyne.attention.tiles import cut_rows, most_items, split_keys
 from mnemosyne.attention.triton import MIN_SPLIT_KEYS, TritonBackend, num_programs
 from mnemosyne.kernels.paged_decode import paged_decode
 from mnemosyne.kernels.tile import Tiles
@@ -26,7 +26,7 @@ class FixedDecodes:
         k_KSD: the keys of the pool, for their heads, dtype and device.
         num_rows: T of every step, padding included.
         page_size: tokens per page.
-        max_pages: page ids of a step at most, over all its sequences.
+        page_ids: the ``page_ids`` of every step.
     """
 
     name = "triton"
@@ -39,12 +39,12 @@ class FixedDecodes:
         *,
         num_rows: int,
         page_size: int,
-        max_pages: int,
+        page_ids: Tensor,
     ) -> None:
         self._config = backend.config("decode", k_KSD, page_size)
         self._num_rows = num_rows
         self._page_size = page_size
-        self._max_pages = max_pages
+        self._page_ids = page_ids
         self._num_shares = num_programs(self._config, k_KSD.device) // k_KSD.shape[0]
         self._num_items = most_items(num_rows, self._num_shares)
         self._tables: dict[int | None, Tiles] = {}  # by window
@@ -56,12 +56,11 @@ class FixedDecodes:
         assert all(segment.num_rows == 1 for segment in batch.segments)
         if window not in self._tables:
             self._tables[window] = self._new_tables(device)
-        tables, pages = self._tables[window], page_table(batch.segments)
-        items, merges = self._rows_of_tables(batch, window)
+        assert batch.page_ids is self._page_ids or not batch.segments
+        tables, (items, merges) = self._tables[window], self._rows_of_tables(batch, window)
         # From memory that is not pinned, so the copies are done with it when they return.
         tables.items.copy_(torch.from_numpy(items))
         tables.merges.copy_(torch.from_numpy(merges))
-        tables.pages[: len(pages)].copy_(torch.from_numpy(pages))
         return tables
 
     def attend(
@@ -93,7 +92,7 @@ class FixedDecodes:
             items=torch.zeros((self._num_items, 8), dtype=torch.int64, device=device),
             whole_items=torch.empty((0, 8), dtype=torch.int64, device=device),
             merges=torch.zeros((self._num_rows, 4), dtype=torch.int64, device=device),
-            pages=torch.zeros(self._max_pages, dtype=torch.int32, device=device),
+            pages=self._page_ids,
             num_partials=self._num_items + 1,
             most_parts=self._num_items,
             num_rows=self._num_rows,

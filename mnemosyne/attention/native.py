@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from mnemosyne.attention.segments import AttentionBatch
-from mnemosyne.cache.layout import pages_for
 from mnemosyne.kernels.cpu.attention import SEGMENT_FIELDS, compile_attention, paged_attention
 from mnemosyne.kernels.cpu.processor import InstructionSet
 
@@ -21,7 +20,7 @@ class _Table:
     """The segments of a step, as the kernel reads them."""
 
     segments: Tensor  # int64 [B, 6]
-    pages: Tensor  # int64, of all segments
+    pages: Tensor  # int64, where segments find theirs
     page_size: int
     window: int | None
     is_covered: bool  # whether each row of the step is in a segment
@@ -53,10 +52,11 @@ class NativeBackend:
         """Lay the segments out as a table (see ``AttentionBackend``)."""
         if device.type != "cpu":
             raise ValueError(f"device must be cpu, got {device}; use attention=flex there")
-        segments, pages = _lay_out(batch)
+        batch = batch.with_page_ids(device)
+        assert batch.page_ids is not None
+        segments = torch.from_numpy(_segment_table(batch))
         is_covered = sum(s.num_rows for s in batch.segments) == batch.num_rows
-        tables = torch.from_numpy(segments), torch.from_numpy(pages)
-        return _Table(*tables, batch.page_size, window, is_covered)
+        return _Table(segments, batch.page_ids, batch.page_size, window, is_covered)
 
     def attend(
         self,
@@ -83,9 +83,11 @@ class NativeBackend:
         )
         return out_THD, lse_TH if return_lse else None
 
-    def fixed(self, k_KSD: Tensor, *, num_rows: int, page_size: int, max_pages: int) -> FixedNative:
+    def fixed(
+        self, k_KSD: Tensor, *, num_rows: int, page_size: int, page_ids: Tensor
+    ) -> FixedNative:
         """See ``RecordableBackend``."""
-        return FixedNative(self, num_rows=num_rows, page_size=page_size, max_pages=max_pages)
+        return FixedNative(self, num_rows=num_rows, page_size=page_size, page_ids=page_ids)
 
 
 class FixedNative:
@@ -98,18 +100,18 @@ class FixedNative:
         backend: calls the kernel.
         num_rows: T of every step, padding included.
         page_size: tokens per page.
-        max_pages: page ids of a step at most, over all its sequences.
+        page_ids: the ``page_ids`` of every step.
     """
 
     def __init__(
-        self, backend: NativeBackend, *, num_rows: int, page_size: int, max_pages: int
+        self, backend: NativeBackend, *, num_rows: int, page_size: int, page_ids: Tensor
     ) -> None:
         self.name = backend.name
         self.can_record = False
         self._backend = backend
         self._num_rows = num_rows
         self._page_size = page_size
-        self._max_pages = max_pages
+        self._page_ids = page_ids
         self._tables: dict[int | None, _Table] = {}  # by window
 
     def prepare(self, batch: AttentionBatch, window: int | None, device: torch.device) -> _Table:
@@ -120,18 +122,18 @@ class FixedNative:
         if window not in self._tables:
             self._tables[window] = _Table(
                 segments=torch.zeros((self._num_rows, SEGMENT_FIELDS), dtype=torch.int64),
-                pages=torch.zeros(self._max_pages, dtype=torch.int64),
+                pages=self._page_ids,
                 page_size=self._page_size,
                 window=window,
                 is_covered=True,
             )
-        table, (used, pages) = self._tables[window], _lay_out(batch)
+        assert batch.page_ids is self._page_ids or not batch.segments
+        table, used = self._tables[window], _segment_table(batch)
         segments = np.zeros((self._num_rows, SEGMENT_FIELDS), dtype=np.int64)
         segments[:, 0] = np.arange(self._num_rows)  # of no key, unless the step has some
         segments[:, 1] = 1
         segments[used[:, 0]] = used
         table.segments.copy_(torch.from_numpy(segments))
-        table.pages[: len(pages)].copy_(torch.from_numpy(pages))
         return table
 
     def attend(
@@ -151,17 +153,13 @@ class FixedNative:
         )
 
 
-def _lay_out(batch: AttentionBatch) -> tuple[np.ndarray, np.ndarray]:
-    """The segments of a step ``[B, 6]``, and the page ids of all of them."""
-    rows, pages, first_page = [], [np.empty(0, np.int64)], 0
-    for s in batch.segments:
-        rows.append(
-            (s.first_row, s.num_rows, s.first_position, s.num_keys, s.first_key, first_page)
-        )
-        pages.append(s.pages[: pages_for(s.num_keys, batch.page_size)])
-        first_page += len(pages[-1])
-    segments = np.array(rows, dtype=np.int64).reshape(len(rows), SEGMENT_FIELDS)
-    return segments, np.concatenate(pages)
+def _segment_table(batch: AttentionBatch) -> np.ndarray:
+    """The segments of a step, int64 ``[B, 6]``."""
+    rows = [
+        (s.first_row, s.num_rows, s.first_position, s.num_keys, s.first_key, s.first_page)
+        for s in batch.segments
+    ]
+    return np.array(rows, dtype=np.int64).reshape(len(rows), SEGMENT_FIELDS)
 
 
 def why_not_native(instructions: InstructionSet, dtype: torch.dtype, head_dim: int) -> str | None:

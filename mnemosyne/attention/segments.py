@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from mnemosyne.cache.layout import pages_for
+from mnemosyne.cache.page_ids import id_dtype
 
 
 class Segment(NamedTuple):
@@ -29,6 +32,7 @@ class Segment(NamedTuple):
     num_keys: int  # local keys, those that this step writes included
     pages: np.ndarray  # int64 [ceil(num_keys / page_size) or more], page ids in key order
     first_key: int = 0  # position of the first local key; above 0 only on later kvp groups
+    first_page: int = 0  # where its ids begin in the ``page_ids`` of the batch, if it has those
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,6 +42,19 @@ class AttentionBatch:
     segments: tuple[Segment, ...]
     num_rows: int  # T, padding included
     page_size: int  # N
+    page_ids: Tensor | None = None  # ids of all sequences, in a tensor that outlives the step
+
+    def with_page_ids(self, device: torch.device) -> AttentionBatch:
+        """The same with ``page_ids``: its own, or else those of its segments laid out."""
+        if self.page_ids is not None:
+            return self
+        segments, pages, end = [], [np.empty(0, dtype=np.int64)], 0
+        for segment in self.segments:
+            segments.append(segment._replace(first_page=end))
+            pages.append(segment.pages[: pages_for(segment.num_keys, self.page_size)])
+            end += len(pages[-1])
+        page_ids = torch.from_numpy(np.concatenate(pages)).to(device, id_dtype(device))
+        return replace(self, segments=tuple(segments), page_ids=page_ids)
 
 
 class AttentionBackend(Protocol):
@@ -83,7 +100,7 @@ class RecordableBackend(AttentionBackend, Protocol):
     """A backend that ``can_record``."""
 
     def fixed(
-        self, k_KSD: Tensor, *, num_rows: int, page_size: int, max_pages: int
+        self, k_KSD: Tensor, *, num_rows: int, page_size: int, page_ids: Tensor
     ) -> AttentionBackend:
         """The same for steps of a fixed number of one-row sequences.
 
@@ -94,7 +111,7 @@ class RecordableBackend(AttentionBackend, Protocol):
             k_KSD: the keys of the pool, for their heads, dtype and device.
             num_rows: T of every step, padding included.
             page_size: tokens per page.
-            max_pages: page ids of a step at most, over all its sequences.
+            page_ids: the ``page_ids`` of every step.
         """
 
 

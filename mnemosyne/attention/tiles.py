@@ -16,7 +16,7 @@ def cut_rows(segments: Sequence[Segment], tile_rows: int, window: int | None) ->
     """Tiles of at most ``tile_rows`` rows, each with the local keys that one of its rows sees.
 
     Args:
-        segments: their page ids follow each other in one table.
+        segments: each knows where its page ids begin.
         tile_rows: most rows of a tile.
         window: sliding window, or None.
 
@@ -28,12 +28,11 @@ def cut_rows(segments: Sequence[Segment], tile_rows: int, window: int | None) ->
     )
     fields = np.array(
         [
-            (s.first_row, s.num_rows, s.first_position - s.first_key, len(s.pages), s.num_keys)
+            (s.first_row, s.num_rows, s.first_position - s.first_key, s.first_page, s.num_keys)
             for s in segments
         ],
         dtype=np.int64,
     ).reshape(-1, 5)
-    first_page = np.cumsum(fields[:, 3]) - fields[:, 3]
     owner = np.repeat(np.arange(len(segments)), num_tiles)
     first_tile = np.cumsum(num_tiles) - num_tiles
     offset = (np.arange(len(owner)) - first_tile[owner]) * tile_rows
@@ -42,7 +41,7 @@ def cut_rows(segments: Sequence[Segment], tile_rows: int, window: int | None) ->
     stop = np.minimum(fields[owner, 4], own_key + rows)
     start = np.zeros_like(stop) if window is None else np.maximum(0, own_key - window + 1)
     tiles = np.stack(
-        (fields[owner, 0] + offset, rows, own_key, first_page[owner], start, stop), axis=1
+        (fields[owner, 0] + offset, rows, own_key, fields[owner, 3], start, stop), axis=1
     )
     return tiles[stop > start]
 
@@ -142,9 +141,3 @@ def of_whole_blocks(items: np.ndarray, block: int) -> np.ndarray:
 def most_items(num_tiles: int, num_shares: int) -> int:
     """Items that ``split_keys`` gives at most, whatever the lengths of so many tiles."""
     return num_tiles + max(1, num_shares) - 1
-
-
-def page_table(segments: Sequence[Segment]) -> np.ndarray:
-    """Page ids of all segments, one segment after the other, int32."""
-    empty = np.empty(0, dtype=np.int64)
-    return np.concatenate([empty, *(segment.pages for segment in segments)]).astype(np.int32)

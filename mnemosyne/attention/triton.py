@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mnemosyne.attention.segments import AttentionBackend, AttentionBatch, Segment
-from mnemosyne.attention.tiles import ROWS, cut_rows, of_whole_blocks, page_table, split_keys
+from mnemosyne.attention.tiles import ROWS, cut_rows, of_whole_blocks, split_keys
 from mnemosyne.kernels.configs import configs_for, is_interpreted, shape_key
 from mnemosyne.kernels.paged_chunk import paged_chunk, tile_rows
 from mnemosyne.kernels.paged_decode import paged_decode
@@ -26,6 +26,7 @@ class _Prepared:
 
     decodes: list[Segment]
     chunks: list[Segment]
+    page_ids: Tensor
     page_size: int
     window: int | None
     device: torch.device
@@ -52,9 +53,11 @@ class TritonBackend:
 
     def prepare(self, batch: AttentionBatch, window: int | None, device: torch.device) -> _Prepared:
         """Sort the segments by kind (see ``AttentionBackend``)."""
+        batch = batch.with_page_ids(device)
+        assert batch.page_ids is not None
         decodes = [segment for segment in batch.segments if segment.num_rows == 1]
         chunks = [segment for segment in batch.segments if segment.num_rows > 1]
-        return _Prepared(decodes, chunks, batch.page_size, window, device, {})
+        return _Prepared(decodes, chunks, batch.page_ids, batch.page_size, window, device, {})
 
     def attend(
         self,
@@ -99,14 +102,12 @@ class TritonBackend:
         return out_THD, lse_TH if return_lse else None
 
     def fixed(
-        self, k_KSD: Tensor, *, num_rows: int, page_size: int, max_pages: int
+        self, k_KSD: Tensor, *, num_rows: int, page_size: int, page_ids: Tensor
     ) -> AttentionBackend:
         """See ``RecordableBackend``."""
         from mnemosyne.attention.fixed_decodes import FixedDecodes  # it imports this file
 
-        return FixedDecodes(
-            self, k_KSD, num_rows=num_rows, page_size=page_size, max_pages=max_pages
-        )
+        return FixedDecodes(self, k_KSD, num_rows=num_rows, page_size=page_size, page_ids=page_ids)
 
     def config(self, kind: str, like: Tensor, page_size: int) -> TileConfig:
         """How the kernel of ``decode`` or ``chunk`` is built for queries or keys as these."""
@@ -125,6 +126,7 @@ def _tiles(
         segments = prepared.decodes if kind == "decode" else prepared.chunks
         prepared.tiles[key] = make_tiles(
             segments,
+            prepared.page_ids,
             prepared.window,
             tile_rows=rows,
             num_shares=num_programs(config, prepared.device) // num_kv_heads,
@@ -138,6 +140,7 @@ def _tiles(
 
 def make_tiles(
     segments: list[Segment],
+    page_ids: Tensor,
     window: int | None,
     *,
     tile_rows: int,
@@ -157,13 +160,13 @@ def make_tiles(
         whole_blocks=specialized,
     )
     is_whole = of_whole_blocks(items, block) & specialized
-    tables = items[~is_whole], items[is_whole], merges, page_table(segments)
-    own, whole, merged, pages = (torch.from_numpy(table).to(device) for table in tables)
+    tables = items[~is_whole], items[is_whole], merges
+    own, whole, merged = (torch.from_numpy(table).to(device) for table in tables)
     return Tiles(
         items=own,
         whole_items=whole,
         merges=merged,
-        pages=pages,
+        pages=page_ids,
         num_partials=num_partials,
         most_parts=int(merges[:, 2].max(initial=1)),
         num_rows=int(tiles[:, ROWS].sum()),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mnemosyne import memory_limits
+from mnemosyne.cache.page_ids import PageIds
 from mnemosyne.kernels.cpu.memory import huge_zeros
 
 
@@ -43,9 +44,16 @@ class PagePool:
         self.num_pages = num_pages
         self.page_size = page_size
         self.padding_slot = num_pages * page_size
+        self.ids = PageIds(num_pages, device)  # of running sequences
         shape = (num_kv_heads, (num_pages + 1) * page_size, head_dim)
         self.k: Sequence[Tensor] = [_zeros(shape, dtype, device) for _ in range(num_layers)]
         self.v: Sequence[Tensor] = [_zeros(shape, dtype, device) for _ in range(num_layers)]
+
+    def copy(self, source: int, target: int) -> None:
+        """Give one page the keys and values of another."""
+        first, others = source * self.page_size, target * self.page_size
+        for pool in (*self.k, *self.v):
+            pool[:, others : others + self.page_size] = pool[:, first : first + self.page_size]
 
     def clear(self, pages: np.ndarray) -> None:
         """Zero some pages: what a failed request left there may not be finite."""

@@ -1,7 +1,7 @@
 """Plans, results and outputs as bytes: msgpack with small integers, token ids raw, pages as runs.
 
-The bytes of a step do not depend on how long its contexts are: prompts and pages travel once,
-with the plan that admits their request.
+The bytes of a step do not depend on how long its contexts are: prompts travel once, with the plan
+that admits their request, and page tables when they change.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from mnemosyne.cache.layout import Placement, Shard
+from mnemosyne.cache.table import Extent, PageTable
 from mnemosyne.request import Logprobs, RequestMetrics, RequestOutput, Sampled, SamplingParams
-from mnemosyne.schedule.plan import Admission, Chunk, Plan, StepResult
+from mnemosyne.schedule.plan import Admission, Chunk, PageCopy, Plan, StepResult
 
 RUN_DTYPE = np.dtype("<i8")
 
@@ -56,9 +56,12 @@ class _Admission(Struct, array_like=True):
     params: SamplingParams
     seed: int
     end_token_ids: tuple[int, ...]
-    shards: list[tuple[int, bytes]]  # group, page runs
-    shard_tokens: int
     num_given: int
+
+
+class _Table(Struct, array_like=True):
+    request_id: int
+    extents: list[tuple[int, int, bytes]]  # group, start, page runs
 
 
 class _Plan(Struct, array_like=True, tag="plan"):
@@ -67,6 +70,8 @@ class _Plan(Struct, array_like=True, tag="plan"):
     chunks: tuple[Chunk, ...]
     admitted: list[_Admission]
     released: tuple[int, ...]
+    tables: list[_Table]
+    copies: tuple[PageCopy, ...]
 
 
 class _Stop(Struct, array_like=True, tag="stop"):
@@ -147,7 +152,9 @@ def decode_result(data: bytes) -> StepResult:
 
 def _plan_to_wire(plan: Plan) -> _Plan:
     admitted = [_admission_to_wire(admission) for admission in plan.admitted]
-    return _Plan(plan.index, plan.predicted_s, plan.chunks, admitted, plan.released)
+    tables = [_table_to_wire(*entry) for entry in plan.tables]
+    changed = plan.released, tables, plan.copies
+    return _Plan(plan.index, plan.predicted_s, plan.chunks, admitted, *changed)
 
 
 def _plan_from_wire(wire: _Plan) -> Plan:
@@ -156,6 +163,8 @@ def _plan_from_wire(wire: _Plan) -> Plan:
         chunks=wire.chunks,
         admitted=tuple(_admission_from_wire(admission) for admission in wire.admitted),
         released=wire.released,
+        tables=tuple((table.request_id, _table_from_wire(table)) for table in wire.tables),
+        copies=wire.copies,
         predicted_s=wire.predicted_s,
     )
 
@@ -167,25 +176,32 @@ def _admission_to_wire(admission: Admission) -> _Admission:
         params=admission.params,
         seed=admission.seed,
         end_token_ids=admission.end_token_ids,
-        shards=[(s.group, pages_to_runs(s.pages).tobytes()) for s in admission.placement.shards],
-        shard_tokens=admission.placement.shard_tokens,
         num_given=admission.num_given,
     )
 
 
 def _admission_from_wire(wire: _Admission) -> Admission:
-    shards = tuple(
-        Shard(group, runs_to_pages(np.frombuffer(runs, RUN_DTYPE).reshape(-1, 2)))
-        for group, runs in wire.shards
-    )
     return Admission(
         request_id=wire.request_id,
         prompt_ids=_ids_from_wire(wire.prompt),
         params=wire.params,
         seed=wire.seed,
         end_token_ids=wire.end_token_ids,
-        placement=Placement(shards, wire.shard_tokens),
         num_given=wire.num_given,
+    )
+
+
+def _table_to_wire(request_id: int, table: PageTable) -> _Table:
+    extents = [(e.group, e.start, pages_to_runs(e.pages).tobytes()) for e in table.extents]
+    return _Table(request_id, extents)
+
+
+def _table_from_wire(wire: _Table) -> PageTable:
+    return PageTable(
+        tuple(
+            Extent(group, start, runs_to_pages(np.frombuffer(runs, RUN_DTYPE).reshape(-1, 2)))
+            for group, start, runs in wire.extents
+        )
     )
 
 

@@ -143,7 +143,7 @@ class DecodeGraphs:
             token_ids_T=torch.zeros(num_rows, dtype=torch.int64, device=device),
             positions_T=torch.zeros(num_rows, dtype=torch.int64, device=device),
             slots_T=torch.full((num_rows,), self._pool.padding_slot, device=device),
-            batch=AttentionBatch((), num_rows, self._pool.page_size),
+            batch=AttentionBatch((), num_rows, self._pool.page_size, self._pool.ids.tensor),
             chunks=(),
         )
         attend = PagedAttention(
@@ -184,7 +184,7 @@ def record_decodes(
         pool,
         operators=operators,
         backend_for=lambda num_rows: backend.fixed(
-            pool.k[0], num_rows=num_rows, page_size=pool.page_size, max_pages=pool.num_pages
+            pool.k[0], num_rows=num_rows, page_size=pool.page_size, page_ids=pool.ids.tensor
         ),
         new_graph=new_graph or graphs_on(pool.k[0].device),
         rows=rows,

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from mnemosyne.attention.rows import SharedRows, WideRows
 from mnemosyne.attention.segments import AttentionBatch, Segment
-from mnemosyne.cache.layout import Placement, slots_of
+from mnemosyne.cache.layout import slots_of
+from mnemosyne.cache.page_ids import PageIds
+from mnemosyne.cache.table import Held, PageTable
 from mnemosyne.runtime.sequences import SequenceState
 from mnemosyne.schedule.plan import Chunk, Plan
 
@@ -54,11 +56,11 @@ def bucket_size(num_tokens: int) -> int:
     return -(-num_tokens // multiple) * multiple
 
 
-def count_rows(plan: Plan, placements: Mapping[int, Placement], group: int) -> int:
+def count_rows(plan: Plan, tables: Mapping[int, PageTable], group: int) -> int:
     """T of a step on one group, padding included. The tokens need not be known yet."""
     num_tokens = 0
     for chunk in plan.chunks:
-        if _active_shard(chunk, placements[chunk.request_id], group) is not None:
+        if tables[chunk.request_id].held_by(group, chunk.stop) is not None:
             num_tokens += chunk.num_tokens
     return bucket_size(max(num_tokens, 1))
 
@@ -72,12 +74,13 @@ def build_inputs(
     is_wide: bool = False,
     page_size: int,
     padding_slot: int,
+    page_ids: PageIds,
     device: torch.device,
 ) -> StepInputs:
     """Pack the chunks of a plan that one group takes part in.
 
-    The last active group of a request stores the K and V of its rows; earlier ones attend to what
-    they hold and store nothing.
+    The group to which a position belongs stores its K and V; earlier ones attend to what they hold
+    and store nothing.
 
     Args:
         plan: the step.
@@ -87,9 +90,10 @@ def build_inputs(
         is_wide: whether the MLP is sharded over the groups as well.
         page_size: tokens per page.
         padding_slot: where rows write that store nothing here.
+        page_ids: of all sequences of this rank.
         device: where the tensors go.
     """
-    packing = _Packing(group, page_size)
+    packing = _Packing(group, page_size, page_ids)
     for chunk in plan.chunks:
         packing.add(chunk, sequences[chunk.request_id])
     packed, chunks, segments = packing.packed(padding_slot), packing.chunks, packing.segments
@@ -107,13 +111,13 @@ def build_inputs(
         for placed, segment in zip(chunks, segments, strict=True):
             (common if placed.chunk.request_id in shared_ids else own).append(segment)
         segments = own
-        batch = AttentionBatch(tuple(common), num_rows, page_size)
+        batch = AttentionBatch(tuple(common), num_rows, page_size, page_ids.tensor)
         shared = _shared_rows(plan, shared_ids, first_rows, batch)
     return StepInputs(
         token_ids_T=ids,
         positions_T=positions,
         slots_T=slots,
-        batch=AttentionBatch(tuple(segments), num_rows, page_size),
+        batch=AttentionBatch(tuple(segments), num_rows, page_size, page_ids.tensor),
         chunks=tuple(chunks),
         shared=shared.to(device) if shared else None,
         wide=wide.to(device) if wide else None,
@@ -126,36 +130,40 @@ class _Packing:
     Args:
         group: index on the kvp axis.
         page_size: tokens per page.
+        page_ids: of all sequences of this rank.
     """
 
-    def __init__(self, group: int, page_size: int) -> None:
+    def __init__(self, group: int, page_size: int, page_ids: PageIds) -> None:
         self.chunks: list[PlacedChunk] = []
         self.segments: list[Segment] = []  # what the rows of each may see
         self._group = group
         self._page_size = page_size
+        self._page_ids = page_ids
         self._num_rows = 0
         self._decodes: list[tuple[int, int, int, int]] = []  # row, id, position, slot
         self._views: list[tuple[int, _LocalView]] = []  # first row and view of the other chunks
 
     def add(self, chunk: Chunk, sequence: SequenceState) -> None:
         """Take a chunk in, if the group takes part in it."""
-        row, placement = self._num_rows, sequence.placement
-        if chunk.token_id is not None and len(placement.shards) == 1:
+        row, table = self._num_rows, sequence.table
+        if chunk.token_id is not None and len(table.extents) == 1:
             # A step may hold a thousand of these.
-            start, shard = chunk.start, placement.shards[0]
-            if shard.group != self._group:
+            start, extent = chunk.start, table.extents[0]
+            if extent.group != self._group:
                 return
             page, offset = divmod(start, self._page_size)
-            slot = int(shard.pages[page]) * self._page_size + offset
+            slot = int(extent.pages[page]) * self._page_size + offset
             self._decodes.append((row, chunk.token_id, start, slot))
-            segment = Segment(row, 1, start, start + 1, shard.pages)
+            first_page = self._page_ids.first(chunk.request_id)
+            segment = Segment(row, 1, start, start + 1, extent.pages, 0, first_page)
         else:
             view = _local_view(chunk, sequence, self._group)
             if view is None:
                 return
             self._views.append((row, view))
-            held = view.positions
-            segment = Segment(row, chunk.num_tokens, chunk.start, len(held), view.pages, held.start)
+            (extent, keys), first_page = view.held, self._page_ids.first(chunk.request_id)
+            seen = chunk.start, len(keys), extent.pages, extent.start, first_page
+            segment = Segment(row, chunk.num_tokens, *seen)
         self.chunks.append(PlacedChunk(chunk, row))
         self.segments.append(segment)
         self._num_rows += chunk.num_tokens
@@ -179,8 +187,9 @@ def _pack(packed: np.ndarray, row: int, view: _LocalView, page_size: int) -> Non
     packed[0, rows] = view.sequence.tokens[chunk.start : chunk.stop]
     packed[1, rows] = np.arange(chunk.start, chunk.stop)
     if view.stores:
-        first = chunk.start - view.positions.start
-        packed[2, rows] = slots_of(view.pages, first, chunk.num_tokens, page_size)
+        extent = view.held.extent
+        first = chunk.start - extent.start
+        packed[2, rows] = slots_of(extent.pages, first, chunk.num_tokens, page_size)
 
 
 def _shared_ids(plan: Plan, sequences: Mapping[int, SequenceState]) -> set[int]:
@@ -188,7 +197,7 @@ def _shared_ids(plan: Plan, sequences: Mapping[int, SequenceState]) -> set[int]:
     return {
         chunk.request_id
         for chunk in plan.chunks
-        if sequences[chunk.request_id].placement.num_active(chunk.stop) > 1
+        if sequences[chunk.request_id].table.num_holding(chunk.stop) > 1
     }
 
 
@@ -214,11 +223,11 @@ def _wide_rows(
     group: int,
     num_groups: int,
 ) -> WideRows:
-    """Each row is sent by the group of its request's first shard, which always computes it."""
+    """Each row is sent by the reporter of its request, which always computes it."""
     num_sent = [0] * num_groups
     owned, local, gathered = [], [], []  # gathered: (owner, rows of what the owner sends)
     for chunk in plan.chunks:
-        owner = sequences[chunk.request_id].placement.shards[0].group
+        owner = sequences[chunk.request_id].table.reporter
         if chunk.request_id in first_rows:
             rows = _rows(first_rows[chunk.request_id], chunk)
             local.append(rows)
@@ -248,28 +257,14 @@ class _LocalView(NamedTuple):
 
     chunk: Chunk
     sequence: SequenceState
-    pages: np.ndarray  # int64
-    positions: range  # that the group holds once the chunk is computed
+    held: Held  # once the chunk is computed
     stores: bool  # whether the chunk's own keys are among them
 
 
 def _local_view(chunk: Chunk, sequence: SequenceState, group: int) -> _LocalView | None:
     assert chunk.stop <= sequence.num_tokens, "a chunk holds only tokens that exist"
-    placement, shard = sequence.placement, _active_shard(chunk, sequence.placement, group)
-    if shard is None:
+    held = sequence.table.held_by(group, chunk.stop)
+    if held is None:
         return None
-    return _LocalView(
-        chunk=chunk,
-        sequence=sequence,
-        pages=placement.shards[shard].pages,
-        positions=placement.positions(shard, chunk.stop),
-        stores=shard == placement.num_active(chunk.stop) - 1,
-    )
-
-
-def _active_shard(chunk: Chunk, placement: Placement, group: int) -> int | None:
-    """The shard by which a group takes part in a chunk, None if it does not."""
-    shard = placement.shard_in(group)
-    if shard is None or shard >= placement.num_active(chunk.stop):
-        return None
-    return shard
+    stores = sequence.table.storing(chunk.start) is held.extent
+    return _LocalView(chunk=chunk, sequence=sequence, held=held, stores=stores)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mnemosyne.cache.layout import Placement
+from mnemosyne.cache.table import PageTable
 from mnemosyne.runtime.sampler import SamplerState
 from mnemosyne.schedule.plan import Admission
+
+UNPLACED = PageTable(())  # of a sequence that has no pages yet
 
 
 @dataclass(slots=True, eq=False)
@@ -18,10 +20,11 @@ class SequenceState:
     tokens: np.ndarray  # int64 [prompt + max_tokens], filled up to num_tokens
     num_prompt_tokens: int
     num_tokens: int
-    placement: Placement
     sampler: SamplerState
     prompt_logprobs: int | None  # how many per prompt position, if asked for
-    is_finite: bool = True  # its logits never held a nan
+    table: PageTable = UNPLACED  # the last one that a plan brought
+    # position from which on its keys and values may not be finite; None if they all are
+    broken_from: int | None = None
 
     @classmethod
     def start(cls, admission: Admission) -> SequenceState:
@@ -40,10 +43,14 @@ class SequenceState:
             tokens=tokens,
             num_prompt_tokens=num_prompt_tokens,
             num_tokens=num_tokens,
-            placement=admission.placement,
             sampler=sampler,
             prompt_logprobs=admission.params.prompt_logprobs,
         )
+
+    def note_broken(self, position: int) -> None:
+        """Note that keys and values from a position on may not be finite."""
+        if self.broken_from is None:
+            self.broken_from = position
 
     def append(self, token: int, position: int) -> None:
         """Take a token that a decode brings; it was sampled by whichever rank has the head."""

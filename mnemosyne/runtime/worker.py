@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mnemosyne.attention.segments import AttentionBackend
-from mnemosyne.cache.layout import Placement
 from mnemosyne.cache.pages import PagePool
+from mnemosyne.cache.table import PageTable
 from mnemosyne.operators import Operators
 from mnemosyne.parallel.mesh import Mesh
 from mnemosyne.parallel.pipeline import Pipeline
@@ -69,7 +69,7 @@ class Worker:
         self._graphs = graphs
         self._sequences: dict[int, SequenceState] = {}
         self._expected: deque[Plan] = deque()  # announced, and not run yet
-        self._placements: dict[int, Placement] = {}  # as of the last of them
+        self._tables: dict[int, PageTable] = {}  # as of the last of them
 
     @property
     def pool(self) -> PagePool:
@@ -89,11 +89,10 @@ class Worker:
             return
         # Not the sequences: an id may go and come again between the step at hand and this one.
         for request_id in plan.released:
-            self._placements.pop(request_id, None)
-        for admission in plan.admitted:
-            self._placements[admission.request_id] = admission.placement
+            self._tables.pop(request_id, None)
+        self._tables.update(plan.tables)
         if plan.chunks:
-            self._pipeline.expect(count_rows(plan, self._placements, self._mesh.kvp.index))
+            self._pipeline.expect(count_rows(plan, self._tables, self._mesh.kvp.index))
 
     def run(self, plan: Plan) -> StepResult | None:
         """Run the local part of a step.
@@ -116,7 +115,7 @@ class Worker:
                 prompt_logprobs = self._prompt_logprobs(inputs, hidden_TE)
                 result = StepResult(plan.index, self._sample(inputs, hidden_TE), prompt_logprobs)
             if is_finite_T is None:
-                self._mark_failed(result)
+                self._mark_failed(inputs, result)
             else:
                 self._mark_broken(inputs, is_finite_T)
         is_last_stage = self._mesh.pp.index == self._mesh.pp.degree - 1
@@ -136,6 +135,7 @@ class Worker:
             is_wide=self._mesh.is_wide,
             page_size=self._pool.page_size,
             padding_slot=self._pool.padding_slot,
+            page_ids=self._pool.ids,
             device=self._device,
         )
         forward, is_finite = self._forward_pass(inputs), list[Tensor]()
@@ -180,30 +180,41 @@ class Worker:
 
     def _apply(self, plan: Plan) -> None:
         """Follow the changes that the plan carries; released pages may be handed out anew."""
+        group = self._mesh.kvp.index
         for request_id in plan.released:
             gone = self._sequences.pop(request_id, None)
-            if gone is not None and not gone.is_finite:
-                self._clear(gone)
+            self._pool.ids.drop(request_id)
+            if gone is not None and gone.broken_from is not None:
+                self._clear(gone.table, gone.broken_from)
         for admission in plan.admitted:
             self._sequences[admission.request_id] = SequenceState.start(admission)
+        for request_id, table in plan.tables:
+            self._sequences[request_id].table = table
+            self._pool.ids.enter(request_id, table.pages_on(group))
+        for copy in plan.copies:
+            if copy.group == group:
+                self._pool.copy(copy.source, copy.target)
         for chunk in plan.chunks:
             if chunk.token_id is not None:
                 self._sequences[chunk.request_id].append(chunk.token_id, chunk.start)
 
-    def _clear(self, sequence: SequenceState) -> None:
+    def _clear(self, table: PageTable, broken_from: int) -> None:
         """Zero what a broken request left behind, before the pages are handed out anew.
 
-        A backend may read slots that a row does not see, and 0 times nan is nan.
+        A backend may read slots that a row does not see, and 0 times nan is nan. Pages before the
+        first one that broke are whole; others may read them.
         """
-        shard = sequence.placement.shard_in(self._mesh.kvp.index)
-        if shard is not None:
-            self._pool.clear(sequence.placement.shards[shard].pages)
+        for extent in table.extents:
+            if extent.group == self._mesh.kvp.index:
+                first = max(0, broken_from - extent.start) // self._pool.page_size
+                self._pool.clear(extent.pages[first:])
 
-    def _mark_failed(self, result: StepResult) -> None:
+    def _mark_failed(self, inputs: StepInputs, result: StepResult) -> None:
         """Remember which decodes failed: what they hold may not be finite."""
-        for request_id, sampled in result.sampled.items():
-            if sampled.error is not None:
-                self._sequences[request_id].is_finite = False
+        for chunk, _ in inputs.chunks:
+            sampled = result.sampled.get(chunk.request_id)
+            if sampled is not None and sampled.error is not None:
+                self._sequences[chunk.request_id].note_broken(chunk.start)
 
     def _mark_broken(self, inputs: StepInputs, is_finite_T: Tensor) -> None:
         """Remember which requests hold keys or values that are not finite.
@@ -216,12 +227,12 @@ class Worker:
             return
         for placed in inputs.chunks:
             if not is_finite_T[placed.first_row : placed.last_row + 1].all():
-                self._sequences[placed.chunk.request_id].is_finite = False
+                self._sequences[placed.chunk.request_id].note_broken(placed.chunk.start)
 
     def _reports(self, placed: PlacedChunk) -> bool:
         """Whether this group speaks for a chunk: several may compute it, the first of them does."""
-        placement = self._sequences[placed.chunk.request_id].placement
-        return placement.shards[0].group == self._mesh.kvp.index
+        table = self._sequences[placed.chunk.request_id].table
+        return table.reporter == self._mesh.kvp.index
 
     @torch.inference_mode()
     def _sample(self, inputs: StepInputs, hidden_TE: Tensor) -> dict[int, Sampled]:

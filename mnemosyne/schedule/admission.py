@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from math import inf
 
-from mnemosyne.cache.layout import Placement
+from mnemosyne.cache.ledger import Ledger
+from mnemosyne.cache.table import PageTable
 from mnemosyne.config import SloConfig
 from mnemosyne.request import Request
 from mnemosyne.schedule.policy import POLICIES
@@ -29,12 +30,11 @@ class Reservation:
 
     prompt: RequestState
     pages: dict[int, int]  # by group
-    holders: dict[int, Placement] = field(default_factory=dict)  # let in since, by request
+    holders: dict[int, PageTable] = field(default_factory=dict)  # let in since, by request
 
     def held(self, group: int) -> int:
         """Pages of a group that went to others since the reservation was made."""
-        shards = (shard for placement in self.holders.values() for shard in placement.shards)
-        return sum(len(shard.pages) for shard in shards if shard.group == group)
+        return sum(len(table.pages_on(group)) for table in self.holders.values())
 
 
 class AdmissionQueue:
@@ -47,13 +47,17 @@ class AdmissionQueue:
     Args:
         policy: by name.
         slo: when a first token is due.
-        router: places requests on the pages of the cache.
+        ledger: the pages of the cache.
+        router: chooses groups.
         table: predicted time of a prefill.
     """
 
-    def __init__(self, policy: str, slo: SloConfig, router: Router, table: PrefillTable) -> None:
+    def __init__(
+        self, policy: str, slo: SloConfig, ledger: Ledger, router: Router, table: PrefillTable
+    ) -> None:
         self._may_pass = policy != "fcfs"
         self._slo = slo
+        self._ledger = ledger
         self._router = router
         self._table = table
         self._queue = PrefillQueue(POLICIES[policy], table)
@@ -108,13 +112,13 @@ class AdmissionQueue:
         self._is_settled = True
         admitted: list[RequestState] = []
         for prompt in self._order(now_s):
-            if prompt.placement is not UNPLACED:
+            if prompt.table is not UNPLACED:
                 continue
-            placement = self._place(prompt.request)
-            if placement is not None:
-                prompt.placement = placement
+            table = self._place(prompt.request)
+            if table is not None:
+                prompt.table = table
                 if prompt.num_planned:
-                    self._router.advance(placement, 0, prompt.num_planned)
+                    self._router.advance(table, 0, prompt.num_planned)
                 admitted.append(prompt)
                 if len(admitted) == num_places:
                     break
@@ -131,10 +135,7 @@ class AdmissionQueue:
     def _order(self, now_s: float) -> Iterator[RequestState]:
         """Those that may fit, the first to be let in first; its holder may come twice."""
         factor = self._queue.follow_table()
-        max_free, max_per_group = (
-            self._router.max_free_tokens(),
-            self._router.max_tokens_per_group,
-        )
+        max_free, max_per_group = self._ledger.max_free_tokens(), self._ledger.max_tokens_per_group
         at_once = min(max_free, max_per_group)  # tokens of the largest shard that is sure to fit
         if not self._may_pass or self._largest_tokens <= at_once:
             order = self._queue.in_order(now_s, factor)
@@ -149,7 +150,7 @@ class AdmissionQueue:
             return order
         return chain([self._reservation.prompt], order)
 
-    def _place(self, request: Request) -> Placement | None:
+    def _place(self, request: Request) -> PageTable | None:
         reservation, kept = self._reservation, NOTHING
         is_holder = reservation is not None and reservation.prompt.request is request
         if (
@@ -158,18 +159,22 @@ class AdmissionQueue:
             and reservation.prompt.request.priority <= request.priority
         ):
             kept = {group: self._kept(reservation, group) for group in reservation.pages}
-        placement = self._router.place(request.max_tokens, request.num_prompt_tokens, kept=kept)
-        if is_holder and placement is not None:
+        groups = self._router.choose(request.max_tokens, kept=kept)
+        if groups is None:
+            return None
+        table = self._ledger.reserve(request.request_id, groups, request.max_tokens)
+        self._router.start(table, request.num_prompt_tokens)
+        if is_holder:
             self._reservation = None
-        elif reservation is not None and placement is not None:
-            reservation.holders[request.request_id] = placement
-        return placement
+        elif reservation is not None:
+            reservation.holders[request.request_id] = table
+        return table
 
     def _kept(self, reservation: Reservation, group: int) -> int:
         """Free pages of a group that others must leave."""
-        allocator = self._router.allocators[group]
-        for_others = allocator.num_pages - reservation.pages[group] - reservation.held(group)
-        return max(0, allocator.num_free - for_others)
+        num_pages = self._ledger.group_pages[group]
+        for_others = num_pages - reservation.pages[group] - reservation.held(group)
+        return max(0, self._ledger.num_free(group) - for_others)
 
     def _new_reservation(self, overdue: list[RequestState]) -> Reservation | None:
         """That of the first request for which there is no room, if there is one."""

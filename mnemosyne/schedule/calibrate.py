@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mnemosyne.cache.layout import Placement, Shard, pages_for
+from mnemosyne.cache.layout import pages_for
+from mnemosyne.cache.table import PageTable
 from mnemosyne.request import SamplingParams
 from mnemosyne.schedule.plan import Admission, Chunk, Executor, Plan
 from mnemosyne.schedule.work import StepWork, WorkModel
@@ -129,10 +130,11 @@ def _plans(shape: Shape, limits: Limits) -> list[Plan] | None:
     pages_each = pages_for(room, limits.page_size)
     if pages_each * len(shape) > limits.num_pages or room > limits.max_positions:
         return None
-    admitted = []
+    admitted, tables = [], []
     for index, (context, tokens, is_decode) in enumerate(shape):
         first = index * pages_each
-        shard = Shard(0, np.arange(first, first + pages_each, dtype=np.int64))
+        pages = np.arange(first, first + pages_each, dtype=np.int64)
+        tables.append((_request_id(index), PageTable.on(0, pages)))
         num_prompt_tokens = context if is_decode else context + tokens
         admitted.append(
             Admission(
@@ -141,12 +143,11 @@ def _plans(shape: Shape, limits: Limits) -> list[Plan] | None:
                 params=SamplingParams(max_tokens=1 + REPEATS, temperature=0.0),
                 seed=0,
                 end_token_ids=(),
-                placement=Placement((shard,), room),
             )
         )
     ids = tuple(admission.request_id for admission in admitted)
     return [
-        Plan(index=0, chunks=_chunks(shape, 0), admitted=tuple(admitted)),
+        Plan(0, _chunks(shape, 0), tuple(admitted), tables=tuple(tables)),
         *(Plan(index=n, chunks=_chunks(shape, n)) for n in range(1, 1 + REPEATS)),
         Plan(index=1 + REPEATS, chunks=(), released=ids),
     ]
@@ -165,8 +166,8 @@ def _chunks(shape: Shape, repeat: int) -> tuple[Chunk, ...]:
 def _work(work_model: WorkModel, plans: list[Plan]) -> StepWork:
     """The work of the repeated step; all of it is on the first group."""
     work = work_model.nothing
-    for chunk, admission in zip(plans[1].chunks, plans[0].admitted, strict=True):
-        work = work_model.add(work, chunk, admission.placement)
+    for chunk, (_, table) in zip(plans[1].chunks, plans[0].tables, strict=True):
+        work = work_model.add(work, chunk, table)
     return work[0]
 
 

@@ -41,7 +41,7 @@ class ChunkCandidate:
         prompt: whose chunk it is.
 
     Attributes:
-        max_tokens: tokens that the chunk may hold: it never crosses into another shard.
+        max_tokens: tokens that the chunk may hold: it never crosses into another extent.
         without_s: predicted time of the step without it.
     """
 
@@ -49,14 +49,14 @@ class ChunkCandidate:
         self._step, self._prompt, self._start = step, prompt, prompt.num_planned
         self.without_s = step.seconds
         self.max_tokens = self._remaining = prompt.request.num_prompt_tokens - self._start
-        self._active = shards = prompt.placement.shards  # that compute the chunk
-        if len(shards) > 1:
-            until_boundary = prompt.placement.next_boundary(self._start) - self._start
+        self._active = extents = prompt.table.extents  # that compute the chunk
+        if len(extents) > 1:
+            until_boundary = prompt.table.next_start(self._start) - self._start
             self.max_tokens = min(self.max_tokens, until_boundary)
-            self._active = shards[: prompt.placement.num_active(self._start + 1)]
+            self._active = extents[: prompt.table.num_holding(self._start + 1)]
         self._others_s = 0.0
         if len(self._active) < len(step.work):
-            groups = {shard.group for shard in self._active}
+            groups = {extent.group for extent in self._active}
             self._others_s = max(s for group, s in enumerate(step.group_s) if group not in groups)
         self._size = 0  # that the parts are for
 
@@ -65,13 +65,13 @@ class ChunkCandidate:
         step, active, slowest_s, keys = self._step, self._active, self._others_s, None
         samples = num_tokens == self._remaining
         self._size, self._parts = num_tokens, []
-        for index, shard in enumerate(active):
+        for index, extent in enumerate(active):
             if len(active) > 1:  # a lone one holds all keys
-                keys = self._prompt.placement.positions(index, self._start + num_tokens)
-            part = step.work[shard.group]
+                keys = self._prompt.table.positions(index, self._start + num_tokens)
+            part = step.work[extent.group]
             part = step.model.with_prefill(part, self._start, num_tokens, samples, keys)
             part_s = step.predict(part)
-            self._parts.append((shard.group, part, part_s))
+            self._parts.append((extent.group, part, part_s))
             if part_s > slowest_s:
                 slowest_s = part_s
         return slowest_s

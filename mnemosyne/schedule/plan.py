@@ -7,20 +7,27 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from mnemosyne.cache.layout import Placement
+from mnemosyne.cache.table import PageTable
 from mnemosyne.request import Logprobs, Sampled, SamplingParams
 
 
 class Admission(NamedTuple):
-    """A request that starts: its prompt, how to sample, where its cache lives."""
+    """A request that starts: its prompt, and how to sample."""
 
     request_id: int
     prompt_ids: np.ndarray  # int64 [num_prompt_tokens], and what is known of the output
     params: SamplingParams  # resolved: no sampling field is None but top-level switches
     seed: int
     end_token_ids: tuple[int, ...]
-    placement: Placement  # pages for its whole life
     num_given: int = 0  # of the ids, those at the end that are output
+
+
+class PageCopy(NamedTuple):
+    """A page of one group whose keys and values another page of it gets."""
+
+    group: int
+    source: int
+    target: int
 
 
 class Chunk(NamedTuple):
@@ -53,6 +60,9 @@ class Plan:
     chunks: tuple[Chunk, ...]
     admitted: tuple[Admission, ...] = ()
     released: tuple[int, ...] = ()  # requests whose pages are free again
+    # page tables that changed, by request: with its admission, or later
+    tables: tuple[tuple[int, PageTable], ...] = ()
+    copies: tuple[PageCopy, ...] = ()  # in order, before anything is computed
     predicted_s: float = 0.0
     slack_s: tuple[float, ...] = ()  # of each prefill chunk's request as planned; not sent to ranks
 

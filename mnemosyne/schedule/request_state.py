@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mnemosyne.cache.layout import Placement
+from mnemosyne.cache.table import PageTable
 from mnemosyne.request import Request
 from mnemosyne.schedule.policy import Urgency
 
-UNPLACED = Placement((), 1)  # of a request that waits
+UNPLACED = PageTable(())  # of a request that waits
 
 
 @dataclass(slots=True, eq=False)
@@ -17,7 +17,7 @@ class RequestState(Urgency[float]):
 
     request: Request
     deadline_s: float  # of the first token, after arrival
-    placement: Placement = UNPLACED  # pages for its whole life, once it is admitted
+    table: PageTable = UNPLACED  # where its keys lie, once it is admitted
     num_planned: int = 0  # prompt tokens in this and earlier plans
     num_in_flight: int = 0  # steps that hold a chunk of its prompt
     is_released: bool = False
@@ -30,4 +30,4 @@ class RequestState(Urgency[float]):
     @property
     def next_group(self) -> int:
         """The group that stores the next chunk."""
-        return self.placement.shards[self.placement.num_active(self.num_planned + 1) - 1].group
+        return self.table.storing(self.num_planned).group

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from mnemosyne.cache.allocator import PageAllocator
-from mnemosyne.cache.layout import Placement, Shard, pages_for
+from mnemosyne.cache.ledger import Ledger
+from mnemosyne.cache.table import PageTable
 
 NOTHING: Mapping[int, int] = MappingProxyType({})
 
 
 class Router:
-    """Places requests on groups, all pages or none.
+    """Chooses the groups of each request, and nothing else.
 
     A request takes as many groups as its tokens need; the groups with the least pending prefill
     come first, and among equals those with the fewest pages in use. Pages for its whole life are
@@ -20,128 +20,72 @@ class Router:
     as prompt length squared less the part done.
 
     Args:
-        allocators: the pages of each group.
-        page_size: tokens per page.
-        max_tokens_per_group: tokens of one request that a group holds at most; a multiple of
-            ``page_size``.
+        ledger: the pages of each group.
     """
 
-    def __init__(
-        self, allocators: Sequence[PageAllocator], *, page_size: int, max_tokens_per_group: int
-    ) -> None:
-        assert max_tokens_per_group % page_size == 0, "a shard ends with a page"
-        self.allocators = tuple(allocators)
-        self.page_size = page_size
-        self.max_tokens_per_group = max_tokens_per_group
-        self._pending = [0] * len(self.allocators)  # prefill work ahead of each group
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self.clear()
 
-    @property
-    def num_pages(self) -> int:
-        return sum(allocator.num_pages for allocator in self.allocators)
+    def clear(self) -> None:
+        """Forget all work."""
+        self._pending = [0] * len(self._ledger.group_pages)  # prefill work ahead of each group
 
-    @property
-    def num_used(self) -> int:
-        return sum(allocator.num_used for allocator in self.allocators)
-
-    def max_free_tokens(self) -> int:
-        """Tokens that the free pages of one group hold at most."""
-        return max(allocator.num_free for allocator in self.allocators) * self.page_size
-
-    def max_request_tokens(self) -> int:
-        """Tokens of the longest request that the empty cache holds."""
-        rooms = (allocator.num_pages * self.page_size for allocator in self.allocators)
-        shards = sorted((min(room, self.max_tokens_per_group) for room in rooms), reverse=True)
-        # only full shards can be followed by another one
-        full = sum(1 for shard in shards if shard == self.max_tokens_per_group)
-        return full * self.max_tokens_per_group + sum(shards[full : full + 1])
-
-    def bound_by(self) -> str:
-        """The key that bounds the longest request."""
-        rooms = (allocator.num_pages * self.page_size for allocator in self.allocators)
-        is_cut = all(room > self.max_tokens_per_group for room in rooms)
-        return "cache.max_tokens_per_group" if is_cut else "cache.max_tokens"
-
-    def place(
-        self,
-        num_tokens: int,
-        num_prompt_tokens: int,
-        *,
-        kept: Mapping[int, int] = NOTHING,
-    ) -> Placement | None:
-        """Reserve pages for a request.
+    def choose(self, num_tokens: int, *, kept: Mapping[int, int] = NOTHING) -> list[int] | None:
+        """Groups for the shards of a request, in the order of positions.
 
         Args:
             num_tokens: prompt and output together.
-            num_prompt_tokens: of which so many will be prefilled.
             kept: pages of some groups that are free but not for this request.
 
         Returns:
             None if the pages are not free now.
         """
-        sizes = self._shard_pages(num_tokens)
-        free = [allocator.num_free for allocator in self.allocators]
+        free = self._free()
         if kept:
             for group, pages in kept.items():
                 free[group] -= pages
-        chosen = _assign(sizes, self._least_pending(), free)
-        if chosen is None:
-            return None
-        shards = []
-        for group, size in zip(chosen, sizes, strict=True):
-            taken = self.allocators[group].allocate(size)
-            assert taken is not None, "the pages were free a moment ago"
-            shards.append(Shard(group, taken))
-        placement = Placement(tuple(shards), self.max_tokens_per_group)
-        self._change_pending(placement, num_prompt_tokens**2)
-        return placement
-
-    def _least_pending(self) -> Sequence[int]:
-        """Groups, that with the least prefill ahead of it first."""
-        groups = range(len(self.allocators))
-        if len(groups) == 1:
-            return groups
-        return sorted(groups, key=lambda g: (self._pending[g], self.allocators[g].num_used))
+        return _assign(self._ledger.shard_pages(num_tokens), self._least_pending(), free)
 
     def has_room(self, num_tokens: int) -> bool:
-        """Whether a request would be placed now."""
-        free = [allocator.num_free for allocator in self.allocators]
-        return _assign(self._shard_pages(num_tokens), range(len(free)), free) is not None
+        """Whether a request would find its pages now."""
+        free = self._free()
+        sizes = self._ledger.shard_pages(num_tokens)
+        return _assign(sizes, range(len(free)), free) is not None
 
     def best_groups(self, num_tokens: int) -> dict[int, int]:
         """Pages by group of a request that the empty cache would hold, where most are free now."""
-        capacity = [allocator.num_pages for allocator in self.allocators]
-        order = sorted(range(len(capacity)), key=lambda group: -self.allocators[group].num_free)
-        sizes = self._shard_pages(num_tokens)
-        chosen = _assign(sizes, order, capacity)
+        ledger = self._ledger
+        order = sorted(ledger.groups, key=lambda group: -ledger.num_free(group))
+        sizes = ledger.shard_pages(num_tokens)
+        chosen = _assign(sizes, order, ledger.group_pages)
         assert chosen is not None, "a request that never fits is refused"
         return dict(zip(chosen, sizes, strict=True))
 
-    def advance(self, placement: Placement, start: int, stop: int) -> None:
+    def start(self, table: PageTable, num_prompt_tokens: int) -> None:
+        """Take note of a request of whose prompt nothing is computed yet."""
+        self._change(table, num_prompt_tokens**2)
+
+    def advance(self, table: PageTable, start: int, stop: int) -> None:
         """Take note that a request was prefilled from position ``start`` to ``stop``."""
-        for shard in placement.shards:
-            self._pending[shard.group] += start**2 - stop**2
+        self._change(table, start**2 - stop**2)
 
-    def release(self, placement: Placement, num_prompt_tokens: int, num_done: int) -> None:
-        """Give the pages of a request back, of whose prompt ``num_done`` tokens were prefilled."""
-        self._change_pending(placement, num_done**2 - num_prompt_tokens**2)
-        for shard in placement.shards:
-            self.allocators[shard.group].release(shard.pages)
+    def _change(self, table: PageTable, amount: int) -> None:
+        for extent in table.extents:
+            self._pending[extent.group] += amount
 
-    def reset(self) -> None:
-        """Take every page back, whoever holds it."""
-        self.allocators = tuple(PageAllocator(a.num_pages) for a in self.allocators)
-        self._pending = [0] * len(self.allocators)
+    def _free(self) -> list[int]:
+        """Pages of each group that a request can have."""
+        ledger = self._ledger
+        return [min(ledger.num_free(g), ledger.num_listable(g)) for g in ledger.groups]
 
-    def _shard_pages(self, num_tokens: int) -> list[int]:
-        full, rest = divmod(num_tokens, self.max_tokens_per_group)
-        sizes = [self.max_tokens_per_group // self.page_size] * full
-        if rest:
-            sizes.append(pages_for(rest, self.page_size))
-        return sizes
-
-    def _change_pending(self, placement: Placement, amount: int) -> None:
-        for shard in placement.shards:
-            self._pending[shard.group] += amount
+    def _least_pending(self) -> Sequence[int]:
+        """Groups, that with the least prefill ahead of it first."""
+        ledger, groups = self._ledger, self._ledger.groups
+        if len(groups) == 1:
+            return groups
+        num_used = [ledger.group_pages[g] - ledger.num_free(g) for g in groups]
+        return sorted(groups, key=lambda g: (self._pending[g], num_used[g]))
 
 
 def _assign(sizes: list[int], order: Sequence[int], room: Sequence[int]) -> list[int] | None:

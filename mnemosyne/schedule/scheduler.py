@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from itertools import islice
 
-from mnemosyne.cache.allocator import PageAllocator
+from mnemosyne.cache.ledger import Ledger
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request
 from mnemosyne.schedule.admission import AdmissionQueue
@@ -27,7 +27,7 @@ class Scheduler:
     Args:
         config: chunk rule, policy, target time between tokens, limits.
         slo: when a first token is due.
-        router: places requests on the pages of the cache.
+        ledger: the pages of the cache.
         predictor: step time; decides sizes only when ``config.chunk`` is "adaptive".
         work_model: counts the work of a chunk.
         depth: steps that may be in flight.
@@ -38,13 +38,14 @@ class Scheduler:
         config: ScheduleConfig,
         slo: SloConfig,
         *,
-        router: Router,
+        ledger: Ledger,
         predictor: Predictor,
         work_model: WorkModel,
         depth: int = 1,
     ) -> None:
         self.config = config
-        self.router = router
+        self.ledger = ledger
+        self._router = Router(ledger)
         self.predictor = predictor
         self._learner = predictor if isinstance(predictor, LearningPredictor) else None
         self.work_model = work_model
@@ -53,10 +54,12 @@ class Scheduler:
             config,
             predictor,
             work_model,
-            shard_tokens=router.max_tokens_per_group,
+            shard_tokens=ledger.max_tokens_per_group,
             depth=depth,
         )
-        self._admission = AdmissionQueue(config.policy, slo, router, self._prefill.table)
+        self._admission = AdmissionQueue(
+            config.policy, slo, ledger, self._router, self._prefill.table
+        )
         self._requests: dict[int, RequestState] = {}  # of all, those that wait included
         self._ready: dict[int, Chunk] = {}  # decodes that may run, longest waiting first
         self._ready_tally = DecodeTally(work_model)  # of those
@@ -83,7 +86,7 @@ class Scheduler:
         Raises:
             ValueError: with the tokens asked, the tokens that fit, and what would help.
         """
-        capacity, key = self.router.max_request_tokens(), self.router.bound_by()
+        capacity, key = self.ledger.max_request_tokens(), self.ledger.bound_by()
         place = f"the cache of {capacity} tokens"
         if key == "cache.max_tokens_per_group":
             place = f"the {capacity} tokens that the groups of the cache take of one request"
@@ -121,7 +124,7 @@ class Scheduler:
         Pages of a request that is part of a step in flight are freed when that step is back.
         """
         running = self._requests[request_id]
-        if running.placement is UNPLACED:
+        if running.table is UNPLACED:
             self._admission.discard(running)
             del self._requests[request_id]
             return
@@ -134,7 +137,7 @@ class Scheduler:
             decode = self._ready.pop(request_id, None)
             is_in_flight = decode is None
             if decode is not None:
-                self._ready_tally.add([(decode.start, running.placement)], sign=-1)
+                self._ready_tally.add([(decode.start, running.table)], sign=-1)
         if not is_in_flight:
             self._forget(running)
 
@@ -146,7 +149,7 @@ class Scheduler:
         """
         for plan in lost:
             self._released += plan.released
-        self._released += [i for i, p in self._requests.items() if p.placement is not UNPLACED]
+        self._released += [i for i, p in self._requests.items() if p.table is not UNPLACED]
         self._admission.clear()
         self._prefill.clear()
         self._requests.clear()
@@ -154,7 +157,8 @@ class Scheduler:
         self._ready_tally.clear()
         self._num_decoding = 0
         self._works.clear()
-        self.router.reset()
+        self.ledger.reset()
+        self._router.clear()
 
     def plan(self, now_s: float) -> Plan | None:
         """The next step, or None if nothing can run.
@@ -163,11 +167,13 @@ class Scheduler:
             now_s: seconds on the clock of the requests' arrivals.
         """
         num_places = self.config.max_sequences - self.num_running
-        admitted = [self._start(running) for running in self._admission.admit(num_places, now_s)]
+        admitted = self._admission.admit(num_places, now_s)
+        for running in admitted:
+            self._prefill.add(running)
         chunks, work = self._decode()
         prefills = self._prefill.plan(work, now_s, delays_decodes=self._num_decoding > 0)
         for running, chunk in zip(prefills.prompts, prefills.chunks, strict=True):
-            self.router.advance(running.placement, chunk.start, chunk.stop)
+            self._router.advance(running.table, chunk.start, chunk.stop)
             self._num_decoding += chunk.samples
         chunks += prefills.chunks
         if not chunks:
@@ -179,8 +185,9 @@ class Scheduler:
         return Plan(
             index=self._num_plans - 1,
             chunks=tuple(chunks),
-            admitted=tuple(admitted),
+            admitted=tuple(map(_admission, admitted)),
             released=released,
+            tables=tuple((running.request.request_id, running.table) for running in admitted),
             predicted_s=prefills.seconds,
             slack_s=tuple(prefills.slack_s),
         )
@@ -203,7 +210,7 @@ class Scheduler:
             elif samples:
                 stop = start + num_tokens
                 self._ready[request_id] = Chunk(request_id, stop, 1, True, tokens[request_id])
-                rows.append((stop, running.placement))
+                rows.append((stop, running.table))
         self._ready_tally.add(rows)
 
     def learn(self, plan: Plan, seconds: float) -> None:
@@ -212,18 +219,12 @@ class Scheduler:
         if self._learner is not None:
             self._learner.observe(max(work, key=self._learner.predict), seconds)
 
-    def _start(self, running: RequestState) -> Admission:
-        self._prefill.add(running)
-        request = running.request
-        what = request.request_id, request.prompt_ids, request.params
-        how = request.seed, request.end_token_ids
-        return Admission(*what, *how, running.placement, request.num_given)
-
     def _forget(self, running: RequestState) -> None:
         request = running.request
         del self._requests[request.request_id]
         num_done = min(running.num_planned, request.num_prompt_tokens)
-        self.router.release(running.placement, request.num_prompt_tokens, num_done)
+        self._router.advance(running.table, num_done, request.num_prompt_tokens)
+        self.ledger.release(request.request_id)
         self._admission.note_release(request.request_id)
         self._released.append(request.request_id)
 
@@ -241,13 +242,19 @@ class Scheduler:
             self._ready_tally.clear()
             return chunks, work
         chunks = list(islice(self._ready.values(), share))
-        rows = [(chunk.start, self._requests[chunk.request_id].placement) for chunk in chunks]
+        rows = [(chunk.start, self._requests[chunk.request_id].table) for chunk in chunks]
         self._ready_tally.add(rows, sign=-1)
         taken = DecodeTally(self.work_model)
         taken.add(rows)
         for chunk in chunks:
             del self._ready[chunk.request_id]
         return chunks, taken.work()
+
+
+def _admission(running: RequestState) -> Admission:
+    request = running.request
+    what = request.request_id, request.prompt_ids, request.params
+    return Admission(*what, request.seed, request.end_token_ids, request.num_given)
 
 
 def build_scheduler(
@@ -275,11 +282,11 @@ def build_scheduler(
         work_model: counts the work of a chunk.
         depth: steps that may be in flight.
     """
-    router = Router(
-        [PageAllocator(num_pages) for _ in range(num_groups)],
+    ledger = Ledger(
+        [num_pages] * num_groups,
         page_size=page_size,
         max_tokens_per_group=max_tokens_per_group,
     )
     return Scheduler(
-        config, slo, router=router, predictor=predictor, work_model=work_model, depth=depth
+        config, slo, ledger=ledger, predictor=predictor, work_model=work_model, depth=depth
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mnemosyne.cache.layout import Placement
+from mnemosyne.cache.table import PageTable
 from mnemosyne.schedule.plan import Chunk
 
 
@@ -152,19 +152,18 @@ class WorkModel:
             part.unread * self.unread_share**num_tokens,
         )
 
-    def add(self, work: Work, chunk: Chunk, placement: Placement) -> Work:
-        """The work of a step with one more chunk in it: each active group computes its rows."""
+    def add(self, work: Work, chunk: Chunk, table: PageTable) -> Work:
+        """The work of a step with one more chunk: each group that holds keys computes its rows."""
         total = list(work)
-        num_active = placement.num_active(chunk.stop)
-        for shard in range(num_active):
-            group = placement.shards[shard].group
-            total[group] = total[group] + self.chunk(
+        holding = table.holding(chunk.stop)
+        for extent, positions in holding:
+            total[extent.group] += self.chunk(
                 chunk.start,
                 chunk.num_tokens,
                 samples=chunk.samples,
                 is_decode=chunk.is_decode,
-                keys=placement.positions(shard, chunk.stop),
-                is_shared=num_active > 1,
+                keys=positions,
+                is_shared=len(holding) > 1,
             )
         return tuple(total)
 
@@ -198,11 +197,11 @@ class DecodeTally:
         self._exchanged = [0] * num_groups
         self._keys = [[0] * len(self._model.shares) for _ in range(num_groups)]  # by window
 
-    def add(self, rows: Sequence[tuple[int, Placement]], sign: int = 1) -> None:
+    def add(self, rows: Sequence[tuple[int, PageTable]], sign: int = 1) -> None:
         """Take decodes in.
 
         Args:
-            rows: position and placement of each.
+            rows: position and page table of each.
             sign: -1 to take them out again.
         """
         # nearly all are whole on one group, and there may be a thousand: these are summed at once
@@ -210,11 +209,11 @@ class DecodeTally:
             self._add_whole(0, [position + 1 for position, _ in rows], sign)
             return
         whole: list[list[int]] = [[] for _ in self._counts]
-        for position, placement in rows:
-            if len(placement.shards) == 1:
-                whole[placement.shards[0].group].append(position + 1)
+        for position, table in rows:
+            if len(table.extents) == 1:
+                whole[table.extents[0].group].append(position + 1)
             else:
-                self._add_shared(position + 1, placement, sign)
+                self._add_shared(position + 1, table, sign)
         for group, stops in enumerate(whole):
             self._add_whole(group, stops, sign)
 
@@ -225,13 +224,13 @@ class DecodeTally:
             seen = stops if window is None else [min(stop, window) for stop in stops]
             self._keys[group][index] += sign * sum(seen)
 
-    def _add_shared(self, stop: int, placement: Placement, sign: int) -> None:
+    def _add_shared(self, stop: int, table: PageTable, sign: int) -> None:
         """A decode over ``stop`` keys on as many groups as hold one."""
-        num_active = placement.num_active(stop)
-        for shard in range(num_active):
-            group, held = placement.shards[shard].group, placement.positions(shard, stop)
+        holding = table.holding(stop)
+        for extent, held in holding:
+            group = extent.group
             self._counts[group] += sign
-            self._exchanged[group] += sign * (num_active > 1)
+            self._exchanged[group] += sign * (len(holding) > 1)
             for index, (window, _) in enumerate(self._model.shares):
                 first = held.start if window is None else max(held.start, stop - window)
                 self._keys[group][index] += sign * max(0, held.stop - first)

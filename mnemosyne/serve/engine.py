@@ -93,7 +93,7 @@ class Engine:
             ValueError: if the prompt is refused; nothing else is affected.
         """
         with self.ownership.use("Engine.add"):
-            capacity = self.scheduler.router.max_request_tokens()
+            capacity = self.scheduler.ledger.max_request_tokens()
             requests = self.intake.requests(prompt, params, self.clock(), capacity, given)
             for request in requests[:1]:
                 self.scheduler.check_fits(request)  # they are of one size
@@ -257,10 +257,11 @@ class Engine:
         return active.piece((sampled.token_id,), text, logprobs)
 
     def _note_admitted(self, plan: Plan, now_s: float) -> None:
+        tables = dict(plan.tables)
         for admission in plan.admitted:
             metrics = self._active[admission.request_id].output.metrics
             metrics.queued_s = now_s - metrics.arrival_s
-            metrics.num_shards = len(admission.placement.shards)
+            metrics.num_shards = len(tables[admission.request_id].extents)
 
     def _time_token(self, active: Active) -> None:
         now_s, metrics = self.clock(), active.output.metrics

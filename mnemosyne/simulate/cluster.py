@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from mnemosyne.cache.layout import Placement
+from mnemosyne.cache.table import PageTable
 from mnemosyne.request import Sampled
 from mnemosyne.schedule.plan import Chunk, Plan, StepResult
 from mnemosyne.schedule.work import WorkModel
@@ -30,7 +30,7 @@ class SimulatedCluster:
         self.now_s = 0.0
         self._idle_s = [0.0] * self.depth  # when each stage is done with all it has
         self._in_flight: deque[tuple[float, StepResult]] = deque()
-        self._placements: dict[int, Placement] = {}
+        self._tables: dict[int, PageTable] = {}
         windows = cost.shape.windows
         self._work_model = WorkModel(windows) if any(w is not None for w in windows) else None
 
@@ -45,9 +45,8 @@ class SimulatedCluster:
     def submit(self, plan: Plan) -> None:
         """Start a step; it is over on the first stage when this returns."""
         for request_id in plan.released:
-            self._placements.pop(request_id, None)
-        for admission in plan.admitted:
-            self._placements[admission.request_id] = admission.placement
+            self._tables.pop(request_id, None)
+        self._tables.update(plan.tables)
         finished_s = self.now_s
         if plan.chunks:
             loads = self.loads(plan)
@@ -78,13 +77,13 @@ class SimulatedCluster:
             return [load]
         loads = [GroupLoad() for _ in range(self.cost.mesh.kvp)]
         for chunk in plan.chunks:
-            placement = self._placements[chunk.request_id]
-            num_active = placement.num_active(chunk.stop)
-            loads[placement.shards[0].group].owned_rows += chunk.num_tokens
-            for shard in range(num_active):
-                load = loads[placement.shards[shard].group]
-                self._add(load, chunk, placement.positions(shard, chunk.stop))
-                if num_active > 1:
+            table = self._tables[chunk.request_id]
+            holding = table.holding(chunk.stop)
+            loads[table.reporter].owned_rows += chunk.num_tokens
+            for extent, positions in holding:
+                load = loads[extent.group]
+                self._add(load, chunk, positions)
+                if len(holding) > 1:
                     load.shared_rows += chunk.num_tokens
         return loads
 

@@ -7,7 +7,8 @@ from math import inf
 
 import numpy as np
 
-from mnemosyne.cache.layout import Placement, Shard, pages_for
+from mnemosyne.cache.layout import pages_for
+from mnemosyne.cache.table import PageTable
 from mnemosyne.request import SamplingParams
 from mnemosyne.schedule.chunking import CHUNK_MULTIPLE
 from mnemosyne.schedule.plan import Admission, Chunk, Plan
@@ -40,18 +41,18 @@ class Outlook:
         self.context = context
         self.max_chunk = max_chunk
         self.shard_tokens = pages_for(-(-context // mesh.kvp), page_size) * page_size
-        shards = tuple(Shard(group, NO_IDS) for group in range(mesh.kvp))
+        parts = [(group, NO_IDS) for group in range(mesh.kvp)]
+        tables = ((0, PageTable.spread(parts, self.shard_tokens)),)
         admission = Admission(
             request_id=0,
             prompt_ids=NO_IDS,
             params=GREEDY,
             seed=0,
             end_token_ids=(),
-            placement=Placement(shards, self.shard_tokens),
         )
         self._cluster = SimulatedCluster(cost)
         # One request stands for all: their shards lie alike.
-        self._cluster.submit(Plan(index=0, chunks=(), admitted=(admission,)))
+        self._cluster.submit(Plan(index=0, chunks=(), admitted=(admission,), tables=tables))
 
     def tbt_s(self, decodes: int, chunk: int = 0) -> float:
         """Time between tokens of ``decodes`` requests at the end of their context.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -44,6 +44,15 @@ MIXED = (
     Rows(1, 30, key_stop=0),
 )
 WINDOWS = (None, 1, 5, 40, 10_000)  # none, own key, within a page, across pages, above the context
+
+
+def listed_in(batch: AttentionBatch, page_ids: Tensor) -> AttentionBatch:
+    """The batch with its page ids in a tensor that outlives it, from a place in it on."""
+    laid_out = batch.with_page_ids(page_ids.device)
+    assert laid_out.page_ids is not None
+    page_ids[17 : 17 + len(laid_out.page_ids)] = laid_out.page_ids
+    segments = [s._replace(first_page=17 + s.first_page) for s in laid_out.segments]
+    return replace(laid_out, segments=tuple(segments), page_ids=page_ids)
 
 
 @dataclass(frozen=True)

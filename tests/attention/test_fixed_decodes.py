@@ -14,7 +14,8 @@ from mnemosyne.attention import AttentionBatch, Segment
 from mnemosyne.attention.fixed_decodes import FixedDecodes
 from mnemosyne.attention.tiles import cut_rows, most_items, split_keys
 from mnemosyne.attention.triton import TritonBackend
-from tests.attention.cases import Case, Rows, make_case
+from mnemosyne.cache.page_ids import id_dtype
+from tests.attention.cases import Case, Rows, listed_in, make_case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # One that is cut, short ones, shards without keys and with a row that sees none, padding between.
@@ -27,14 +28,18 @@ RAGGED = (
 )
 
 
-def fixed_for(case: Case) -> FixedDecodes:
+def fixed_for(case: Case, page_ids: torch.Tensor) -> FixedDecodes:
     return FixedDecodes(
         TritonBackend(),
         case.k_KSD,
         num_rows=case.batch.num_rows,
         page_size=case.batch.page_size,
-        max_pages=case.k_KSD.shape[1] // case.batch.page_size,
+        page_ids=page_ids,
     )
+
+
+def new_page_ids() -> torch.Tensor:
+    return torch.zeros(1000, dtype=id_dtype(torch.device(DEVICE)), device=DEVICE)
 
 
 def as_many_rows(case: Case, num_rows: int) -> Case:
@@ -51,9 +56,11 @@ def test_one_launch_serves_steps_of_any_lengths(window: int | None, dtype: torch
         as_many_rows(make_case(rows, heads=(2, 3, 16), seed=seed), 12).to(dtype, DEVICE)
         for seed, rows in enumerate((RAGGED, RAGGED[::-1], RAGGED[1:2], [Rows(1, 700)] * 5))
     ]
-    fixed, tables = fixed_for(steps[0]), set()
+    page_ids = new_page_ids()
+    fixed, tables = fixed_for(steps[0], page_ids), set()
 
     for step in steps:
+        step = replace(step, batch=listed_in(step.batch, page_ids))
         out, lse = step.attend(fixed, window, return_lse=True)
         expected_out, expected_lse = step.attend(TritonBackend(), window, return_lse=True)
 
@@ -70,7 +77,7 @@ def test_an_empty_step_sees_nothing() -> None:
     case = make_case([Rows(1, 99)]).to(torch.float64, DEVICE)
     empty = replace(case, batch=AttentionBatch((), case.batch.num_rows, case.batch.page_size))
 
-    out, lse = empty.attend(fixed_for(case), return_lse=True)
+    out, lse = empty.attend(fixed_for(case, new_page_ids()), return_lse=True)
 
     assert not out.any()
     assert lse.isneginf().all()

@@ -20,6 +20,7 @@ from tests.attention.cases import (
     Case,
     Rows,
     assert_no_worse_than_eager,
+    listed_in,
     make_case,
 )
 from tests.attention.test_backends import seen_only
@@ -250,12 +251,13 @@ def test_tables_that_stay_in_place_serve_steps_of_any_lengths(
         for seed, rows in enumerate(layouts)
     ]
     num_rows, page_size = 12, steps[0].batch.page_size
-    fixed = FixedNative(backend(32), num_rows=num_rows, page_size=page_size, max_pages=3000)
+    page_ids = torch.zeros(3000, dtype=torch.int64)
+    fixed = FixedNative(backend(32), num_rows=num_rows, page_size=page_size, page_ids=page_ids)
     tables = set()
 
     for step in steps:
         padding = step.q_THD[:1].expand(num_rows - len(step.q_THD), -1, -1)
-        batch = replace(step.batch, num_rows=num_rows)
+        batch = listed_in(replace(step.batch, num_rows=num_rows), page_ids)
         case = replace(step, batch=batch, q_THD=torch.cat((step.q_THD, padding)))
         case = case.to(torch.bfloat16)
         out, lse = case.attend(fixed, window, return_lse=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mnemosyne.cache.allocator import PageAllocator
 from mnemosyne.cache.capacity import count_pages, describe_cache, tokens_per_group
+from mnemosyne.cache.ledger import Ledger
 from mnemosyne.config import CacheConfig, parse_size
 from mnemosyne.schedule.routing import Router
 
@@ -103,21 +103,22 @@ def test_no_request_is_said_to_fit_that_would_be_refused(
 def test_as_many_requests_as_are_said_to_fit_are_placed_at_once(
     num_groups: int, max_tokens_per_group: int
 ) -> None:
-    router = Router(
-        [PageAllocator(80) for _ in range(num_groups)],
-        page_size=64,
-        max_tokens_per_group=max_tokens_per_group,
-    )
+    ledger = Ledger([80] * num_groups, page_size=64, max_tokens_per_group=max_tokens_per_group)
+    router = Router(ledger)
     said = describe(80, 64, num_groups=num_groups, max_tokens_per_group=max_tokens_per_group)
     if requests(said).startswith("one of "):
-        assert router.max_request_tokens() == int(requests(said).split()[-1])
+        assert ledger.max_request_tokens() == int(requests(said).split()[-1])
         return
 
     for part in requests(said).split(" or "):
         count, _, name = part.partition(" of ")
-        router.reset()
+        ledger.reset()
         length = parse_size(name)
-        assert all(router.place(length, length) is not None for _ in range(int(count)))
+        for request_id in range(int(count)):
+            groups = router.choose(length)
+            assert groups is not None
+            router.start(ledger.reserve(request_id, groups, length), length)
+        router.clear()
 
 
 def test_a_small_cache_is_described_by_the_one_request_that_it_holds() -> None:

@@ -28,6 +28,20 @@ def test_cleared_pages_hold_no_nan():
     assert not pool.v[0].any()
 
 
+def test_a_copied_page_holds_what_the_other_does_in_every_layer():
+    pool = _pool()
+    for part in (*pool.k, *pool.v):
+        part.copy_(torch.randn(part.shape))
+    before = [part.clone() for part in (*pool.k, *pool.v)]
+
+    pool.copy(source=3, target=1)
+
+    for part, old in zip((*pool.k, *pool.v), before, strict=True):
+        assert torch.equal(part[:, 8:16], old[:, 24:32])
+        old[:, 8:16] = old[:, 24:32]
+        assert torch.equal(part, old)
+
+
 def test_a_pool_takes_no_memory_before_it_is_written():
     resident_kb = _resident_kb()
 

@@ -11,7 +11,7 @@ from mnemosyne.llm import LLM
 from mnemosyne.model_zoo.haystack import PASSKEY_WORDS, Recital, cycle, haystack
 from mnemosyne.model_zoo.needle import write_needle
 from mnemosyne.request import RequestOutput
-from tests.engines import add, drain, greedy, placement_of, pool_of
+from tests.engines import add, drain, greedy, pool_of, table_of
 
 PAGE_SIZE = 128
 SHORT, LONG = 4096, 2**18
@@ -50,8 +50,8 @@ def drop_page(llm: LLM, output: RequestOutput, position: int) -> None:
     """Zero the page of a position whose tokens are computed."""
     page = position // PAGE_SIZE
     assert sum(output.metrics.chunks) >= (page + 1) * PAGE_SIZE
-    (shard,) = placement_of(llm, output).shards
-    pool_of(llm).clear(shard.pages[page : page + 1])
+    (extent,) = table_of(llm, output).extents
+    pool_of(llm).clear(extent.pages[page : page + 1])
 
 
 @pytest.mark.parametrize("depth", DEPTHS)

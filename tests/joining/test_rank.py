@@ -120,7 +120,7 @@ def test_the_sweep_leaves_no_request_and_no_page_behind(checkpoint: Path) -> Non
     with open_tiny(checkpoint, chunk="adaptive") as llm:
         llm.engine.measure()
         assert worker_of(llm)._sequences == {}
-        assert llm.engine.scheduler.router.num_used == 0
+        assert llm.engine.scheduler.ledger.num_used == 0
         assert not llm.engine.has_work
 
 

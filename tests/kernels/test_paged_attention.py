@@ -27,8 +27,11 @@ CHUNKS = (Rows(21, 150), Rows(5, 0), Rows(7, 3, key_stop=30, first_key=8), Rows(
 
 
 def tiles_of(case: Case, tile_rows: int, window: int | None = None, min_keys: int = 16) -> Tiles:
+    batch = case.batch.with_page_ids(case.q_THD.device)
+    assert batch.page_ids is not None
     return make_tiles(
-        list(case.batch.segments),
+        list(batch.segments),
+        batch.page_ids,
         window,
         tile_rows=tile_rows,
         num_shares=100,

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from mnemosyne.cache.layout import Placement, Shard
+from mnemosyne.cache.table import Extent, PageTable
 from mnemosyne.parallel.codec import (
     Interrupted,
     Outputs,
@@ -26,7 +26,7 @@ from mnemosyne.parallel.codec import (
     runs_to_pages,
 )
 from mnemosyne.request import Logprobs, RequestMetrics, RequestOutput, Sampled, SamplingParams
-from mnemosyne.schedule.plan import Admission, Chunk, Plan, StepResult
+from mnemosyne.schedule.plan import Admission, Chunk, PageCopy, Plan, StepResult
 from mnemosyne.serve.defaults import GenerationDefaults
 from mnemosyne.serve.intake import Intake
 from mnemosyne.serve.tokenizer import Tokenizer
@@ -77,11 +77,9 @@ written = st.fixed_dictionaries(
         "ignore_eos": st.booleans() | st.builds(np.bool_, st.booleans()),
     },
 )
-placements = st.builds(
-    Placement,
-    st.lists(st.builds(Shard, st.integers(0, 63), page_arrays), max_size=3).map(tuple),
-    counts,
-)
+extents = st.builds(Extent, st.integers(0, 63), counts, page_arrays)
+tables = st.builds(PageTable, st.lists(extents, max_size=3).map(tuple))
+copies = st.builds(PageCopy, st.integers(0, 63), counts, counts)
 admissions = st.builds(
     Admission,
     request_ids,
@@ -89,7 +87,6 @@ admissions = st.builds(
     params,
     st.integers(0, 2**63 - 1),
     st.lists(tokens, max_size=3).map(tuple),
-    placements,
     counts,
 )
 chunks = st.builds(Chunk, request_ids, counts, counts, st.booleans(), st.none() | tokens)
@@ -99,6 +96,8 @@ plans = st.builds(
     st.lists(chunks, max_size=6).map(tuple),
     st.lists(admissions, max_size=2).map(tuple),
     st.lists(request_ids, max_size=3).map(tuple),
+    st.lists(st.tuples(request_ids, tables), max_size=2).map(tuple),
+    st.lists(copies, max_size=2).map(tuple),
     finite,
 )
 logprobs = st.builds(
@@ -137,7 +136,6 @@ def test_whatever_passes_the_door_can_be_sent(fields: dict[str, Any]) -> None:
         request.params,
         request.seed,
         request.end_token_ids,
-        Placement((Shard(0, np.arange(1)),), 64),
     )
     plan = Plan(index=0, chunks=(), admitted=(admission,))
 
@@ -217,15 +215,16 @@ def test_outputs_arrive_with_their_samples_and_arrays() -> None:
 
 
 def test_decoded_arrays_may_be_written_to() -> None:
-    shard = Shard(0, np.arange(8))
-    admission = Admission(0, np.arange(4), SamplingParams(), 0, (), Placement((shard,), 128))
+    admission = Admission(0, np.arange(4), SamplingParams(), 0, ())
+    tables = ((0, PageTable.on(0, np.arange(8))),)
 
-    decoded = decode(encode(Plan(0, (), (admission,))))
+    decoded = decode(encode(Plan(0, (), (admission,), tables=tables)))
 
     assert isinstance(decoded, Plan)
     (admitted,) = decoded.admitted
     assert admitted.prompt_ids.flags.writeable
-    assert admitted.placement.shards[0].pages.flags.writeable
+    ((_, table),) = decoded.tables
+    assert table.pages_on(0).flags.writeable
 
 
 @pytest.mark.parametrize("context", [1_000, 10_000_000])
@@ -246,9 +245,8 @@ def test_a_long_prompt_takes_four_bytes_per_token_and_its_pages_nearly_none() ->
         params=SamplingParams(),
         seed=0,
         end_token_ids=(),
-        placement=Placement((Shard(0, pages),), num_tokens),
     )
 
-    size = len(encode(Plan(0, (), (admission,))))
+    size = len(encode(Plan(0, (), (admission,), tables=((0, PageTable.on(0, pages)),))))
 
     assert size <= 4 * num_tokens + 1000

@@ -79,7 +79,7 @@ def graphs_of(llm: LLM, rows: tuple[int, ...] = (1, 2, 4)) -> DecodeGraphs:
             pool.k[0],
             num_rows=num_rows,
             page_size=pool.page_size,
-            max_pages=pool.num_pages,
+            page_ids=pool.ids.tensor,
         ),
         new_graph=FakeGraph,
         rows=rows,
@@ -126,7 +126,7 @@ def test_a_backend_of_two_is_recorded_as_the_one_that_decodes() -> None:
 
     assert ByKind(kernels, other).can_record == kernels.can_record
     assert not ByKind(other, kernels).can_record
-    pool = {"num_rows": 2, "page_size": 16, "max_pages": 4}
+    pool = {"num_rows": 2, "page_size": 16, "page_ids": torch.zeros(4, dtype=torch.int64)}
     fixed = ByKind(kernels, other).fixed(torch.zeros(2, 64, 16), **pool)
     assert isinstance(fixed, FixedDecodes)
 

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mnemosyne.cache.layout import Placement, Shard
+from mnemosyne.cache.page_ids import PageIds
+from mnemosyne.cache.table import PageTable
 from mnemosyne.request import SamplingParams
 from mnemosyne.runtime.inputs import StepInputs, bucket_size, build_inputs, count_rows
 from mnemosyne.runtime.sequences import SequenceState
@@ -19,26 +20,34 @@ PADDING_SLOT = 4000
 
 
 def sequence(prompt_ids: list[int], pages: list[int]) -> SequenceState:
-    return placed(prompt_ids, Placement((Shard(0, np.array(pages)),), len(pages) * PAGE_SIZE))
+    return placed(prompt_ids, PageTable.on(0, np.array(pages)))
 
 
 def spread(prompt_ids: list[int], shard_tokens: int) -> SequenceState:
     """A sequence over three groups."""
-    shards = tuple(Shard(group, np.arange(shard_tokens // PAGE_SIZE)) for group in range(3))
-    return placed(prompt_ids, Placement(shards, shard_tokens))
+    pages = np.arange(shard_tokens // PAGE_SIZE)
+    return placed(prompt_ids, PageTable.spread([(g, pages) for g in range(3)], shard_tokens))
 
 
-def placed(prompt_ids: list[int], placement: Placement) -> SequenceState:
-    return SequenceState.start(
+def placed(prompt_ids: list[int], table: PageTable) -> SequenceState:
+    state = SequenceState.start(
         Admission(
             request_id=0,
             prompt_ids=np.array(prompt_ids),
             params=SamplingParams(max_tokens=4),
             seed=0,
             end_token_ids=(),
-            placement=placement,
         )
     )
+    state.table = table
+    return state
+
+
+def ids_of(sequences: dict[int, SequenceState], group: int = 0) -> PageIds:
+    page_ids = PageIds(16, torch.device("cpu"))
+    for request_id, state in sequences.items():
+        page_ids.enter(request_id, state.table.pages_on(group))
+    return page_ids
 
 
 def inputs_of(*chunks: Chunk, sequences: dict[int, SequenceState]) -> StepInputs:
@@ -47,6 +56,7 @@ def inputs_of(*chunks: Chunk, sequences: dict[int, SequenceState]) -> StepInputs
         sequences,
         page_size=PAGE_SIZE,
         padding_slot=PADDING_SLOT,
+        page_ids=ids_of(sequences),
         device=torch.device("cpu"),
     )
 
@@ -107,14 +117,17 @@ def test_rows_that_other_groups_compute_too_are_a_batch_of_their_own() -> None:
     short = sequence([1, 2, 3, 4, 5], pages=[6, 7])
     plan = Plan(0, (Chunk(0, 6, 2, samples=False), Chunk(1, 0, 5, samples=True)))
 
+    sequences = {0: long, 1: short}
+
     by_group = [
         build_inputs(
             plan,
-            {0: long, 1: short},
+            sequences,
             group=group,
             num_groups=3,
             page_size=PAGE_SIZE,
             padding_slot=PADDING_SLOT,
+            page_ids=ids_of(sequences, group),
             device=torch.device("cpu"),
         )
         for group in range(3)
@@ -129,8 +142,8 @@ def test_rows_that_other_groups_compute_too_are_a_batch_of_their_own() -> None:
     ]
     assert seen == [[[(0, 2, 4, 0)], [(2, 5, 5, 0)]], [[(0, 2, 4, 4)], []], [[], []]]
     assert [inputs.slots_T[:2].tolist() for inputs in by_group[:2]] == [[PADDING_SLOT] * 2, [2, 3]]
-    placements = {0: long.placement, 1: short.placement}
-    rows = [count_rows(plan, placements, group) for group in range(3)]
+    tables = {0: long.table, 1: short.table}
+    rows = [count_rows(plan, tables, group) for group in range(3)]
     assert rows == [len(inputs.token_ids_T) for inputs in by_group] == [8, 2, 1]
 
 
@@ -138,7 +151,7 @@ def test_the_rows_of_a_step_can_be_counted_before_its_tokens_are_known() -> None
     state = sequence([1, 2, 3], pages=[0, 1])
     plan = Plan(5, (Chunk(0, 3, 1, samples=True),))
 
-    assert count_rows(plan, {0: state.placement}, group=0) == 1
+    assert count_rows(plan, {0: state.table}, group=0) == 1
 
 
 @given(num_tokens=st.integers(1, 2**24))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from mnemosyne.cache.layout import Placement, Shard
+from mnemosyne.cache.table import PageTable
 from mnemosyne.llm import LLM
 from mnemosyne.schedule.plan import Admission, Chunk, Plan
 from tests.engines import add, drain, greedy, model_of, open_tiny, random_prompts, worker_of
@@ -80,20 +80,19 @@ def test_a_worker_knows_the_running_requests_only(llm: LLM) -> None:
 
 def test_an_id_that_goes_and_comes_again_may_be_announced_ahead(llm: LLM) -> None:
     worker = worker_of(llm)
-    placement = Placement((Shard(0, np.arange(2, dtype=np.int64)),), 32)
+    table = PageTable.on(0, np.arange(2, dtype=np.int64))
     admission = Admission(
         request_id=-1,
         prompt_ids=np.arange(8, dtype=np.int64),
         params=greedy(2),
         seed=0,
         end_token_ids=(),
-        placement=placement,
     )
     prefill = Chunk(-1, 0, 8, samples=False)
     plans = [
-        Plan(0, (prefill,), admitted=(admission,)),
+        Plan(0, (prefill,), admitted=(admission,), tables=((-1, table),)),
         Plan(1, (), released=(-1,)),
-        Plan(0, (prefill,), admitted=(admission,)),
+        Plan(0, (prefill,), admitted=(admission,), tables=((-1, table),)),
         Plan(1, (), released=(-1,)),
     ]
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mnemosyne.cache.allocator import PageAllocator
+from mnemosyne.cache.ledger import Ledger
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request, SamplingParams
 from mnemosyne.schedule.plan import Plan
 from mnemosyne.schedule.predictor import Predictor
-from mnemosyne.schedule.routing import Router
 from mnemosyne.schedule.scheduler import Scheduler
 from mnemosyne.schedule.work import StepWork, WorkModel
 
@@ -56,8 +55,8 @@ def make_scheduler(
     return Scheduler(
         ScheduleConfig(**config),
         slo or SloConfig(),
-        router=Router(
-            [PageAllocator(count) for count in num_pages],
+        ledger=Ledger(
+            num_pages,
             page_size=PAGE_SIZE,
             max_tokens_per_group=max_tokens_per_group or PAGE_SIZE * max(num_pages),
         ),

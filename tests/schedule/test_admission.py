@@ -129,6 +129,6 @@ def test_filled_prompts_are_no_work_ahead_of_a_group():
     scheduler.add(make_request(1, 100))
     scheduler.add(make_request(2, 50))
 
-    admitted = scheduler.plan(0.0).admitted
+    tables = scheduler.plan(0.0).tables
 
-    assert [admission.placement.shards[0].group for admission in admitted] == [0, 1, 0]
+    assert [table.reporter for _, table in tables] == [0, 1, 0]

@@ -65,7 +65,7 @@ def test_everyone_is_served_and_every_page_comes_back(policy, fields, layout, ch
         assert run.sampled[request_id] == each["max_tokens"]
         num_tokens = each["num_prompt_tokens"] + each["max_tokens"] - 1
         assert run.computed[request_id] == num_tokens
-    assert scheduler.router.num_used == 0
+    assert scheduler.ledger.num_used == 0
 
 
 @pytest.mark.parametrize("policy", POLICIES)

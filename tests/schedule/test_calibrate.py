@@ -38,10 +38,11 @@ class Machine:
         self.plans.append(plan)
         for request_id in plan.released:
             del self.pages[request_id], self.tokens[request_id]
+        for request_id, table in plan.tables:
+            (extent,) = table.extents
+            assert not set(extent.pages) & {p for pages in self.pages.values() for p in pages}
+            self.pages[request_id] = extent.pages
         for admission in plan.admitted:
-            (shard,) = admission.placement.shards
-            assert not set(shard.pages) & {p for pages in self.pages.values() for p in pages}
-            self.pages[admission.request_id] = shard.pages
             self.tokens[admission.request_id] = len(admission.prompt_ids)
         work = WORK_MODEL.nothing[0]
         for chunk in plan.chunks:
@@ -115,12 +116,12 @@ def test_the_sweep_stays_within_cache_and_model(num_pages: int, max_positions: i
     samples = sweep(machine, limits)
 
     admitted = [admission for plan in machine.plans for admission in plan.admitted]
-    assert max(page for a in admitted for page in a.placement.shards[0].pages) < num_pages
+    pages = [table.pages_on(0) for plan in machine.plans for _, table in plan.tables]
+    assert max(map(max, pages)) < num_pages
     assert max(a.prompt_ids.max() for a in admitted) < 7
     assert max(c.stop for plan in machine.plans for c in plan.chunks) <= max_positions
     for plan in machine.plans:
         for chunk in plan.chunks:
-            pages = [a.placement.shards[0].pages for a in admitted]
             assert pages_for(chunk.stop, 16) <= max(map(len, pages))
     assert samples
 

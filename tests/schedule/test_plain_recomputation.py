@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mnemosyne.cache.layout import Placement, Shard
+from mnemosyne.cache.table import PageTable
 from mnemosyne.config import POLICIES
 from mnemosyne.request import Request
 from mnemosyne.schedule.chunking import solve_chunk, solve_lone_chunk
@@ -15,7 +15,7 @@ from tests.schedule.clocked import Rates, make_request, make_scheduler, tokens_o
 
 MACHINE = Rates(1e-3, pair_s=1e-6, key_s=1e-6, step_s=2e-3)
 TOKEN = 7
-ANYWHERE = Placement((Shard(0, np.empty(0, dtype=np.int64)),), 10**9)
+ANYWHERE = PageTable.on(0, np.empty(0, dtype=np.int64))
 
 
 class Plain:

@@ -148,7 +148,7 @@ def test_a_preempted_prompt_goes_on_where_it_stopped():
     scheduler.add(_request(0, 1000, deadline_s=100.0))
     first = scheduler.plan(0.0)
     scheduler.complete(first, _tokens(first))
-    pages = scheduler.router.num_used
+    pages = scheduler.ledger.num_used
     scheduler.add(_request(1, 256, deadline_s=1.0, arrival_s=1.0))
 
     preempting = scheduler.plan(1.0)
@@ -157,7 +157,7 @@ def test_a_preempted_prompt_goes_on_where_it_stopped():
 
     assert _sizes(preempting) == {1: 256}
     assert [(c.request_id, c.start) for c in resumed.chunks if not c.is_decode] == [(0, 256)]
-    assert scheduler.router.num_used > pages
+    assert scheduler.ledger.num_used > pages
 
 
 def test_a_lower_priority_number_goes_first_under_every_policy():

@@ -1,99 +1,85 @@
 """Claims about which groups hold a request."""
 
-import pytest
+from __future__ import annotations
 
-from mnemosyne.cache.allocator import PageAllocator
-from mnemosyne.cache.layout import Placement
-from mnemosyne.schedule.routing import Router
+from collections.abc import Mapping
 
-
-def _router(num_pages=(10, 10, 10), max_tokens_per_group=32) -> Router:
-    allocators = [PageAllocator(count) for count in num_pages]
-    return Router(allocators, page_size=4, max_tokens_per_group=max_tokens_per_group)
+from mnemosyne.cache.ledger import Ledger
+from mnemosyne.cache.table import PageTable
+from mnemosyne.schedule.routing import NOTHING, Router
 
 
-def _groups(placement: Placement | None) -> list[int]:
-    assert placement is not None
-    return [shard.group for shard in placement.shards]
+class Placing:
+    """A router, and a ledger that gives each request what the router chose."""
+
+    def __init__(self, num_pages: tuple[int, ...] = (10, 10, 10)) -> None:
+        self.ledger = Ledger(num_pages, page_size=4, max_tokens_per_group=32)
+        self.router = Router(self.ledger)
+        self._num_placed = 0
+
+    def place(
+        self, num_tokens: int, num_prompt_tokens: int, kept: Mapping[int, int] = NOTHING
+    ) -> PageTable | None:
+        groups = self.router.choose(num_tokens, kept=kept)
+        if groups is None:
+            return None
+        self._num_placed += 1
+        table = self.ledger.reserve(self._num_placed - 1, groups, num_tokens)
+        self.router.start(table, num_prompt_tokens)
+        return table
+
+    def groups(self, *request: int, kept: Mapping[int, int] = NOTHING) -> list[int]:
+        table = self.place(*request, kept=kept)
+        assert table is not None
+        return [extent.group for extent in table.extents]
 
 
 def test_a_short_request_takes_one_group_and_a_long_one_as_many_as_it_needs():
-    router = _router()
+    placing = Placing()
 
-    assert _groups(router.place(32, 0)) == [0]
-    assert _groups(router.place(8, 0)) == [1]
-    assert _groups(router.place(40, 0)) == [2, 1]
+    assert placing.groups(32, 0) == [0]
+    assert placing.groups(8, 0) == [1]
+    assert placing.groups(40, 0) == [2, 1]
 
 
 def test_the_group_with_the_least_pending_prefill_comes_first():
-    router = _router()
-    router.place(20, 20)
-    nearly_done = router.place(24, 24)
-    router.advance(nearly_done, 0, 23)
+    placing = Placing()
+    placing.place(20, 20)
+    nearly_done = placing.place(24, 24)
+    placing.router.advance(nearly_done, 0, 23)
 
-    assert _groups(router.place(10, 10)) == [2]
-    assert _groups(router.place(4, 4)) == [1]  # 24^2 - 23^2 < 10^2
+    assert placing.groups(10, 10) == [2]
+    assert placing.groups(4, 4) == [1]  # 24^2 - 23^2 < 10^2
 
 
 def test_pending_prefill_ends_with_its_request():
-    router = _router(num_pages=(20, 20))
-    half_done = router.place(32, 32)
-    router.advance(half_done, 0, 16)
-    assert _groups(router.place(8, 8)) == [1]
+    placing = Placing((20, 20))
+    half_done = placing.place(32, 32)
+    placing.router.advance(half_done, 0, 16)
+    assert placing.groups(8, 8) == [1]
 
-    router.release(half_done, 32, 16)
+    placing.router.advance(half_done, 16, 32)
+    placing.ledger.release(0)
 
-    assert _groups(router.place(8, 8)) == [0]
+    assert placing.groups(8, 8) == [0]
 
 
 def test_pages_kept_for_another_are_not_given_away():
-    router = _router(num_pages=(10, 10))
+    placing = Placing((10, 10))
 
-    assert _groups(router.place(16, 16, kept={0: 7})) == [1]
-    assert router.place(40, 40, kept={0: 3, 1: 0}) is None
-    assert router.num_used == 4
+    assert placing.groups(16, 16, kept={0: 7}) == [1]
+    assert placing.place(40, 40, kept={0: 3, 1: 0}) is None
+    assert placing.ledger.num_used == 4
 
 
 def test_all_pages_are_reserved_or_none():
-    router = _router(num_pages=(10, 10))
-    first = router.place(40, 40)
+    placing = Placing((10, 10))
+    placing.place(40, 40)
 
-    assert router.num_used == 10
-    assert router.place(48, 48) is None  # a second full shard does not fit beside the first
-    assert router.num_used == 10
-    router.release(first, 40, 0)
-    assert router.num_used == 0
-    assert _groups(router.place(48, 48)) == [0, 1]
-
-
-@pytest.mark.parametrize(
-    ("num_pages", "max_tokens_per_group", "longest"),
-    [
-        ((10,), 40, 40),
-        ((10, 10, 10), 32, 96),
-        ((10, 10, 3), 32, 64 + 12),
-        ((3, 3), 32, 12),  # no shard can be full, so none can be followed by another
-    ],
-)
-def test_the_longest_request_is_what_empty_groups_hold(num_pages, max_tokens_per_group, longest):
-    router = _router(num_pages, max_tokens_per_group)
-
-    assert router.max_request_tokens() == longest
-    assert router.place(longest, longest) is not None
-
-
-def test_positions_fall_into_shards_in_order():
-    placement = _router().place(70, 70)
-
-    assert [placement.num_active(stop) for stop in (1, 32, 33, 64, 65, 70)] == [1, 1, 2, 2, 3, 3]
-    assert placement.positions(0, 40) == range(0, 32)
-    assert placement.positions(1, 40) == range(32, 40)
-    assert len(placement.positions(2, 40)) == 0
-    assert [placement.next_boundary(position) for position in (0, 31, 32)] == [32, 32, 64]
-    assert [placement.shard_in(group) for group in (0, 1, 2, 3)] == [0, 1, 2, None]
-
-
-def test_the_key_that_bounds_a_request_is_named() -> None:
-    assert _router((10, 10), max_tokens_per_group=40).bound_by() == "cache.max_tokens"
-    assert _router((10, 10), max_tokens_per_group=36).bound_by() == "cache.max_tokens_per_group"
-    assert _router((9, 10), max_tokens_per_group=36).bound_by() == "cache.max_tokens"
+    assert placing.ledger.num_used == 10
+    assert placing.place(48, 48) is None  # a second full shard does not fit beside the first
+    assert placing.ledger.num_used == 10
+    placing.ledger.release(0)
+    placing.router.clear()
+    assert placing.ledger.num_used == 0
+    assert placing.groups(48, 48) == [0, 1]

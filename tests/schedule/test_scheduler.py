@@ -158,7 +158,7 @@ def test_a_cancelled_request_gives_its_pages_back_at_once():
 
     scheduler.release(0)
 
-    assert scheduler.router.num_used == 0
+    assert scheduler.ledger.num_used == 0
     assert scheduler.plan(0.0) is None
 
 
@@ -169,9 +169,9 @@ def test_pages_of_a_step_in_flight_are_kept_until_it_is_back():
 
     scheduler.release(0)
 
-    assert scheduler.router.num_used == 8
+    assert scheduler.ledger.num_used == 8
     scheduler.complete(plan, _tokens(plan))
-    assert scheduler.router.num_used == 0
+    assert scheduler.ledger.num_used == 0
 
 
 def test_a_prompt_is_planned_again_before_its_last_chunk_is_back():
@@ -211,7 +211,7 @@ def test_every_token_is_computed_once_and_every_page_comes_back(lengths, chunk, 
                 scheduler.release(c.request_id)
 
     assert scheduler.num_running == scheduler.num_waiting == 0
-    assert scheduler.router.num_used == 0
+    assert scheduler.ledger.num_used == 0
     for request_id, (num_prompt_tokens, max_tokens) in enumerate(lengths):
         if request_id not in cancelled:
             assert sampled[request_id] == max_tokens

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mnemosyne.cache.layout import Placement, Shard
+from mnemosyne.cache.table import PageTable
 from mnemosyne.schedule.plan import Chunk
 from mnemosyne.schedule.work import DecodeTally, StepWork, WorkModel
 
@@ -23,15 +23,15 @@ def test_pairs_are_the_keys_that_rows_see(window, start, num_tokens, keys):
     assert work.prefill_pairs == counted
 
 
-def _placement(*groups: int) -> Placement:
+def _table(*groups: int, tokens_each: int = 60) -> PageTable:
     pages = np.zeros(4, dtype=np.int64)
-    return Placement(tuple(Shard(group, pages) for group in groups), shard_tokens=60)
+    return PageTable.spread([(group, pages) for group in groups], tokens_each)
 
 
 def test_layers_of_different_windows_are_averaged():
     model = WorkModel([None, 4])
 
-    (work,) = model.add(model.nothing, Chunk(0, 49, 1, samples=True, token_id=5), _placement(0))
+    (work,) = model.add(model.nothing, Chunk(0, 49, 1, samples=True, token_id=5), _table(0))
 
     assert work.decode_keys == (50 + 4) / 2
     assert (work.num_tokens, work.num_sequences, work.num_sampled) == (1, 1, 1)
@@ -40,7 +40,7 @@ def test_layers_of_different_windows_are_averaged():
 def test_active_groups_share_the_keys_and_repeat_the_rows():
     model = WorkModel([None], num_groups=4)
 
-    work = model.add(model.nothing, Chunk(0, 100, 10, samples=False), _placement(2, 0, 1))
+    work = model.add(model.nothing, Chunk(0, 100, 10, samples=False), _table(2, 0, 1))
 
     assert [part.num_tokens for part in work] == [10, 0, 10, 0]
     assert work[2].prefill_pairs == 10 * 60
@@ -64,15 +64,13 @@ def test_one_more_prefill_chunk_adds_its_work(windows, unread_share):
 @pytest.mark.parametrize("unread_share", [1.0, 0.5])
 def test_decodes_together_are_the_sum_of_decodes_one_by_one(unread_share):
     model = WorkModel((None, 100), num_groups=2, unread_share=unread_share)
-    pages = np.arange(100)
-    alone = Placement((Shard(1, pages),), 1000)
-    shared = Placement((Shard(0, pages), Shard(1, pages)), 1000)
+    alone, shared = _table(1), _table(0, 1, tokens_each=1000)
     rows = [(5, alone), (700, alone), (400, shared), (1500, shared)]
 
     work = model.nothing
-    for position, placement in rows:
+    for position, table in rows:
         chunk = Chunk(0, position, 1, samples=True, token_id=3)
-        work = model.add(work, chunk, placement)
+        work = model.add(work, chunk, table)
 
     tally = DecodeTally(model)
     tally.add([*rows, (9, alone), (800, shared)])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mnemosyne.cache.layout import Placement, Shard
+from mnemosyne.cache.table import PageTable
 from mnemosyne.cli.shapes import find_shape
 from mnemosyne.config import MeshConfig
 from mnemosyne.joining.simulated import Simulation, build_simulation
@@ -53,16 +53,16 @@ def test_a_stage_waits_for_the_message_of_the_one_before() -> None:
 
 def test_groups_attend_to_their_own_shard() -> None:
     cluster = _cluster(MeshConfig(kvp=2))
-    shards = (Shard(1, np.arange(4)), Shard(0, np.arange(4)))
+    table = PageTable.spread([(1, np.arange(4)), (0, np.arange(4))], tokens_each=512)
     admission = Admission(
         request_id=0,
         prompt_ids=np.zeros(700, dtype=np.int64),
         params=SamplingParams(),
         seed=0,
         end_token_ids=(),
-        placement=Placement(shards, shard_tokens=512),
     )
-    cluster.submit(Plan(index=0, chunks=(Chunk(0, 0, 512, samples=False),), admitted=(admission,)))
+    chunk = Chunk(0, 0, 512, samples=False)
+    cluster.submit(Plan(0, (chunk,), admitted=(admission,), tables=((0, table),)))
 
     later, first = cluster.loads(_chunk_plan(1, 512, 64))
 
@@ -122,7 +122,7 @@ def test_any_workload_ends_with_every_token_and_no_page_held(
         assert len(output.token_ids) == arrival.output_tokens
         assert sum(output.metrics.chunks) == arrival.prompt_tokens
         assert output.metrics.ttft_s > 0
-    assert simulation.engine.scheduler.router.num_used == 0
+    assert simulation.engine.scheduler.ledger.num_used == 0
 
 
 @settings(max_examples=3, deadline=None)
@@ -140,7 +140,7 @@ def test_a_thousand_requests_conserve_tokens_and_end(seed: int) -> None:
     computed = sum(sum(output.metrics.chunks) for output in outputs)
     assert computed == sum(arrival.prompt_tokens for arrival in arrivals)
     assert [len(o.token_ids) for o in outputs] == [a.output_tokens for a in arrivals]
-    assert simulation.engine.scheduler.router.num_used == 0
+    assert simulation.engine.scheduler.ledger.num_used == 0
     assert not simulation.engine.has_work
 
 

@@ -16,7 +16,7 @@ from mnemosyne.attention import AttentionBackend, FlexBackend
 from mnemosyne.attention.fixed_decodes import FixedDecodes
 from mnemosyne.attention.triton import TritonBackend
 from mnemosyne.kernels.configs import configs_for, shape_key
-from tests.attention.cases import Case, Rows, make_case
+from tests.attention.cases import Case, Rows, listed_in, make_case
 from tools.gpu.setting import Entry, Setting, refusal
 from tools.gpu.speed import HEAD_DIM, PAGE_SIZES, describe
 
@@ -75,14 +75,15 @@ def replays(setting: Setting) -> Iterator[Entry]:
         for seed, lengths in enumerate(((0, 1, 2), (1100, 0, 99), (15, 300, 300)))
     ]
     backend, q, k, v = TritonBackend(), *(torch.empty_like(x) for x in tensors_of(steps[0]))
-    fixed = FixedDecodes(backend, k, num_rows=len(q), page_size=16, max_pages=256)
-    tables = fixed.prepare(steps[0].batch, None, setting.device)
+    page_ids = torch.zeros(256, dtype=torch.int32, device=setting.device)
+    fixed = FixedDecodes(backend, k, num_rows=len(q), page_size=16, page_ids=page_ids)
+    tables = fixed.prepare(listed_in(steps[0].batch, page_ids), None, setting.device)
     graph = setting.new_graph()
     out = graph.capture(lambda: fixed.attend(q, k, v, tables, scale=steps[0].scale)[0])
     for index, case in enumerate(steps):
         for static, now in zip((q, k, v), tensors_of(case), strict=True):
             static.copy_(now)
-        fixed.prepare(case.batch, None, setting.device)
+        fixed.prepare(listed_in(case.batch, page_ids), None, setting.device)
         graph.replay()
         same = torch.equal(out, case.attend(backend)[0])
         yield (

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from mnemosyne.attention.triton import TritonBackend
-from mnemosyne.cache.layout import Placement, Shard, pages_for
+from mnemosyne.cache.layout import pages_for
 from mnemosyne.cache.pages import PagePool, free_memory
+from mnemosyne.cache.table import PageTable
 from mnemosyne.model_zoo.bench import bench_spec
 from mnemosyne.model_zoo.decoder import Decoder
 from mnemosyne.model_zoo.rope import RopeSpec
@@ -141,19 +142,20 @@ def worker_of(
 def entry_of(worker: Worker, context: int, amount: float, num_own: int) -> dict[str, Any]:
     """Median seconds of a step after a context that is in the cache already."""
     num_pages = worker.pool.num_pages
-    shard = Shard(0, np.random.default_rng(0).permutation(num_pages).astype(np.int64))
+    pages = np.random.default_rng(0).permutation(num_pages).astype(np.int64)
+    tables = ((0, PageTable.on(0, pages)),)
     admission = Admission(
         request_id=0,
         prompt_ids=np.zeros(context, dtype=np.int64),
         params=SamplingParams(max_tokens=WARM_UPS + STEPS + 1, temperature=0.0),
         seed=0,
         end_token_ids=(),
-        placement=Placement((shard,), num_pages * PAGE_SIZE),
     )
     times = []
     for index in range(WARM_UPS + STEPS):
         chunk = Chunk(0, context + index, 1, samples=True, token_id=index)
-        plan = Plan(index, (chunk,), admitted=(admission,) if index == 0 else ())
+        first = {"admitted": (admission,), "tables": tables} if index == 0 else {}
+        plan = Plan(index, (chunk,), **first)
         started_s = time.perf_counter()
         worker.run(plan)  # the sampled token is on the host when it returns
         times.append(time.perf_counter() - started_s)

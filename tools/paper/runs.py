@@ -55,7 +55,7 @@ def serve_alone(model: str, context: int, *words: str, kvp: int = 1) -> Long:
     shard = -(-(context + OUTPUT) // (kvp * 128)) * 128  # whole pages
     groups = [f"cache.max_tokens_per_group={shard}"] if kvp > 1 else []
     run = simulation(model, *words, *groups)
-    fits = run.engine.scheduler.router.max_request_tokens() >= context + OUTPUT
+    fits = run.engine.scheduler.ledger.max_request_tokens() >= context + OUTPUT
     if not fits:
         run = simulation(model, *words, *groups, "hardware.memory_gb=100000")
     (output,) = run.run([Arrival(0.0, context, OUTPUT)])

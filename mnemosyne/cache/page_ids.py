@@ -1,0 +1,70 @@
+"""Page ids of running sequences in one lasting tensor, so that a step need not lay them out."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from mnemosyne.cache.layout import LISTED_PER_PAGE
+
+SPARE = 2  # times what tables may list at most: room for ranges that are not in use any more
+
+
+def id_dtype(device: torch.device) -> torch.dtype:
+    """The integers that the kernels of a device read page ids in."""
+    return torch.int64 if device.type == "cpu" else torch.int32
+
+
+class PageIds:
+    """One ragged table: the ids of each sequence lie side by side, somewhere in ``tensor``.
+
+    A range is written when the table of its sequence changes and read by every step after that.
+    New ranges go behind all others; where the end is reached, those in use move to the front.
+
+    Args:
+        num_pages: of the pool.
+        device: of the pool.
+
+    Attributes:
+        tensor: of ``id_dtype``; it stays in place.
+    """
+
+    def __init__(self, num_pages: int, device: torch.device) -> None:
+        capacity = SPARE * LISTED_PER_PAGE * num_pages
+        # on the CPU it takes no memory before it is written
+        self.tensor = torch.zeros(capacity, dtype=id_dtype(device), device=device)
+        self._ranges: dict[int, tuple[int, np.ndarray]] = {}  # by request: where, and which
+        self._end = 0  # of the last range
+
+    def enter(self, request_id: int, pages: np.ndarray) -> None:
+        """Write the ids of a sequence, in place of those that it had.
+
+        Args:
+            request_id: of the sequence.
+            pages: int64, in key order.
+        """
+        self.drop(request_id)
+        if self._end + len(pages) > len(self.tensor):
+            self._move_to_front()
+        self._append(request_id, pages)
+
+    def drop(self, request_id: int) -> None:
+        """Forget a sequence, if it has a range."""
+        self._ranges.pop(request_id, None)
+
+    def first(self, request_id: int) -> int:
+        """Where in ``tensor`` the ids of a sequence begin, until the next ``enter``."""
+        return self._ranges[request_id][0]
+
+    def _append(self, request_id: int, pages: np.ndarray) -> None:
+        end = self._end + len(pages)
+        assert end <= len(self.tensor), "tables list no more pages than the ledger lets them"
+        # a copy, because parts of the allocator's own ids cannot be written to
+        self.tensor[self._end : end].copy_(torch.from_numpy(pages.copy()))
+        self._ranges[request_id] = self._end, pages
+        self._end = end
+
+    def _move_to_front(self) -> None:
+        ranges, self._ranges, self._end = self._ranges, {}, 0
+        for request_id, (_, pages) in ranges.items():
+            self._append(request_id, pages)
