@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from types import MappingProxyType
+from typing import Any, NoReturn
 
 from mnemosyne.files import is_there, printable, read_object, shown
 
@@ -12,7 +13,8 @@ from mnemosyne.files import is_there, printable, read_object, shown
 NEUTRAL = frozenset(
     """
     _attn_implementation_autoset _commit_hash _model_name_or_path _name_or_path attention_dropout
-    attn_implementation bos_token_id chunk_size_feed_forward cls_token_id decoder_start_token_id
+    attn_implementation bos_token_id cache_implementation chunk_size_feed_forward cls_token_id
+    decoder_start_token_id
     diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
     exponential_decay_length_penalty finetuning_task
     forced_bos_token_id forced_eos_token_id id2label initializer_range is_llama_config label2id
@@ -26,38 +28,38 @@ NEUTRAL = frozenset(
     unsloth_version use_cache
     """.split()  # noqa: SIM905  # a name per line would bury the code
 )
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 MAX_SIZE = 2**40  # of any count: positions are the largest, and products of two stay below int64
-MAX_LAYERS = 10_000  # some ten times what any published model has
 MAX_NUMBER = 1e30  # products of two stay finite
 MIN_NUMBER = 1e-30
-
-
-class Family(NamedTuple):
-    """What a family of models decides beyond the sizes that all of them name alike."""
-
-    windows: tuple[int | None, ...]  # one per layer; None sees everything
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    head_dim: int | None = None  # where config.json is silent; None is width / heads
 
 
 class Config:
     """Entries of a config.json that remember which of them were read.
 
     Every method raises ValueError, naming the entry, for a value that breaks its rule.
+
+    Args:
+        entries: by name.
+        section: what stands before the names in errors, such as ``"rope_parameters."``.
+        absent: what stands in for entries that are not there, where a family has its own defaults.
     """
 
-    def __init__(self, entries: Mapping[str, Any], section: str = "") -> None:
+    def __init__(
+        self,
+        entries: Mapping[str, Any],
+        section: str = "",
+        absent: Mapping[str, Any] = NOTHING,
+    ) -> None:
         self._entries = entries
         self._section = section
+        self._absent = absent
         self._read: set[str] = set()
 
     def value(self, name: str, absent: Any = None) -> Any:
         """The raw entry; ``absent`` only if there is none, so that null stays None."""
         self._read.add(name)
-        return self._entries.get(name, absent)
+        return self._entries.get(name, self._absent.get(name, absent))
 
     def integer(
         self, name: str, default: int | None = None, *, least: int = 1, most: int = MAX_SIZE
@@ -125,11 +127,6 @@ class Config:
                 value,
                 "it is not implemented; remove it only if the model computes the same without it",
             )
-
-
-def num_layers(config: Config) -> int:
-    """How many layers the model has; the first thing that a family asks."""
-    return config.integer("num_hidden_layers", most=MAX_LAYERS)
 
 
 def read_config(path: Path) -> dict[str, Any]:

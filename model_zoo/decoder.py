@@ -7,28 +7,15 @@ from torch import Tensor, nn
 
 from mnemosyne.attention.segments import Attend
 from mnemosyne.model_zoo.layers import DecoderLayer, Embedding, Linear, RMSNorm, Unembed
-from mnemosyne.model_zoo.rope import rotary_cos_sin
 from mnemosyne.model_zoo.spec import ModelSpec
-from mnemosyne.model_zoo.tensors import tensor_shapes
-from mnemosyne.operators import TORCH, Operators, Rotary
-
-HUGGING_FACE_MODULES = {
-    "attn_norm": "input_layernorm",
-    "attn.wq": "self_attn.q_proj",
-    "attn.wk": "self_attn.k_proj",
-    "attn.wv": "self_attn.v_proj",
-    "attn.wo": "self_attn.o_proj",
-    "attn.q_norm": "self_attn.q_norm",
-    "attn.k_norm": "self_attn.k_norm",
-    "mlp_norm": "post_attention_layernorm",
-    "mlp.gate": "mlp.gate_proj",
-    "mlp.up": "mlp.up_proj",
-    "mlp.down": "mlp.down_proj",
-}
+from mnemosyne.model_zoo.stored import Source
+from mnemosyne.model_zoo.tensors import known_name, parameter_sources, tensor_shapes
+from mnemosyne.model_zoo.turns import Tables, TurnTable
+from mnemosyne.operators import TORCH, Operators
 
 
 class Decoder(nn.Module):
-    """A dense decoder over packed tokens, for inference only: no parameter asks for a gradient.
+    """A decoder over packed tokens, for inference only: no parameter asks for a gradient.
 
     Args:
         spec: sizes and switches.
@@ -61,25 +48,31 @@ class Decoder(nn.Module):
         self.is_sharded = False  # whether modules meet other ranks: parallelize sets it
         self.is_first = held[0] == 0
         self.is_last = held[-1] == every[-1]
+        self._turns = TurnTable(spec, held)
         # On the meta device modules initialise nothing: values come from a file or a seed.
         with torch.device("meta"):
-            self._build(held)
+            self._build()
         self.to(dtype).to_empty(device=device).requires_grad_(False)
 
-    def _build(self, held: range) -> None:
+    def _build(self) -> None:
         spec, operators = self.spec, self.operators
         self.embed: nn.Module | None = None
         if self.is_first:
             self.embed = Embedding(spec, operators)
         # Keyed by the index in the whole model: parameter names are the same on every stage.
-        self.layers = nn.ModuleDict({str(index): DecoderLayer(spec, operators) for index in held})
+        self.layers = nn.ModuleDict(
+            {
+                str(index): DecoderLayer(spec, operators, index, turns)
+                for index, turns in self._turns.by_layer.items()
+            }
+        )
         self.norm = RMSNorm(spec.width, spec, operators) if self.is_last else None
         # A tied head far from its embedding owns a copy of it.
         owns_head = self.is_last and not (spec.tied and self.is_first)
         self.head: nn.Module | None = None
         if owns_head:
             self.head = Linear(spec.width, spec.vocab_size, operators, bias=False)
-        self.unembed = Unembed(operators)
+        self.unembed = Unembed(spec, operators)
 
     def forward(self, x: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         """Run the held layers over the packed tokens of a step.
@@ -92,9 +85,9 @@ class Decoder(nn.Module):
         Returns:
             ``hidden_TE``, after the final norm on the last stage.
         """
-        hidden_TE, rotary = self.enter(x), self.rotary(positions_T)
+        hidden_TE, tables = self.enter(x), self.rotary(positions_T)
         for index, layer in enumerate(self.layers.values()):
-            hidden_TE = layer(hidden_TE, rotary, index, attend)
+            hidden_TE = layer(hidden_TE, tables, index, attend)
         return self.leave(hidden_TE)
 
     def decoder_layers(self) -> list[DecoderLayer]:
@@ -105,9 +98,9 @@ class Decoder(nn.Module):
         """What the first layer held begins with: embeddings, on the first stage."""
         return x if self.embed is None else self.embed(x)
 
-    def rotary(self, positions_T: Tensor) -> Rotary:
+    def rotary(self, positions_T: Tensor) -> Tables:
         """Cos and sin of a step's positions, for all layers."""
-        return rotary_cos_sin(positions_T, self.spec.rope, self.dtype, self.operators)
+        return self._turns.tables(positions_T, self.dtype, self.operators)
 
     def leave(self, hidden_TE: Tensor) -> Tensor:
         """What comes after the last layer held: the final norm, on the last stage."""
@@ -127,20 +120,19 @@ class Decoder(nn.Module):
         assert owner is not None
         return self.unembed(hidden_BE, owner.get_parameter("weight"))
 
+    def sources(self) -> dict[str, Source]:
+        """Where each parameter held here lies in a checkpoint, by our name."""
+        known = parameter_sources(self.spec)
+        return {name: known[name] for name, _ in self.named_parameters()}
+
+    def known_name(self, stored: str) -> str | None:
+        """By which name a stored tensor is known here; None for one that the model does not use."""
+        return known_name(self.spec, stored)
+
     def checkpoint_names(self) -> dict[str, str]:
-        """Hugging Face tensor name of each parameter held here, by our name."""
-        return {name: self._checkpoint_name(name) for name, _ in self.named_parameters()}
+        """Hugging Face name of each parameter held here, by our name."""
+        return {name: source.name for name, source in self.sources().items()}
 
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor of the whole model, whichever layers are held here."""
         return tensor_shapes(self.spec)
-
-    def _checkpoint_name(self, name: str) -> str:
-        module, _, kind = name.rpartition(".")
-        if module.startswith("layers."):
-            _, index, module = module.split(".", 2)
-            return f"model.layers.{index}.{HUGGING_FACE_MODULES[module]}.{kind}"
-        if module == "norm":
-            return f"model.norm.{kind}"
-        is_output = module == "head" and not self.spec.tied
-        return f"lm_head.{kind}" if is_output else f"model.embed_tokens.{kind}"

@@ -6,27 +6,35 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnemosyne.attention.segments import Attend
 from mnemosyne.model_zoo.spec import ModelSpec
-from mnemosyne.operators import Operators, Rotary, Weights
+from mnemosyne.model_zoo.turns import Tables, Turns
+from mnemosyne.operators import Operators, Rotary, Weights, activate
 
 FeedForward = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # an MLP and its input
 Projections = tuple[Tensor, Tensor, Tensor]  # q_THD, k_TKD and v_TKD
 
 
 class Embedding(nn.Embedding):
-    """``nn.Embedding`` by a set of operators."""
+    """``nn.Embedding`` by a set of operators, times a factor."""
 
     def __init__(self, spec: ModelSpec, operators: Operators) -> None:
         super().__init__(spec.vocab_size, spec.width)
         self.operators = operators
+        self.scale = spec.embed_scale
+
+    def look_up(self, ids_T: Tensor, weight_VE: Tensor) -> Tensor:
+        """Rows of a weight, which may be a part of this one's, [T, E]."""
+        x_TE = self.operators.embed(ids_T, weight_VE)
+        if self.scale == 1:
+            return x_TE
+        return x_TE * float(torch.tensor(self.scale, dtype=x_TE.dtype))
 
     def forward(self, ids_T: Tensor) -> Tensor:
         """Rows of the weight, [T, E]."""
-        return self.operators.embed(ids_T, self.weight)
+        return self.look_up(ids_T, self.weight)
 
 
 class Linear(nn.Linear):
@@ -71,6 +79,7 @@ class _Norm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.eps = spec.norm_eps
+        self.offset = spec.norm_offset
         self.operators = operators
 
 
@@ -79,7 +88,7 @@ class RMSNorm(_Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         """The normed input."""
-        return self.operators.rms_norm(x, self.weight, self.eps)
+        return self.operators.rms_norm(x, self.weight, self.eps, self.offset)
 
 
 class AddRMSNorm(_Norm):
@@ -87,13 +96,26 @@ class AddRMSNorm(_Norm):
 
     def forward(self, hidden_TE: Tensor, delta_TE: Tensor) -> tuple[Tensor, Tensor]:
         """The sum, and the sum normed; both [T, E]."""
-        return self.operators.add_rms_norm(hidden_TE, delta_TE, self.weight, self.eps)
+        return self.operators.add_rms_norm(hidden_TE, delta_TE, self.weight, self.eps, self.offset)
+
+
+class Add(nn.Module):
+    """What stands for ``AddRMSNorm`` where nothing is normed."""
+
+    def __init__(self, operators: Operators) -> None:
+        super().__init__()
+        self.operators = operators
+
+    def forward(self, hidden_TE: Tensor, delta_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum, twice."""
+        total_TE = self.operators.add(hidden_TE, delta_TE)
+        return total_TE, total_TE
 
 
 class Attention(nn.Module):
     """Project, rotate, attend, project back."""
 
-    def __init__(self, spec: ModelSpec, operators: Operators) -> None:
+    def __init__(self, spec: ModelSpec, operators: Operators, layer: int) -> None:
         super().__init__()
         self.operators = operators
         self.head_dim = spec.head_dim
@@ -103,8 +125,13 @@ class Attention(nn.Module):
         self.wk = Linear(spec.width, kv_width, operators, bias=spec.qkv_bias)
         self.wv = Linear(spec.width, kv_width, operators, bias=spec.qkv_bias)
         self.wo = Linear(q_width, spec.width, operators, bias=spec.o_bias)
-        self.q_norm = RMSNorm(spec.head_dim, spec, operators) if spec.qk_norm else None
-        self.k_norm = RMSNorm(spec.head_dim, spec, operators) if spec.qk_norm else None
+        self.norms_rows = spec.qk_norm_over == "row"
+        self.q_norm: nn.Module | None = None
+        self.k_norm: nn.Module | None = None
+        if spec.has_qk_norm(layer):
+            widths = (q_width, kv_width) if self.norms_rows else (spec.head_dim,) * 2
+            self.q_norm, self.k_norm = (RMSNorm(width, spec, operators) for width in widths)
+        self.post_norm = _norm_after(spec, operators)
 
     def project(self, x_TE: Tensor) -> Projections:
         """``q_THD``, ``k_TKD`` and ``v_TKD``, not rotated yet."""
@@ -113,53 +140,115 @@ class Attention(nn.Module):
             projected = self.operators.linear(x_TE, [layer.weights for layer in layers])
         else:
             projected = [layer(x_TE) for layer in layers]
+        if self.norms_rows:
+            projected = *self._normed(*projected[:2]), projected[2]
         # The head count is read off the projection: under tp it is the local one.
         q_THD, k_TKD, v_TKD = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_THD, k_TKD = self.q_norm(q_THD), self.k_norm(k_TKD)
+        if not self.norms_rows:
+            q_THD, k_TKD = self._normed(q_THD, k_TKD)
         return q_THD, k_TKD, v_TKD
+
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys over their last dim, where they are normed."""
+        if self.q_norm is None or self.k_norm is None:
+            return q, k
+        return self.q_norm(q), self.k_norm(k)
 
     def forward(self, out_THD: Tensor) -> Tensor:
         """What attention found, projected back: [T, E]."""
-        return self.wo(out_THD.flatten(1))
+        delta_TE = self.wo(out_THD.flatten(1))
+        return delta_TE if self.post_norm is None else self.post_norm(delta_TE)
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """A gated MLP: down(activation(gate(x)) * up(x)), with silu SwiGLU."""
 
     def __init__(self, spec: ModelSpec, operators: Operators) -> None:
         super().__init__()
         self.operators = operators
+        self.activation = spec.activation
         self.gate = Linear(spec.width, spec.mlp_width, operators, bias=spec.mlp_bias)
         self.up = Linear(spec.width, spec.mlp_width, operators, bias=spec.mlp_bias)
         self.down = Linear(spec.mlp_width, spec.width, operators, bias=spec.mlp_bias)
+        self.post_norm = _norm_after(spec, operators)
 
     def widen(self, x_TE: Tensor) -> Tensor:
-        """``silu(gate(x)) * up(x)``, [T, F]."""
+        """``activation(gate(x)) * up(x)``, [T, F]."""
         gate, up = self.gate, self.up
         if are_plain((gate, up)):
-            return self.operators.gated(x_TE, gate.weights, up.weights)
-        return F.silu(gate(x_TE)) * up(x_TE)
+            return self.operators.gated(x_TE, gate.weights, up.weights, self.activation)
+        return activate(gate(x_TE), self.activation) * up(x_TE)
+
+    def narrow(self, wide_TF: Tensor) -> Tensor:
+        """What ``widen`` gave, projected back: [T, E]."""
+        delta_TE = self.down(wide_TF)
+        return delta_TE if self.post_norm is None else self.post_norm(delta_TE)
 
     def forward(self, x_TE: Tensor) -> Tensor:
         """MLP output [T, E] of the normed input."""
-        return self.down(self.widen(x_TE))
+        return self.narrow(self.widen(x_TE))
+
+
+def _norm_after(spec: ModelSpec, operators: Operators) -> RMSNorm | None:
+    """The norm of what attention or MLP adds to the residual stream, if there is one."""
+    return None if spec.norms == "before" else RMSNorm(spec.width, spec, operators)
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each on a normed copy of the residual stream."""
+    """Attention and MLP, each added to the residual stream.
 
-    def __init__(self, spec: ModelSpec, operators: Operators) -> None:
+    Args:
+        spec: sizes and switches.
+        operators: what computes it.
+        layer: its index in the whole model.
+        turns: which of a step's rotary tables turn its queries and its keys; None turns nothing.
+    """
+
+    def __init__(self, spec: ModelSpec, operators: Operators, layer: int, turns: Turns) -> None:
         super().__init__()
         self.operators = operators
-        self.attn_norm = RMSNorm(spec.width, spec, operators)
-        self.attn = Attention(spec, operators)
-        self.mlp_norm = AddRMSNorm(spec.width, spec, operators)
+        self.turns = turns
+        self.attn_norm: nn.Module | None = None
+        self.mlp_norm: nn.Module = Add(operators)
+        if spec.norms != "after":
+            self.attn_norm = RMSNorm(spec.width, spec, operators)
+            self.mlp_norm = AddRMSNorm(spec.width, spec, operators)
+        self.attn = Attention(spec, operators, layer)
         self.mlp = MLP(spec, operators)
+
+    @property
+    def meets_ranks(self) -> bool:
+        """Whether ranks that share the rows of q and k norm them together."""
+        return self.attn.norms_rows and not isinstance(self.attn.q_norm, RMSNorm)
+
+    @property
+    def kind(self) -> Turns:
+        """What tells its graph from those of layers whose parameters have the same shapes."""
+        return self.turns
 
     def project(self, hidden_TE: Tensor) -> Projections:
         """What this layer hands to attention, not rotated yet."""
-        return self.attn.project(self.attn_norm(hidden_TE))
+        return self.attn.project(hidden_TE if self.attn_norm is None else self.attn_norm(hidden_TE))
+
+    def turned(self, projections: Projections, tables: Tables) -> tuple[Projections, Rotary | None]:
+        """Projections as attention takes them, and what it is still to turn q and k by.
+
+        One table for both is left to attention, which turns and stores in one call.
+        """
+        at_q, at_k = self.turns
+        if at_q == at_k:
+            return projections, None if at_q is None else tables[at_q]
+        return self.all_turned(projections, tables), None
+
+    def all_turned(self, projections: Projections, tables: Tables) -> Projections:
+        """Projections with nothing left to turn."""
+        (q_THD, k_TKD, v_TKD), rotate = projections, self.operators.rotate
+        at_q, at_k = self.turns
+        return (
+            q_THD if at_q is None else rotate(q_THD, *tables[at_q]),
+            k_TKD if at_k is None else rotate(k_TKD, *tables[at_k]),
+            v_TKD,
+        )
 
     def finish(self, hidden_TE: Tensor, out_THD: Tensor, feed_forward: FeedForward) -> Tensor:
         """The residual stream after this layer, [T, E], once attention has given ``out_THD``."""
@@ -169,21 +258,27 @@ class DecoderLayer(nn.Module):
         del delta_TE
         return self.operators.add(hidden_TE, feed_forward(self.mlp, x_TE))
 
-    def forward(self, hidden_TE: Tensor, rotary: Rotary, layer: int, attend: Attend) -> Tensor:
+    def forward(self, hidden_TE: Tensor, tables: Tables, layer: int, attend: Attend) -> Tensor:
         """The residual stream after this layer, [T, E]."""
-        # no name here: what attention gave lives until its projection
+        # no names here: what attention gave lives until its projection
         return self.finish(
-            hidden_TE, attend(layer, *self.project(hidden_TE), rotary), attend.feed_forward
+            hidden_TE, self._attended(hidden_TE, tables, layer, attend), attend.feed_forward
         )
+
+    def _attended(self, hidden_TE: Tensor, tables: Tables, layer: int, attend: Attend) -> Tensor:
+        projections, rotary = self.turned(self.project(hidden_TE), tables)
+        return attend(layer, *projections, rotary)
 
 
 class Unembed(nn.Module):
     """Logits from hidden states; the weight arrives, because a tied one is the embedding's."""
 
-    def __init__(self, operators: Operators) -> None:
+    def __init__(self, spec: ModelSpec, operators: Operators) -> None:
         super().__init__()
         self.operators = operators
+        self.cap = spec.logit_cap
 
     def forward(self, hidden_BE: Tensor, weight_VE: Tensor) -> Tensor:
         """Logits [B, V], float32 or wider; see ``Decoder.logits``."""
-        return self.operators.logits(hidden_BE, weight_VE)
+        logits_BV = self.operators.logits(hidden_BE, weight_VE)
+        return logits_BV if self.cap is None else self.cap * (logits_BV / self.cap).tanh()

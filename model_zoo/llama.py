@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from mnemosyne.model_zoo.config import Config, Family, num_layers
+from mnemosyne.model_zoo.config import Config
+from mnemosyne.model_zoo.family import Family, Sizes
 
 
-def llama(config: Config) -> Family:
+def llama(config: Config, sizes: Sizes) -> Family:
     """Read what Llama adds: full attention, biases on request.
 
     Raises:
@@ -16,7 +17,7 @@ def llama(config: Config) -> Family:
     config.require(pieces == 1, "pretraining_tp", "be 1", pieces)
     bias = config.flag("attention_bias", False)
     return Family(
-        windows=(None,) * num_layers(config),
+        windows=(None,) * sizes.num_layers,
         qkv_bias=bias,
         o_bias=bias,
         mlp_bias=config.flag("mlp_bias", False),

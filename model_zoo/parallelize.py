@@ -1,17 +1,20 @@
-"""Tensor parallelism of a dense decoder, as data: where each module goes, by its name.
+"""Tensor parallelism of a decoder, as data: where each module goes, by its name.
 
 Only for meshes of more than one process: DTensor takes 0.6 s to import.
 """
 
 from __future__ import annotations
 
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from mnemosyne.model_zoo.decoder import Decoder
-from mnemosyne.parallel.mesh import Mesh, head_mesh
+from mnemosyne.model_zoo.layers import Attention, DecoderLayer, Embedding, RMSNorm
+from mnemosyne.parallel.mesh import Axis, Mesh, head_mesh
 from mnemosyne.parallel.styles import (
     ColumnParallel,
     RowParallel,
+    ShardedRMSNorm,
     VocabParallelEmbedding,
     gather_words,
 )
@@ -20,7 +23,8 @@ from mnemosyne.parallel.styles import (
 def layer_plan(mesh: Mesh) -> dict[str, dict[str, ParallelStyle]]:
     """Placement of one decoder layer, by axis of the mesh and name of the module.
 
-    The modules of all families. Norms are held whole by every rank, those of q and k too.
+    The modules of all families. Norms are held whole by every rank, also those
+    of each head of q and k.
     """
     return {
         "tp": {
@@ -37,6 +41,17 @@ def layer_plan(mesh: Mesh) -> dict[str, dict[str, ParallelStyle]]:
             "mlp.down": RowParallel(mesh.ffn),  # [E, F/ffn], summed on the way out
         },
     }
+
+
+def _shard_row_norms(attention: Attention, tp: Axis, kv_mesh: DeviceMesh | None) -> None:
+    """Cut norms over whole rows of q and k as the rows are cut."""
+    if tp.device_mesh is None or kv_mesh is None:
+        return
+    for name, mesh in (("q_norm", tp.device_mesh), ("k_norm", kv_mesh)):
+        norm = getattr(attention, name)
+        assert isinstance(norm, RMSNorm)
+        sharded = ShardedRMSNorm(norm, eps=norm.eps, offset=norm.offset, axis=tp, device_mesh=mesh)
+        setattr(attention, name, sharded)
 
 
 def parallelize(decoder: Decoder, mesh: Mesh) -> None:
@@ -59,12 +74,14 @@ def parallelize(decoder: Decoder, mesh: Mesh) -> None:
         for axis, plan in plans.items():
             if axes[axis] is not None:
                 parallelize_module(layer, axes[axis], plan)
+        if isinstance(layer, DecoderLayer) and layer.attn.norms_rows:
+            _shard_row_norms(layer.attn, mesh.tp, kv_mesh)
     decoder.is_sharded = tp.degree > 1 or mesh.ffn.degree > 1
     if tp.device_mesh is None:
         return
     # A tied head uses the words that the embedding holds.
-    if decoder.embed is not None:
-        decoder.embed = VocabParallelEmbedding(decoder.embed, tp, decoder.operators.embed)
+    if isinstance(decoder.embed, Embedding):
+        decoder.embed = VocabParallelEmbedding(decoder.embed, tp, decoder.embed.look_up)
     if decoder.head is not None:
         parallelize_module(decoder.head, tp.device_mesh, ColumnParallel())
     if decoder.is_last:

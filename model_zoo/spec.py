@@ -1,43 +1,85 @@
-"""What a dense decoder is: the numbers that fix its mathematics, read from config.json."""
+"""What a decoder is: the numbers that fix its mathematics, read from config.json."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from mnemosyne.config import DTYPE_BYTES
-from mnemosyne.model_zoo.config import NEUTRAL, Config, Family, num_layers, read_config
-from mnemosyne.model_zoo.llama import llama
-from mnemosyne.model_zoo.mistral import mistral
-from mnemosyne.model_zoo.qwen import qwen2, qwen3
-from mnemosyne.model_zoo.rope import RopeSpec, read_rope
+from mnemosyne.model_zoo.config import NEUTRAL, Config, read_config
+from mnemosyne.model_zoo.families import FAMILIES
+from mnemosyne.model_zoo.family import (
+    MAX_HEADS,
+    MAX_VOCAB,
+    MAX_WIDTH,
+    Reader,
+    Sizes,
+    Temperature,
+    read_activation,
+)
+from mnemosyne.model_zoo.multimodal import WHOLES, text_entries
+from mnemosyne.model_zoo.rope import RopeSpec
+from mnemosyne.model_zoo.rope_entries import read_rope
 from mnemosyne.shape import ModelShape
-
-FAMILIES: dict[str, tuple[str, Callable[[Config], Family]]] = {
-    "LlamaForCausalLM": ("llama", llama),
-    "MistralForCausalLM": ("mistral", mistral),
-    "Qwen2ForCausalLM": ("qwen2", qwen2),
-    "Qwen3ForCausalLM": ("qwen3", qwen3),
-}
-# Some ten times what any published model has, so that absurd values are refused by their name.
-MAX_VOCAB, MAX_WIDTH, MAX_HEADS = 2**24, 2**20, 2**14
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec(ModelShape):
-    """A shape and the switches of its mathematics: RMSNorm, rotary attention, SwiGLU."""
+    """A shape and the switches of its mathematics; the defaults are those of Llama.
 
-    family: str  # llama, mistral, qwen2 or qwen3
+    A family is nothing but values of these fields: whoever computes never asks for its name.
+    """
+
+    family: str  # as config.json calls it
     norm_eps: float
-    rope: RopeSpec
+    rope: RopeSpec  # of most layers
     max_positions: int  # prompt and output together
+    # of each layer, None turns nothing; empty: every layer as `rope`
+    ropes: tuple[RopeSpec | None, ...] = ()
+    temperature: Temperature | None = None  # of queries, by position
+    score_scale: float | None = None  # factor on scores; None: 1 / sqrt(head_dim)
+    norms: str = "before"  # where attention and MLP are normed: before, after or around
+    norm_offset: float = 0.0  # added to the weights of norms
+    qk_norm_over: str = "head"  # what q and k are normed over: each head, or a whole row
+    activation: str = "silu"  # of the MLP's gate: silu or gelu_tanh
+    embed_scale: float = 1.0  # factor on embeddings, rounded to the dtype of the weights
+    logit_cap: float | None = None  # c of c * tanh(logits / c)
+    is_text_half: bool = False  # whether the files hold a vision or audio half as well
 
     def __post_init__(self) -> None:
         ModelShape.__post_init__(self)
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, got {self.head_dim}; correct config.json")
-        assert self.rope.dim == self.head_dim, "every dim of a head is rotated"
+        self._require(
+            len(self.ropes) in (0, self.num_layers),
+            "ropes",
+            f"hold one entry for each of {self.num_layers} layers, or none",
+        )
+        assert all(rope is None or rope.dim <= self.head_dim for rope in (self.rope, *self.ropes))
+
+    @property
+    def is_recordable(self) -> bool:
+        """Whether all of its operators are among those that the C++ kernels have."""
+        return self.activation == "silu" and self.embed_scale == 1 and self.temperature is None
+
+    @property
+    def scale_of_scores(self) -> float:
+        """The factor on scores."""
+        return self.head_dim**-0.5 if self.score_scale is None else self.score_scale
+
+    def rope_of(self, layer: int) -> RopeSpec | None:
+        """How a layer turns queries and keys; None does not."""
+        return self.ropes[layer] if self.ropes else self.rope
+
+    def has_qk_norm(self, layer: int) -> bool:
+        """Whether a layer norms its queries and keys."""
+        return self.qk_norm
+
+    def is_tempered(self, layer: int) -> bool:
+        """Whether a layer multiplies its queries by their temperature."""
+        return self.temperature is not None
 
     @property
     def shape(self) -> ModelShape:
@@ -55,59 +97,64 @@ def read_spec(path: Path | str) -> ModelSpec:
         ValueError: if there is no checkpoint at ``path``, its architecture is unknown, or an
             entry of config.json that changes the mathematics is not implemented.
     """
-    config = Config(read_config(Path(path)))
-    name, family = _family(config)
-    activation = config.value("hidden_act", absent="silu")
-    config.require(activation in ("silu", "swish"), "hidden_act", "be silu", activation)
-    width = config.integer("hidden_size", most=MAX_WIDTH)
-    num_heads = config.integer("num_attention_heads", most=MAX_HEADS)
-    head_dim = config.integer("head_dim", family.head_dim or width // num_heads, most=MAX_WIDTH)
-    max_positions = config.integer("max_position_embeddings")
-    rope = read_rope(config, head_dim, max_positions)
+    entries: Mapping[str, Any] = read_config(Path(path))
+    is_half = _is_multimodal(entries)
+    if is_half:
+        model_types = {name: reader.model_type for name, reader in FAMILIES.items()}
+        entries = text_entries(entries, model_types)
+    reader = _reader(Config(entries))
+    config = Config(entries, section="text_config." if is_half else "", absent=reader.defaults)
+    sizes = Sizes.read(config)
+    family = reader.read(config, sizes)
+    rope = family.rope or read_rope(config, sizes.head_dim, sizes.max_positions)
+    activation = family.activation or read_activation(config, "hidden_act")
     spec = ModelSpec(
-        family=name,
+        family=reader.model_type,
+        is_text_half=is_half,
         vocab_size=config.integer("vocab_size", most=MAX_VOCAB),
-        width=width,
-        num_layers=num_layers(config),
-        num_heads=num_heads,
-        num_kv_heads=config.integer("num_key_value_heads", num_heads, most=MAX_HEADS),
-        head_dim=head_dim,
+        width=sizes.width,
+        num_layers=sizes.num_layers,
+        num_heads=sizes.num_heads,
+        num_kv_heads=config.integer("num_key_value_heads", sizes.num_heads, most=MAX_HEADS),
+        head_dim=sizes.head_dim,
         mlp_width=config.integer("intermediate_size", most=MAX_WIDTH),
         norm_eps=config.number("rms_norm_eps", 1e-6, most=1.0),
-        rope=rope,
         tied=config.flag("tie_word_embeddings", False),
-        qkv_bias=family.qkv_bias,
-        o_bias=family.o_bias,
-        mlp_bias=family.mlp_bias,
-        qk_norm=family.qk_norm,
-        windows=family.windows,
-        max_positions=_reach(rope, max_positions),
+        max_positions=sizes.max_positions if family.ropes else _reach(rope, sizes.max_positions),
         dtype=_dtype(config),
+        **(family._asdict() | {"rope": rope, "activation": activation}),
     )
-    config.refuse_rest(NEUTRAL)
+    config.refuse_rest(NEUTRAL | {"architectures", "model_type"})
     return spec
 
 
-def _family(config: Config) -> tuple[str, Family]:
+def _is_multimodal(entries: Mapping[str, Any]) -> bool:
+    named = entries.get("architectures")
+    return isinstance(named, list) and len(named) == 1 and named[0] in list(WHOLES)
+
+
+def _reader(config: Config) -> Reader:
     """The family by ``architectures``, or by ``model_type`` where the file names none."""
     model_type = config.value("model_type")
-    named = [name for name, (known_type, _) in FAMILIES.items() if known_type == model_type]
+    named = [name for name, known in FAMILIES.items() if known.model_type == model_type]
     architectures = config.value("architectures") or named or [model_type]
-    known = ", ".join(FAMILIES)
     config.require(
         isinstance(architectures, list)
         and len(architectures) == 1
         and architectures[0] in list(FAMILIES),  # a list compares: entries may be no keys
         "architectures",
-        f"be one of {known}",
+        f"be one of {', '.join((*FAMILIES, *WHOLES))}",
         architectures,
         "use a model of these families",
     )
-    name, read_family = FAMILIES[architectures[0]]
+    reader = FAMILIES[architectures[0]]
     config.require(
-        model_type in (None, name), "model_type", f"be {name} for {architectures[0]}", model_type
+        model_type in (None, reader.model_type),
+        "model_type",
+        f"be {reader.model_type} for {architectures[0]}",
+        model_type,
     )
-    return name, read_family(config)
+    return reader
 
 
 def _dtype(config: Config) -> str:

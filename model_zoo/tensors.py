@@ -1,13 +1,40 @@
-"""Names and shapes of a checkpoint's tensors, from the spec alone: no module is built."""
+"""Names, shapes and places of a checkpoint's tensors, from the spec alone: no module is built."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from mnemosyne.model_zoo.multimodal import text_name
+from mnemosyne.model_zoo.rope import RopeSpec
 from mnemosyne.model_zoo.spec import ModelSpec
+from mnemosyne.model_zoo.stored import Ones, Reordered, Shape, Source, Whole
 
-Shape = tuple[int, ...]
-
+# What the Hugging Face format calls the modules of a layer, by our names.
+MODULES = {
+    "attn.wq": "self_attn.q_proj",
+    "attn.wk": "self_attn.k_proj",
+    "attn.wv": "self_attn.v_proj",
+    "attn.wo": "self_attn.o_proj",
+    "attn.q_norm": "self_attn.q_norm",
+    "attn.k_norm": "self_attn.k_norm",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}
+# And its norms, by where they stand.
+NORMS = {
+    "before": {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "after": {
+        "attn.post_norm": "post_attention_layernorm",
+        "mlp.post_norm": "post_feedforward_layernorm",
+    },
+    "around": {
+        "attn_norm": "input_layernorm",
+        "attn.post_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp.post_norm": "post_feedforward_layernorm",
+    },
+}
 # Entries of config.json that a tensor's sizes come from, by the last part of its module.
 ENTRIES = {
     "embed_tokens": "vocab_size, hidden_size",
@@ -22,15 +49,29 @@ ENTRIES = {
 }
 
 
+def parameter_sources(spec: ModelSpec) -> dict[str, Source]:
+    """Where every parameter of the whole model lies in a checkpoint, by our name."""
+    table = Whole("model.embed_tokens.weight", (spec.vocab_size, spec.width))
+    sources: dict[str, Source] = {"embed.weight": table}
+    for index in range(spec.num_layers):
+        prefix = f"layers.{index}."
+        sources |= {prefix + name: source for name, source in _layer(spec, index)}
+    sources["norm.weight"] = Whole("model.norm.weight", (spec.width,))
+    head = table if spec.tied else Whole("lm_head.weight", table.shape)
+    return sources | {"head.weight": head}
+
+
 def tensor_shapes(spec: ModelSpec) -> dict[str, Shape]:
     """Shape of every tensor of the whole model, by its Hugging Face name."""
-    table = spec.vocab_size, spec.width
-    shapes: dict[str, Shape] = {"model.embed_tokens.weight": table}
-    layer = dict(_layer(spec))
-    for index in range(spec.num_layers):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
-    shapes["model.norm.weight"] = (spec.width,)
-    return shapes if spec.tied else shapes | {"lm_head.weight": table}
+    shapes: dict[str, Shape] = {}
+    for source in parameter_sources(spec).values():
+        shapes |= source.tensors()
+    return shapes
+
+
+def known_name(spec: ModelSpec, stored: str) -> str | None:
+    """By which name a stored tensor is known here; None for one that the model does not use."""
+    return text_name(stored) if spec.is_text_half else stored
 
 
 def entries_of(name: str) -> str:
@@ -39,23 +80,66 @@ def entries_of(name: str) -> str:
     return ENTRIES.get(module, "head_dim" if module in ("q_norm", "k_norm") else "hidden_size")
 
 
-def _layer(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
-    q_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    width, mlp_width = spec.width, spec.mlp_width
-    for module, rows, columns, bias in (
-        ("self_attn.q_proj", q_width, width, spec.qkv_bias),
-        ("self_attn.k_proj", kv_width, width, spec.qkv_bias),
-        ("self_attn.v_proj", kv_width, width, spec.qkv_bias),
-        ("self_attn.o_proj", width, q_width, spec.o_bias),
-        ("mlp.gate_proj", mlp_width, width, spec.mlp_bias),
-        ("mlp.up_proj", mlp_width, width, spec.mlp_bias),
-        ("mlp.down_proj", width, mlp_width, spec.mlp_bias),
+def _layer(spec: ModelSpec, index: int) -> Iterator[tuple[str, Source]]:
+    prefix = f"model.layers.{index}."
+    for module, called in NORMS[spec.norms].items():
+        yield f"{module}.weight", Whole(f"{prefix}{called}.weight", (spec.width,))
+    yield from _attention(spec, index, prefix)
+    for module, rows, columns in (
+        ("mlp.gate", spec.mlp_width, spec.width),
+        ("mlp.up", spec.mlp_width, spec.width),
+        ("mlp.down", spec.width, spec.mlp_width),
     ):
-        yield f"{module}.weight", (rows, columns)
-        if bias:
-            yield f"{module}.bias", (rows,)
-    yield "input_layernorm.weight", (width,)
-    yield "post_attention_layernorm.weight", (width,)
-    if spec.qk_norm:
-        yield "self_attn.q_norm.weight", (spec.head_dim,)
-        yield "self_attn.k_norm.weight", (spec.head_dim,)
+        name = prefix + MODULES[module]
+        yield f"{module}.weight", Whole(f"{name}.weight", (rows, columns))
+        if spec.mlp_bias:
+            yield f"{module}.bias", Whole(f"{name}.bias", (rows,))
+
+
+def _attention(spec: ModelSpec, index: int, prefix: str) -> Iterator[tuple[str, Source]]:
+    q_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    order = None if (rope := spec.rope_of(index)) is None else row_order(rope, spec.head_dim)
+
+    def turned(name: str, shape: Shape) -> Source:
+        return Whole(name, shape) if order is None else Reordered(name, shape, order)
+
+    for module, rows, columns, has_bias, place in (
+        ("attn.wq", q_width, spec.width, spec.qkv_bias, turned),
+        ("attn.wk", kv_width, spec.width, spec.qkv_bias, turned),
+        ("attn.wv", kv_width, spec.width, spec.qkv_bias, Whole),
+        ("attn.wo", spec.width, q_width, spec.o_bias, Whole),
+    ):
+        name = prefix + MODULES[module]
+        yield f"{module}.weight", place(f"{name}.weight", (rows, columns))
+        if has_bias:
+            yield f"{module}.bias", place(f"{name}.bias", (rows,))
+    for module, width in (("attn.q_norm", q_width), ("attn.k_norm", kv_width)):
+        shape = (width if spec.qk_norm_over == "row" else spec.head_dim,)
+        name = f"{prefix}{MODULES[module]}.weight"
+        if spec.has_qk_norm(index):
+            has_weight = spec.qk_norm_over != "head, unweighted"
+            yield f"{module}.weight", turned(name, shape) if has_weight else Ones(name, shape)
+
+
+def row_order(rope: RopeSpec, head_dim: int) -> tuple[int, ...] | None:
+    """In which order to take the rows of a head, for pairs (i, i + head_dim / 2) to turn together.
+
+    Scores do not change with the order of a head's dims, as long as queries and keys share it.
+
+    Args:
+        rope: which pairs the stored order turns; the dims after them do not turn.
+        head_dim: D.
+
+    Returns:
+        The stored row of each row; None if both orders are the same.
+    """
+    half, turning = head_dim // 2, rope.dim // 2
+    step, second = (2, 1) if rope.adjacent else (1, turning)
+    still = range(rope.dim, head_dim)
+    order = (
+        *(step * i for i in range(turning)),
+        *still[: half - turning],
+        *(step * i + second for i in range(turning)),
+        *still[half - turning :],
+    )
+    return None if order == tuple(range(head_dim)) else order

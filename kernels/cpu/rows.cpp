@@ -29,7 +29,7 @@ struct Norm {
   const element* w;
   element* y;
   int64_t num_rows, width, num_threads;
-  double eps;
+  double eps, offset;
 };
 
 struct Rotation {
@@ -77,9 +77,10 @@ extern "C" void angles(const Angles* call) {
     }
 }
 
-// y = x / sqrt(mean(x^2) + eps) * w
+// y = x / sqrt(mean(x^2) + eps) * (w + offset)
 extern "C" void rms_norm(const Norm* call) {
   const element* w = call->w;
+  const vec offset = all((float)call->offset);
   const int64_t width = call->width;
 #pragma omp parallel for num_threads((int)call->num_threads)
   for (int64_t row = 0; row < call->num_rows; row++) {
@@ -93,7 +94,8 @@ extern "C" void rms_norm(const Norm* call) {
       }
     const float mean = sum_of(squares[0] + squares[1]) / width;
     const vec scale = all((float)(1.0 / std::sqrt(mean + call->eps)));
-    for (int64_t i = 0; i < width; i += LANES) narrow(y + i, widen(x + i) * scale * widen(w + i));
+    for (int64_t i = 0; i < width; i += LANES)
+      narrow(y + i, widen(x + i) * scale * (widen(w + i) + offset));
   }
 }
 

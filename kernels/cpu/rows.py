@@ -38,6 +38,7 @@ class _Norm(ctypes.Structure):
     _fields_ = (
         *_numbers("x", "x_stride", "weight", "y", "num_rows", "width", "num_threads"),
         ("eps", ctypes.c_double),
+        ("offset", ctypes.c_double),
     )
 
 
@@ -122,8 +123,16 @@ def cos_sin(
     return cos_TD, sin_TD
 
 
-def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float, instructions: InstructionSet) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dim, in float32, rounded once.
+def rms_norm(
+    x_TE: Tensor,
+    weight_E: Tensor,
+    eps: float,
+    instructions: InstructionSet,
+    offset: float = 0.0,
+) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * (weight + offset)`` over the last dim, in float32.
+
+    It is rounded once.
 
     Args:
         x_TE: a dtype of the set, E a multiple of 32, the elements of a row contiguous; or heads
@@ -131,6 +140,7 @@ def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float, instructions: Instructi
         weight_E: contiguous, in the same dtype.
         eps: added to the mean.
         instructions: a set that runs here.
+        offset: added to the weight.
 
     Returns:
         A tensor of the shape and dtype of ``x_TE``, contiguous.
@@ -152,6 +162,7 @@ def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float, instructions: Instructi
         width,
         _num_threads(y.numel()),
         eps,
+        offset,
     )
     launch(compile_rows(instructions, weight_E.dtype).rms_norm, arguments)
     return y.view(x_TE.shape)

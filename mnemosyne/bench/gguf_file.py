@@ -77,8 +77,10 @@ def check_carried(spec: ModelSpec, dtype: str) -> None:
         ValueError: naming it.
     """
     rope = spec.rope
-    is_llama = ARCHITECTURES[spec.family] == "llama"
+    is_llama = ARCHITECTURES.get(spec.family) == "llama"
     for name, holds, value in (
+        ("family", spec.family in ARCHITECTURES and not spec.is_text_half, spec.family),
+        ("activation", spec.activation == "silu", spec.activation),
         ("dtype", dtype in DTYPES, dtype),
         ("windows", not any(spec.windows), next(filter(None, spec.windows), None)),
         ("o_bias", is_llama or not spec.o_bias, spec.o_bias),

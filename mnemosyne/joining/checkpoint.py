@@ -25,7 +25,7 @@ from mnemosyne.model_zoo.needle import write_needle
 from mnemosyne.model_zoo.smollm2 import write_smollm2
 from mnemosyne.model_zoo.spec import ModelSpec, read_spec
 from mnemosyne.model_zoo.stages import cut_stages
-from mnemosyne.model_zoo.tensors import entries_of, tensor_shapes
+from mnemosyne.model_zoo.tensors import entries_of, known_name, tensor_shapes
 from mnemosyne.operators import Operators
 from mnemosyne.parallel.mesh import Mesh
 from mnemosyne.parallel.shards import held_slices
@@ -119,7 +119,8 @@ def _checked(path: Path) -> ModelSpec:
             f"model must be whole, got {shown(str(path), 400)} with {ADAPTER}, which changes its "
             "weights; merge the adapter, or remove the file"
         )
-    spec, headers = read_spec(path), read_headers(path)
+    spec = read_spec(path)
+    headers = read_headers(path, partial(known_name, spec))
     if spec.tied and head_differs(headers):
         log.warning("tie_word_embeddings is true, but the stored head differs: it is used")
         spec = replace(spec, tied=False)

@@ -79,7 +79,12 @@ class Compute:
 
 
 def choose_compute(
-    config: EngineConfig, *, device: torch.device, local: ModelShape, wraps: Wraps
+    config: EngineConfig,
+    *,
+    device: torch.device,
+    local: ModelShape,
+    wraps: Wraps,
+    is_recordable: bool = True,
 ) -> Compute:
     """What the config asks for; a choice that cannot be had is refused, never replaced.
 
@@ -88,6 +93,7 @@ def choose_compute(
         device: of this rank.
         local: this rank's part of the model, in the dtype that it computes in.
         wraps: what to put around backend and operators.
+        is_recordable: whether the operators are all that a tape has to repeat.
 
     Raises:
         ValueError: if attention, operators or what is compiled cannot be as asked for.
@@ -96,7 +102,9 @@ def choose_compute(
     backend = choose_backend(config.attention, device=device, dtype=dtype, head_dim=local.head_dim)
     widths = {"width": local.width, "head_dim": local.head_dim, "mlp_width": local.mlp_width}
     operators = choose_operators(config.operators, device=device, dtype=dtype, widths=widths)
-    compiles, records = _how_steps_run(config, device, backend, operators)
+    compiles, records = _how_steps_run(
+        config, device, backend, operators, is_recordable=is_recordable
+    )
     return Compute(
         device=device,
         dtype=dtype,
@@ -108,13 +116,18 @@ def choose_compute(
 
 
 def _how_steps_run(
-    config: EngineConfig, device: torch.device, backend: AttentionBackend, operators: Operators
+    config: EngineConfig,
+    device: torch.device,
+    backend: AttentionBackend,
+    operators: Operators,
+    *,
+    is_recordable: bool,
 ) -> tuple[bool, bool]:
     """Whether all but attention is compiled, and whether decodes are recorded."""
     num_ranks = config.mesh.world_size
     is_gpu, can_record = device.type == "cuda", backend.can_record and num_ranks == 1
     if not is_gpu:
-        can_record &= operators.can_record
+        can_record &= operators.can_record and is_recordable
     if config.compile == "none":
         return False, False
     if config.compile == "auto":

@@ -78,7 +78,9 @@ def build_rank(
     local = spec.local(config.mesh)
     if config.dtype != "auto":
         local = replace(local, dtype=config.dtype)
-    compute = choose_compute(config, device=device, local=local, wraps=wraps)
+    compute = choose_compute(
+        config, device=device, local=local, wraps=wraps, is_recordable=spec.is_recordable
+    )
     dtype = compute.dtype
     mesh = init_mesh(config.mesh, device.type)
     decoder = checkpoint.decoder(mesh, dtype, compute.operators)
@@ -185,7 +187,7 @@ def _intake(checkpoint: Checkpoint) -> Intake:
 
 def _layer_shape(decoder: Decoder, spec: ModelSpec) -> LayerShape:
     windows = [spec.windows[int(index)] for index in decoder.layers]
-    return LayerShape(windows=windows, scale=spec.head_dim**-0.5)
+    return LayerShape(windows=windows, scale=spec.scale_of_scores)
 
 
 def _pipeline(

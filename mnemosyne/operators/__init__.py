@@ -20,7 +20,7 @@ from mnemosyne.config import OPERATORS
 from mnemosyne.kernels.cpu.processor import INSTRUCTION_SETS, InstructionSet
 from mnemosyne.operators.contract import Operators, Rotary, Weights
 from mnemosyne.operators.native import VECTOR, NativeOperators
-from mnemosyne.operators.of_torch import TORCH, TorchOperators
+from mnemosyne.operators.of_torch import TORCH, TorchOperators, activate
 
 __all__ = [
     "TORCH",
@@ -29,6 +29,7 @@ __all__ = [
     "Rotary",
     "TorchOperators",
     "Weights",
+    "activate",
     "choose_operators",
 ]
 

@@ -26,22 +26,30 @@ class Operators(Protocol):
     def embed(self, ids_T: Tensor, table_VE: Tensor) -> Tensor:
         """Rows of a table, [T, E]."""
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """``x / sqrt(mean(x^2) + eps) * weight`` over the last dim, in float32 or wider."""
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+        """``x / sqrt(mean(x^2) + eps) * (weight + offset)`` over the last dim.
+
+        In float32 or wider, the sum of weight and offset too.
+        """
 
     def add(self, a_TE: Tensor, b_TE: Tensor) -> Tensor:
         """``a + b``."""
 
     def add_rms_norm(
-        self, hidden_TE: Tensor, delta_TE: Tensor, weight_E: Tensor, eps: float
+        self,
+        hidden_TE: Tensor,
+        delta_TE: Tensor,
+        weight_E: Tensor,
+        eps: float,
+        offset: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """The sum of a residual stream and what a layer adds to it, and the sum normed."""
 
     def linear(self, x_TE: Tensor, layers: Sequence[Weights]) -> Sequence[Tensor]:
         """``x W^T + b`` of each of some layers of one input."""
 
-    def gated(self, x_TE: Tensor, gate: Weights, up: Weights) -> Tensor:
-        """``silu(gate(x)) * up(x)``."""
+    def gated(self, x_TE: Tensor, gate: Weights, up: Weights, activation: str = "silu") -> Tensor:
+        """``activation(gate(x)) * up(x)``, see ``activate``."""
 
     def angles(
         self, positions_T: Tensor, radians_D: Tensor, *, gain: float, dtype: torch.dtype

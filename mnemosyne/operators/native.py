@@ -10,7 +10,7 @@ from torch import Tensor
 from mnemosyne.kernels.cpu import linear, rows
 from mnemosyne.kernels.cpu.processor import InstructionSet
 from mnemosyne.operators.contract import Rotary, Weights
-from mnemosyne.operators.of_torch import TorchOperators
+from mnemosyne.operators.of_torch import TorchOperators, activate
 
 VECTOR = 32  # elements; kernels take rows of whole vectors
 
@@ -37,11 +37,11 @@ class NativeOperators(TorchOperators):
         """See ``Operators``."""
         return rows.look_up(table_VE, ids_T, self._instructions)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         """See ``Operators``."""
         if not _has_whole_rows(x):
-            return super().rms_norm(x, weight, eps)
-        return rows.rms_norm(x, weight, eps, self._instructions)
+            return super().rms_norm(x, weight, eps, offset)
+        return rows.rms_norm(x, weight, eps, self._instructions, offset)
 
     def add(self, a_TE: Tensor, b_TE: Tensor) -> Tensor:
         """See ``Operators``."""
@@ -55,10 +55,13 @@ class NativeOperators(TorchOperators):
             return super().linear(x_TE, layers)
         return linear.linear(x_TE, layers, self._instructions)
 
-    def gated(self, x_TE: Tensor, gate: Weights, up: Weights) -> Tensor:
+    def gated(self, x_TE: Tensor, gate: Weights, up: Weights, activation: str = "silu") -> Tensor:
         """See ``Operators``."""
         if not self._multiplies(x_TE):
-            return super().gated(x_TE, gate, up)
+            return super().gated(x_TE, gate, up, activation)
+        if activation != "silu":
+            opened_TF, raised_TF = self.linear(x_TE, (gate, up))
+            return activate(opened_TF, activation) * raised_TF
         return linear.gated(x_TE, gate, up, self._instructions)
 
     def angles(

@@ -11,6 +11,11 @@ from torch import Tensor
 from mnemosyne.operators.contract import Rotary, Weights
 
 
+def activate(x: Tensor, activation: str) -> Tensor:
+    """Silu, or gelu by its tanh approximation, which models that are trained with it define."""
+    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
+
+
 class TorchOperators:
     """Plain torch (see ``Operators``); the compiler can trace all of it."""
 
@@ -22,29 +27,38 @@ class TorchOperators:
         """See ``Operators``."""
         return F.embedding(ids_T, table_VE)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         """See ``Operators``. Source: Zhang and Sennrich 2019, arXiv:1910.07467."""
-        return F.rms_norm(x, weight.shape, weight, eps)
+        if not offset:
+            return F.rms_norm(x, weight.shape, weight, eps)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        normed = F.rms_norm(x.to(wide), weight.shape, weight.to(wide) + offset, eps)
+        return normed.to(x.dtype)
 
     def add(self, a_TE: Tensor, b_TE: Tensor) -> Tensor:
         """See ``Operators``."""
         return a_TE + b_TE
 
     def add_rms_norm(
-        self, hidden_TE: Tensor, delta_TE: Tensor, weight_E: Tensor, eps: float
+        self,
+        hidden_TE: Tensor,
+        delta_TE: Tensor,
+        weight_E: Tensor,
+        eps: float,
+        offset: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """See ``Operators``."""
         total_TE = self.add(hidden_TE, delta_TE)
-        return total_TE, self.rms_norm(total_TE, weight_E, eps)
+        return total_TE, self.rms_norm(total_TE, weight_E, eps, offset)
 
     def linear(self, x_TE: Tensor, layers: Sequence[Weights]) -> Sequence[Tensor]:
         """See ``Operators``."""
         return [F.linear(x_TE, weight_NE, bias_N) for weight_NE, bias_N in layers]
 
-    def gated(self, x_TE: Tensor, gate: Weights, up: Weights) -> Tensor:
+    def gated(self, x_TE: Tensor, gate: Weights, up: Weights, activation: str = "silu") -> Tensor:
         """See ``Operators``."""
         # no name: what the gate gave is freed at once
-        return F.silu(F.linear(x_TE, *gate)) * F.linear(x_TE, *up)
+        return activate(F.linear(x_TE, *gate), activation) * F.linear(x_TE, *up)
 
     def angles(
         self, positions_T: Tensor, radians_D: Tensor, *, gain: float, dtype: torch.dtype

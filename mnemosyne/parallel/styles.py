@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -80,6 +81,38 @@ class VocabParallelEmbedding(nn.Module):
         local_T = (ids_T - self._words.start).masked_fill(is_elsewhere_T, 0)
         x_TE = self._look_up(local_T, self.weight).masked_fill(is_elsewhere_T[:, None], 0.0)
         return all_reduce_sum(x_TE, self._axis)
+
+
+class ShardedRMSNorm(nn.Module):
+    """An RMSNorm of rows of which each rank holds neighbouring elements.
+
+    Args:
+        whole: the norm, on the meta device.
+        eps: added to the mean of squares.
+        offset: added to the weight.
+        axis: the ranks that hold the elements, several of them the same ones where there are
+            fewer shards than ranks.
+        device_mesh: the shards.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(
+        self, whole: nn.Module, *, eps: float, offset: float, axis: Axis, device_mesh: DeviceMesh
+    ) -> None:
+        super().__init__()
+        self.register_parameter("weight", whole.get_parameter("weight"))
+        _shard(self, "weight", device_mesh, dim=0)
+        self._eps, self._offset = eps, offset
+        self._axis = axis
+
+    def forward(self, x_TE: Tensor) -> Tensor:
+        """The normed elements of this rank; computed in float32 or wider."""
+        wide = torch.promote_types(x_TE.dtype, torch.float32)
+        x, weight = x_TE.to(wide), self.weight.to(wide) + self._offset
+        squares_T1 = all_reduce_sum(x.square().sum(dim=-1, keepdim=True), self._axis)
+        mean_T1 = squares_T1 / (self._axis.degree * x.shape[-1])
+        return (x * (mean_T1 + self._eps).rsqrt() * weight).to(x_TE.dtype)
 
 
 def gather_words(module: nn.Module, axis: Axis, vocab_size: int) -> None:

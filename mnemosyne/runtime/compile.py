@@ -1,7 +1,8 @@
 """The forward pass as compiled pieces, cut where attention reads pages and where ranks meet.
 
 Attention stays as it is, so every backend works, and so do collectives. A piece has one graph for
-one row, and one for any other number; all are made before the first request and kept on disk.
+one row, and one for any other number, for each kind of layers that it lies between; all are made
+before the first request and kept on disk.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ import os
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,33 +22,31 @@ from torch.nn import Parameter
 from mnemosyne.attention.segments import Attend
 from mnemosyne.machine import cache_folder
 from mnemosyne.operators import Rotary
-from mnemosyne.runtime.step import Layer, LayeredModel, Projections
+from mnemosyne.runtime.step import Layer, LayeredModel, Projections, Tables
 
 MANY_ROWS = 16  # of the steps that the graph for any number of rows is traced with
 
 Piece = Callable[..., Any]
 
 
-@dataclass(frozen=True, slots=True)
-class _Pieces:
-    """What lies between calls of attention; every layer uses the same graphs."""
+class _Graphs:
+    """Graphs of pieces, one for each piece and the kinds of layers that it is called for.
 
-    begin: Piece
-    between: Piece
-    end: Piece
-    # the same where the products whose results are summed over ranks stay outside
-    add_norm: Piece
-    widen: Piece
-    add_between: Piece
-    add_end: Piece
-    logits: Piece
+    Args:
+        kinds: of the layers held; layers of one kind share graphs.
+    """
 
-    @classmethod
-    def make(cls, wrap: Callable[[Piece], Piece]) -> Self:
-        """All pieces, wrapped; none is compiled before it is called."""
-        whole: tuple[Piece, ...] = (_begin, _between, _end)
-        cut: tuple[Piece, ...] = (_add_norm, _widen, _add_between, _add_end)
-        return cls(*map(wrap, (*whole, *cut, _logits)))
+    def __init__(self, kinds: Sequence[int]) -> None:
+        self._kinds = kinds
+        self._made: dict[tuple[Any, ...], Piece] = {}
+        self.for_any_rows = False  # whether what is traced now is to serve any number of rows
+
+    def __call__(self, piece: Piece, *layers: int) -> Piece:
+        """The graph of a piece between some layers held; none is compiled before it is called."""
+        key = piece, *(self._kinds[layer] for layer in layers)
+        if key not in self._made:
+            self._made[key] = _compiled(piece)
+        return _marking(self._made[key]) if self.for_any_rows else self._made[key]
 
 
 class CompiledModel:
@@ -63,25 +61,27 @@ class CompiledModel:
         assert model.operators.can_compile
         self._model = model
         self._layers = model.decoder_layers()
-        # one graph serves all layers, and what they hold is not checked at every call
-        assert all(_shapes(layer) == _shapes(self._layers[0]) for layer in self._layers)
+        # what layers hold is not checked at every call: one graph serves those of a kind
+        kinds = [(layer.kind, *_shapes(layer)) for layer in self._layers]
+        numbers = [kinds.index(kind) for kind in kinds]
         self._device = device
         self._run: Callable[..., Tensor] = self._run_whole
         if model.is_sharded:
             self._run = self._run_cut
-        self._one, self._many = (_Pieces.make(_compiled) for _ in range(2))
+        self._one, self._many = _Graphs(numbers), _Graphs(numbers)
 
     def __call__(self, x: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         """Hidden states ``[T, E]`` of the packed rows."""
-        pieces, hidden_TE = self._pieces(len(positions_T)), self._model.enter(x)
-        begun = pieces.begin(self._model, self._layers[0], hidden_TE, positions_T)
-        return self._run(pieces, hidden_TE, *begun, attend)
+        graph, hidden_TE = self._graphs(len(positions_T)), self._model.enter(x)
+        begin = _begin if self._layers[0].meets_ranks else graph(_begin, 0)
+        begun = begin(self._model, self._layers[0], hidden_TE, positions_T)
+        return self._run(graph, hidden_TE, *begun, attend)
 
     def logits(self, hidden_BE: Tensor) -> Tensor:
         """Logits ``[B, V]``, float32 or wider."""
         if self._model.is_sharded:  # one product, and then ranks meet
             return self._model.logits(hidden_BE)
-        return self._pieces(len(hidden_BE)).logits(self._model, hidden_BE)
+        return self._graphs(len(hidden_BE))(_logits)(self._model, hidden_BE)
 
     @torch.inference_mode()
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -92,22 +92,21 @@ class CompiledModel:
         Args:
             progress: called with (graphs' sizes done, sizes in all).
         """
-        sizes, many = (1, MANY_ROWS), self._many
+        sizes = 1, MANY_ROWS
         with _cache_on_disk():
             for done, num_rows in enumerate(sizes):
                 if progress is not None:
                     progress(done, len(sizes))
-                if num_rows == MANY_ROWS:
-                    self._many = _Pieces(*(_marking(getattr(many, f)) for f in many.__slots__))
+                self._many.for_any_rows = num_rows == MANY_ROWS
                 x, positions_T = self._rows_of_zeros(num_rows)
                 hidden_TE = self(x, positions_T, _NoAttention())
                 if self._model.is_last:
                     self.logits(hidden_TE)
-        self._many = many
+        self._many.for_any_rows = False
         if progress is not None:
             progress(len(sizes), len(sizes))
 
-    def _pieces(self, num_rows: int) -> _Pieces:
+    def _graphs(self, num_rows: int) -> _Graphs:
         return self._one if num_rows == 1 else self._many
 
     def _rows_of_zeros(self, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -121,9 +120,9 @@ class CompiledModel:
 
     def _run_whole(
         self,
-        pieces: _Pieces,
+        graph: _Graphs,
         hidden_TE: Tensor,
-        rotary: Rotary,
+        tables: Tables,
         projections: Projections,
         attend: Attend,
     ) -> Tensor:
@@ -131,15 +130,18 @@ class CompiledModel:
         layers = self._layers
         for index, (layer, following) in enumerate(pairwise(layers)):
             out_THD = attend(index, *projections)
-            hidden_TE, projections = pieces.between(layer, following, hidden_TE, out_THD, rotary)
-        out_THD = attend(len(layers) - 1, *projections)
-        return pieces.end(self._model, layers[-1], hidden_TE, out_THD)
+            hidden_TE, projections = graph(_between, index, index + 1)(
+                layer, following, hidden_TE, out_THD, tables
+            )
+        last = len(layers) - 1
+        out_THD = attend(last, *projections)
+        return graph(_end, last)(self._model, layers[-1], hidden_TE, out_THD)
 
     def _run_cut(
         self,
-        pieces: _Pieces,
+        graph: _Graphs,
         hidden_TE: Tensor,
-        rotary: Rotary,
+        tables: Tables,
         projections: Projections,
         attend: Attend,
     ) -> Tensor:
@@ -147,16 +149,19 @@ class CompiledModel:
         layers = self._layers
         for index, layer in enumerate(layers):
             delta_TE = layer.attn(attend(index, *projections))
-            hidden_TE, x_TE = pieces.add_norm(layer, hidden_TE, delta_TE)
-            delta_TE = attend.feed_forward(partial(self._feed_forward, layer), x_TE)
+            hidden_TE, x_TE = graph(_add_norm, index)(layer, hidden_TE, delta_TE)
+            delta_TE = attend.feed_forward(partial(self._feed_forward, index), x_TE)
             if index + 1 < len(layers):
                 following = layers[index + 1]
-                hidden_TE, projections = pieces.add_between(following, hidden_TE, delta_TE, rotary)
-        return pieces.add_end(self._model, hidden_TE, delta_TE)
+                meets = following.meets_ranks
+                between = _add_between if meets else graph(_add_between, index + 1)
+                hidden_TE, projections = between(following, hidden_TE, delta_TE, tables)
+        return graph(_add_end)(self._model, hidden_TE, delta_TE)
 
-    def _feed_forward(self, layer: Layer, x_TE: Tensor) -> Tensor:
-        """The MLP over rows that may be those of all groups."""
-        return layer.mlp.down(self._pieces(len(x_TE)).widen(layer, x_TE))
+    def _feed_forward(self, index: int, x_TE: Tensor) -> Tensor:
+        """The MLP of a layer held, over rows that may be those of all groups."""
+        layer = self._layers[index]
+        return layer.mlp.narrow(self._graphs(len(x_TE))(_widen, index)(layer, x_TE))
 
 
 class _NoAttention:
@@ -178,16 +183,16 @@ class _NoAttention:
 
 def _begin(
     model: LayeredModel, layer: Layer, hidden_TE: Tensor, positions_T: Tensor
-) -> tuple[Rotary, Projections]:
-    rotary = model.rotary(positions_T)
-    return rotary, _project(layer, hidden_TE, rotary)
+) -> tuple[Tables, Projections]:
+    tables = model.rotary(positions_T)
+    return tables, _project(layer, hidden_TE, tables)
 
 
 def _between(
-    layer: Layer, following: Layer, hidden_TE: Tensor, out_THD: Tensor, rotary: Rotary
+    layer: Layer, following: Layer, hidden_TE: Tensor, out_THD: Tensor, tables: Tables
 ) -> tuple[Tensor, Projections]:
     hidden_TE = layer.finish(hidden_TE, out_THD, _own_rows)
-    return hidden_TE, _project(following, hidden_TE, rotary)
+    return hidden_TE, _project(following, hidden_TE, tables)
 
 
 def _end(model: LayeredModel, layer: Layer, hidden_TE: Tensor, out_THD: Tensor) -> Tensor:
@@ -203,10 +208,10 @@ def _widen(layer: Layer, x_TE: Tensor) -> Tensor:
 
 
 def _add_between(
-    following: Layer, hidden_TE: Tensor, delta_TE: Tensor, rotary: Rotary
+    following: Layer, hidden_TE: Tensor, delta_TE: Tensor, tables: Tables
 ) -> tuple[Tensor, Projections]:
     hidden_TE = following.operators.add(hidden_TE, delta_TE)
-    return hidden_TE, _project(following, hidden_TE, rotary)
+    return hidden_TE, _project(following, hidden_TE, tables)
 
 
 def _add_end(model: LayeredModel, hidden_TE: Tensor, delta_TE: Tensor) -> Tensor:
@@ -217,11 +222,9 @@ def _logits(model: LayeredModel, hidden_BE: Tensor) -> Tensor:
     return model.logits(hidden_BE)
 
 
-def _project(layer: Layer, hidden_TE: Tensor, rotary: Rotary) -> Projections:
+def _project(layer: Layer, hidden_TE: Tensor, tables: Tables) -> Projections:
     """What attention takes, rotated in the graph."""
-    operators = layer.operators
-    q_THD, k_TKD, v_TKD = layer.project(hidden_TE)
-    return operators.rotate(q_THD, *rotary), operators.rotate(k_TKD, *rotary), v_TKD
+    return layer.all_turned(layer.project(hidden_TE), tables)
 
 
 def _own_rows(mlp: Callable[[Tensor], Tensor], x_TE: Tensor) -> Tensor:
@@ -262,11 +265,15 @@ def _that_may_fail(guards: Sequence[Any]) -> list[bool]:
 def _marking(piece: Piece) -> Piece:
     """The piece, to be traced for any number of rows from 2 up."""
 
+    def mark(argument: Any) -> None:
+        if isinstance(argument, Tensor):
+            torch._dynamo.mark_dynamic(argument, 0)
+        elif isinstance(argument, tuple):
+            for part in argument:
+                mark(part)
+
     def marked(*arguments: Any) -> Any:
-        for argument in arguments:
-            for tensor in argument if isinstance(argument, tuple) else (argument,):
-                if isinstance(tensor, Tensor):
-                    torch._dynamo.mark_dynamic(tensor, 0)
+        mark(arguments)
         return piece(*arguments)
 
     return marked

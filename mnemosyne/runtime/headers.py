@@ -27,6 +27,7 @@ class Header(NamedTuple):
     """What a file says about one tensor."""
 
     file: Path
+    name: str  # in the file
     shape: tuple[int, ...]
     dtype: str
     num_stored: int  # bytes
@@ -36,17 +37,33 @@ class Header(NamedTuple):
         return math.prod(part.stop - part.start for part in held) * DTYPES[self.dtype]
 
 
-def read_headers(path: Path) -> dict[str, Header]:
+def read_headers(path: Path, known_name: Callable[[str], str | None] = str) -> dict[str, Header]:
     """Headers of all files of a checkpoint, by tensor name; no weight is read.
 
     Args:
         path: directory with ``model.safetensors``, or shards and ``model.safetensors.index.json``,
             which says in which shard each tensor lies.
+        known_name: by which name the model knows a stored tensor; None if it does not use it.
 
     Raises:
         ValueError: if a file is missing, truncated or not safetensors, if both forms are there, or
-            if index and shards do not say the same.
+            if index and shards do not say the same, or if two tensors are known by one name.
     """
+    headers: dict[str, Header] = {}
+    for header in _read_stored(path):
+        name = known_name(header.name)
+        if name is not None and name in headers:
+            raise ValueError(
+                f"{printable(name)} must be stored once in {shown(str(path), 400)}, got "
+                f"{printable(headers[name].name)} and {printable(header.name)}; remove one of them"
+            )
+        if name is not None:
+            headers[name] = header
+    return headers
+
+
+def _read_stored(path: Path) -> list[Header]:
+    """Headers of all tensors of a checkpoint; see ``read_headers``."""
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if not is_there(index):
         if not is_there(single):
@@ -54,7 +71,7 @@ def read_headers(path: Path) -> dict[str, Header]:
                 f"model must hold model.safetensors or {index.name}, got {shown(str(path), 400)} "
                 "without; save the weights as safetensors"
             )
-        return _read_header(single)
+        return list(_read_header(single).values())
     places, total = _read_index(index)
     if single.name not in places.values() and is_there(single):
         raise ValueError(
@@ -63,8 +80,8 @@ def read_headers(path: Path) -> dict[str, Header]:
         )
     shards = {name: _read_header(path / name) for name in sorted(set(places.values()))}
     _check_index(index, places, shards)
-    headers = {name: header for held in shards.values() for name, header in held.items()}
-    stored = sum(header.num_stored for header in headers.values())
+    headers = list({name: h for held in shards.values() for name, h in held.items()}.values())
+    stored = sum(header.num_stored for header in headers)
     if total is not None and total != stored:  # published indices count wrongly; nothing reads it
         log.warning("%s counts %s bytes of weights, its files %d", index.name, shown(total), stored)
     return headers
@@ -134,7 +151,7 @@ def head_differs(headers: dict[str, Header]) -> bool:
     rows, width = head.shape
     block = max(1, COMPARED_ROWS_BYTES // max(1, width * DTYPES[head.dtype]))
     with open_weights(head.file) as heads, open_weights(table.file) as tables:
-        parts = heads.get_slice(HEAD), tables.get_slice(EMBEDDING)
+        parts = heads.get_slice(head.name), tables.get_slice(table.name)
         for start in range(0, rows, block):
             ours, theirs = (part[start : min(start + block, rows)] for part in parts)
             wide = torch.promote_types(ours.dtype, theirs.dtype)
@@ -157,6 +174,7 @@ def _read_header(file: Path) -> dict[str, Header]:
     return {
         name: Header(
             file,
+            name,
             shape=tuple(entry["shape"]),
             dtype=entry["dtype"],
             num_stored=entry["data_offsets"][1] - entry["data_offsets"][0],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from mnemosyne.parallel.mesh import Axis
 from mnemosyne.runtime.inputs import StepInputs
 
 Projections = tuple[Tensor, Tensor, Tensor]
+Tables = tuple[Rotary, ...]
 FeedForward = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # an MLP and its input
 
 
@@ -42,9 +43,8 @@ class Model(Protocol):
 class MLP(Protocol):
     """The MLP of a layer, cut before its last product."""
 
-    @property
-    def down(self) -> Callable[[Tensor], Tensor]:
-        """The last product."""
+    def narrow(self, wide_TF: Tensor) -> Tensor:
+        """The last product, and what follows it."""
 
     def widen(self, x_TE: Tensor) -> Tensor:
         """The input of the last product."""
@@ -72,8 +72,19 @@ class Layer(Protocol):
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """What it holds, by name."""
 
+    @property
+    def meets_ranks(self) -> bool:
+        """Whether it meets other ranks on the way to attention."""
+
+    @property
+    def kind(self) -> Hashable:
+        """What the layer's graph depends on besides the shapes of its parameters."""
+
     def project(self, hidden_TE: Tensor) -> Projections:
         """``q_THD``, ``k_TKD`` and ``v_TKD`` of the residual stream, not rotated yet."""
+
+    def all_turned(self, projections: Projections, tables: Tables) -> Projections:
+        """Projections, rotated."""
 
     def finish(self, hidden_TE: Tensor, out_THD: Tensor, feed_forward: FeedForward) -> Tensor:
         """The residual stream after the layer, from what attention gave."""
@@ -95,8 +106,8 @@ class LayeredModel(Model, Protocol):
     def enter(self, x: Tensor) -> Tensor:
         """What the first layer begins with."""
 
-    def rotary(self, positions_T: Tensor) -> Rotary:
-        """Cos and sin of a step's positions."""
+    def rotary(self, positions_T: Tensor) -> Tables:
+        """Cosines and sines of a step's positions, one pair for each way that layers turn."""
 
     def leave(self, hidden_TE: Tensor) -> Tensor:
         """What comes after the last layer."""

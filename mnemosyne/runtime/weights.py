@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from mnemosyne.files import shown
 from mnemosyne.parallel.shards import Slices, allocate, held_slices
 from mnemosyne.runtime.headers import (
+    DTYPES,
     HEAD,
     Header,
     check_tensors,
@@ -25,6 +28,16 @@ BLOCK_BYTES = 64 << 20  # read at once: all that exists beside the parameters
 Progress = Callable[[int, int], None]
 
 
+class Source(Protocol):
+    """Where a parameter lies in a checkpoint."""
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what is stored."""
+
+    def read(self, tensors: Callable[[str], Any], held: Slices) -> Tensor:
+        """The values of a part of the parameter, in the dtype of the file."""
+
+
 class Model(Protocol):
     """What loading needs of a decoder; it arrives as an argument."""
 
@@ -34,8 +47,11 @@ class Model(Protocol):
     def get_submodule(self, target: str) -> nn.Module:
         """The module that owns a parameter."""
 
-    def checkpoint_names(self) -> dict[str, str]:
-        """Tensor name in the checkpoint of each parameter held here, by our name."""
+    def sources(self) -> Mapping[str, Source]:
+        """Where each parameter held here lies in a checkpoint, by our name."""
+
+    def known_name(self, stored: str) -> str | None:
+        """By which name a stored tensor is known; None for one that is not used."""
 
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor of the whole model, by its name in the checkpoint."""
@@ -70,36 +86,75 @@ def load_weights(
             the model is tied and the files hold a head of their own.
     """
     path = Path(path)
-    headers, shapes = read_headers(path), model.checkpoint_shapes()
+    headers, shapes = read_headers(path, model.known_name), model.checkpoint_shapes()
     check_tensors(path, headers, shapes)
     if HEAD not in shapes and head_differs(headers):
         raise ValueError(
             f"{HEAD} of {shown(str(path), 400)} must be the embedding in a tied model, got "
             "another; set tie_word_embeddings to false"
         )
-    names = model.checkpoint_names()
+    sources = model.sources()
     held = {ours: held_slices(parameter) for ours, parameter in model.named_parameters()}
-    total = sum(headers[name].num_bytes(held[ours]) for ours, name in names.items())
+    total = sum(_num_bytes(source, headers, held[ours]) for ours, source in sources.items())
     done = 0
-    for file in sorted({headers[name].file for name in names.values()}):
-        with open_weights(file) as tensors:
-            for ours in (ours for ours, name in names.items() if headers[name].file == file):
-                module, _, attribute = ours.rpartition(".")
-                target = allocate(model.get_submodule(module), attribute, device)
-                view = tensors.get_slice(names[ours])
-                for num_bytes in _copy(view, headers[names[ours]], held[ours], target):
-                    done += num_bytes
-                    if progress is not None:
-                        progress(done, total)
+    with _Files(headers) as files:
+        for ours in sorted(sources, key=lambda ours: _place(sources[ours], headers)):
+            module, _, attribute = ours.rpartition(".")
+            target = allocate(model.get_submodule(module), attribute, device)
+            for num_bytes in _copy(sources[ours], files, held[ours], target):
+                done += num_bytes
+                if progress is not None and num_bytes:
+                    progress(done, total)
     return done
 
 
-def _copy(view: Any, header: Header, held: Slices, target: Tensor) -> Iterator[int]:
+class _Files:
+    """Files of weights, the one last read from open."""
+
+    def __init__(self, headers: dict[str, Header]) -> None:
+        self.headers = headers
+        self._file: Path | None = None
+        self._stack = ExitStack()
+        self._tensors: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def tensor(self, name: str) -> Any:
+        """What gives slices of a tensor."""
+        file = self.headers[name].file
+        if file != self._file:
+            self._stack.close()  # what is mapped of a file counts as memory of this process
+            self._file, self._tensors = file, self._stack.enter_context(open_weights(file))
+        return self._tensors.get_slice(self.headers[name].name)
+
+
+def _copy(source: Source, files: _Files, held: Slices, target: Tensor) -> Iterator[int]:
     """Copy held rows in blocks, converting dtype and device on the way; yields bytes per block."""
+    first, one_row = held[0].start, (slice(0, 1), *held[1:])
+    for block in _blocks(held, _num_bytes(source, files.headers, one_row)):
+        values = source.read(files.tensor, block)
+        target[block[0].start - first : block[0].stop - first].copy_(values)
+        yield _num_bytes(source, files.headers, block)
+
+
+def _place(source: Source, headers: dict[str, Header]) -> Path:
+    """The first file that a parameter is read from."""
+    return min((headers[name].file for name in source.tensors()), default=Path())
+
+
+def _num_bytes(source: Source, headers: dict[str, Header], held: Slices) -> int:
+    """Bytes in the files of a part of a parameter."""
+    itemsizes = {DTYPES[headers[name].dtype] for name in source.tensors()}
+    return math.prod(part.stop - part.start for part in held) * max(itemsizes, default=0)
+
+
+def _blocks(held: Slices, row_bytes: int) -> Iterator[Slices]:
+    """Runs of rows of a part of a parameter, small enough to be read at once."""
     rows, *rest = held
-    row_bytes = header.num_bytes((slice(0, 1), *rest))
-    block_rows = max(1, BLOCK_BYTES // row_bytes)
-    for start in range(rows.start, rows.stop, block_rows):
-        stop = min(start + block_rows, rows.stop)
-        target[start - rows.start : stop - rows.start].copy_(view[(slice(start, stop), *rest)])
-        yield (stop - start) * row_bytes
+    num_rows = max(1, BLOCK_BYTES // max(1, row_bytes))
+    for start in range(rows.start, rows.stop, num_rows):
+        yield (slice(start, min(start + num_rows, rows.stop)), *rest)

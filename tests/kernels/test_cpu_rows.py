@@ -37,6 +37,16 @@ def test_the_norm_is_no_worse_than_torch(by: Kernels, shape: tuple[int, ...]) ->
     assert_no_worse_than_eager(y, F.rms_norm(x, (width,), weight, 1e-5), exact)
 
 
+def test_an_offset_is_added_to_the_weight_before_it_is_rounded(by: Kernels) -> None:
+    x, weight = 3 * randn(by, 7, 96), 1e-3 * randn(by, 96)
+
+    y = rows.rms_norm(x, weight, 1e-5, by.instructions, 1.0)
+
+    exact = F.rms_norm(x.double(), (96,), weight.double() + 1, 1e-5)
+    wide = F.rms_norm(x.float(), (96,), weight.float() + 1, 1e-5).to(by.dtype)
+    assert_no_worse_than_eager(y, wide, exact)
+
+
 @pytest.mark.parametrize("shape", [(1, 16, 64), (7, 3, 128), (2, 1, 32), (70, 16, 64)])
 def test_a_rotation_is_no_worse_than_torch(by: Kernels, shape: tuple[int, int, int]) -> None:
     x_THD, angle_TD = randn(by, *shape), randn(by, shape[0], shape[2] // 2).double()

@@ -11,10 +11,16 @@ from mnemosyne.operators import TORCH, Rotary
 
 
 class DenseAttend:
-    """Attention over everything seen so far, written out; scores in the dtype of the queries."""
+    """Attention over everything seen so far, written out; scores in the dtype of the queries.
 
-    def __init__(self, windows: Sequence[int | None]) -> None:
-        self.windows = windows  # of the layers held
+    Args:
+        windows: of the layers held.
+        scale: factor on scores; unset: 1/sqrt(D).
+    """
+
+    def __init__(self, windows: Sequence[int | None], scale: float | None = None) -> None:
+        self.windows = windows
+        self.scale = scale
         self.past: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(
@@ -38,7 +44,8 @@ class DenseAttend:
         seen_TS = keys <= rows
         if (window := self.windows[layer]) is not None:
             seen_TS &= keys > rows - window
-        scores_HTS = torch.einsum("thd,shd->hts", q_THD, k_SHD) * q_THD.shape[-1] ** -0.5
+        scores_HTS = torch.einsum("thd,shd->hts", q_THD, k_SHD)
+        scores_HTS *= q_THD.shape[-1] ** -0.5 if self.scale is None else self.scale
         weights_HTS = scores_HTS.masked_fill(~seen_TS, float("-inf")).softmax(dim=-1)
         return torch.einsum("hts,shd->thd", weights_HTS, v_SHD)
 

@@ -17,9 +17,9 @@ from mnemosyne.model_zoo.config import Config
 from mnemosyne.model_zoo.rope import (
     RopeSpec,
     inverse_frequencies,
-    read_rope,
     rotary_cos_sin,
 )
+from mnemosyne.model_zoo.rope_entries import read_rope
 from mnemosyne.model_zoo.spec import read_spec
 from mnemosyne.operators import TORCH
 from tests.model_zoo.tiny import ROPES, tiny_checkpoint

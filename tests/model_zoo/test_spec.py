@@ -176,7 +176,7 @@ def test_unknown_entries_that_say_nothing_are_harmless(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("base", "changes", "message"),
     [
-        (LLAMA_3_8B, {"hidden_act": "gelu"}, "hidden_act .* must be silu, got 'gelu'"),
+        (LLAMA_3_8B, {"hidden_act": "gelu"}, "hidden_act .* must be silu or .* got 'gelu'"),
         (LLAMA_3_8B, {"pretraining_tp": 2}, "pretraining_tp .* must be 1, got 2"),
         (LLAMA_3_8B, {"quantization_config": {"bits": 4}}, "quantization_config .* absent"),
         (LLAMA_3_8B, {"partial_rotary_factor": 0.5}, "partial_rotary_factor .* must be 1"),
@@ -310,7 +310,7 @@ LLAMA3_ROPE = LLAMA_3_2_1B["rope_scaling"]
         ({"type": "default", "factor": 2.0}, "rope_scaling.factor .* absent"),
         ({"type": "yarn", "factor": 2.0, "finetuned": True}, "rope_scaling.finetuned .* absent"),
         ({"type": "yarn", "truncate": 1}, "rope_scaling.truncate .* true or false"),
-        ({**LLAMA3_ROPE, "high_freq_factor": 1.0}, "high_freq_factor .* above low_freq_factor"),
+        ({**LLAMA3_ROPE, "high_freq_factor": 0.5}, "high_freq_factor .* at least low_freq_factor"),
         ({**LLAMA3_ROPE, "low_freq_factor": None}, "low_freq_factor .* positive number"),
         ({"type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor .* be 1"),
         (["yarn"], "rope_scaling .* be an object"),
@@ -348,7 +348,7 @@ def test_two_forms_of_rope_must_agree(tmp_path: Path) -> None:
 def test_an_unknown_architecture_is_refused_and_the_known_ones_named(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    with pytest.raises(ValueError, match=r"architectures .* LlamaForCausalLM, Mistral.*, Qwen3"):
+    with pytest.raises(ValueError, match=r"architectures .* LlamaForCausalLM, .*, Qwen3"):
         read(tmp_path, LLAMA_3_8B, **changes)
 
 
