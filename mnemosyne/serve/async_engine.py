@@ -150,6 +150,11 @@ class AsyncEngine:
         ids = await self._read(prompt)
         return await self._call(lambda: self._accept(ids, owned, mailbox, given))
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the engine before its time, if anything did."""
+        return self._failure
+
     async def _read(self, prompt: Prompt) -> PromptIds:
         """The ids of a prompt, read in a thread of its own."""
         self._check_runs()

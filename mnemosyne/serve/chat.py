@@ -46,6 +46,12 @@ class ChatTemplate:
             sources = _named(config.get("chat_template"), path / "tokenizer_config.json")
         return cls(sources, special_tokens(path)) if sources else None
 
+    def save(self, folder: Path) -> None:
+        """Write what ``from_dir`` reads."""
+        named = [{"name": name, "template": text} for name, text in self._sources.items()]
+        config = {**self._variables, "chat_template": named}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
     def render(
         self,
         messages: Sequence[Message],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,23 @@ import tokenizers
 from mnemosyne.files import is_there, printable, read_bytes, shown
 from mnemosyne.serve.chat import ChatTemplate, Message, special_tokens
 
+REPLACEMENT = "\ufffd"  # what decoding shows for half a character
+SPACE = "\u2581"  # how vocabularies of SentencePiece write it
 MAX_BYTES = 128 << 20  # of tokenizer.json; the largest published ones hold 35 MB
+
+
+def _bytes_by_character() -> dict[str, int]:
+    """The alphabet of byte-level vocabularies, in which every byte is a letter that can be seen.
+
+    Source: Radford et al. 2019 (GPT-2).
+    """
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in seen]
+    spelt = {chr(byte): byte for byte in seen}
+    return spelt | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+BYTE_OF = _bytes_by_character()
 
 
 class Tokenizer:
@@ -30,6 +47,7 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self._chat = chat
+        self.folder: Path | None = None  # it was read from
         self.end_id: int | None = None  # of the token that ends a text, where a file names it
         self.special_ids = frozenset(
             token_id
@@ -55,9 +73,16 @@ class Tokenizer:
         with _foreign(rule, "download it again or upgrade the library"):
             made = cls(tokenizers.Tokenizer.from_buffer(data))
         made._chat = ChatTemplate.from_dir(path)
+        made.folder = Path(path)
         end = special_tokens(path).get("eos_token")
         made.end_id = None if end is None else made._backend.token_to_id(end)
         return made
+
+    def save(self, folder: Path) -> None:
+        """Write what ``from_dir`` reads, for another process."""
+        (folder / "tokenizer.json").write_text(self._backend.to_str(), encoding="utf-8")
+        if self._chat is not None:
+            self._chat.save(folder)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> np.ndarray:
         """Text to token ids.
@@ -98,6 +123,20 @@ class Tokenizer:
         listed = ids.tolist() if isinstance(ids, np.ndarray) else ids
         with _foreign("token ids must be such that the tokenizer decodes", "replace its file"):
             return self._backend.decode(listed, skip_special_tokens=skip_special_tokens)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes that a token alone stands for, half a character perhaps; b"" if it is none."""
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        text = self._backend.decode([token_id], skip_special_tokens=False)
+        if REPLACEMENT not in text:
+            # a decoder takes the space of the first word away
+            return (" " + text if token.startswith(SPACE) and text[:1] != " " else text).encode()
+        if re.fullmatch("<0x[0-9A-F]{2}>", token):
+            return bytes.fromhex(token[3:5])
+        is_spelt = all(character in BYTE_OF for character in token)
+        return bytes(BYTE_OF[c] for c in token) if is_spelt else text.encode()
 
     def is_text(self, token_id: int, *, skip_special_tokens: bool = True) -> bool:
         """Whether a token has any part in the decoded text."""
