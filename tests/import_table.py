@@ -84,7 +84,7 @@ TABLE = {
     "cli": Rule(
         (
             *("joining.rank", "llm", "request", "serve.progress", "serve.prompts"),
-            *("config", "config_bench", "config_simulate"),
+            *("config", "config_bench", "config_serve", "config_simulate"),
             *("parallel.launch", "parallel.start", "joining.simulated", "process"),
         ),
         ("hydra", "omegaconf", "rich"),
@@ -94,6 +94,7 @@ TABLE = {
     "cli.plan": _SIMULATED,
     "cli.demo": _DEMO,
     "cli.demo_view": _DEMO,
+    "cli.serve": Rule(("cli", "config_serve", "llm", "process", "server")),
     "cli.bench": Rule(
         ("bench", "joining.checkpoint", "config", "config_bench", "machine"), ("rich",)
     ),
@@ -160,6 +161,7 @@ TABLE = {
     "shape": Rule(("config",)),
     "files": Rule(),
     "config_bench": Rule(("config",)),
+    "config_serve": Rule(("config",)),
     "config_simulate": Rule(("config",)),
     "plain": Rule((), ("numpy",)),
     "request": Rule(("config", "plain"), ("numpy",)),

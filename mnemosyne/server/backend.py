@@ -82,6 +82,8 @@ class Status:
     pages_used: int = 0
     num_pages: int = 0
     backlog_s: float = 0.0  # predicted time until all that is accepted is prefilled
+    # predicted seconds to prefill prompts of some lengths alone, shortest first
+    prefill_curve: tuple[tuple[int, float], ...] = ()
     counters: Mapping[str, float] = field(default_factory=dict)  # by name, without mnemosyne_
     tallies: Mapping[str, Tally] = field(default_factory=dict)
 

@@ -1,0 +1,197 @@
+"""The processes that read bodies: few, some of them kept free for short ones."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from mnemosyne.server.body import Body
+from mnemosyne.server.errors import FAILED, ApiError, invalid
+from mnemosyne.server.reading import Rules
+
+MODULE = "mnemosyne.server.reader_worker"
+STOP_S = 2.0
+
+
+class ReaderLost(RuntimeError):
+    """The process of a reader ended in the middle of a body."""
+
+
+class Readers:
+    """Reads bodies in processes of their own, on one event loop.
+
+    Large bodies have processes apart, of lower priority, so that a short prompt waits for no long
+    one and a step of the engine for neither.
+
+    Args:
+        num_readers: processes, at least one for short bodies and one for long ones.
+    """
+
+    def __init__(self, num_readers: int) -> None:
+        num_long = max(1, num_readers // 2)
+        self._long = [_Process("long") for _ in range(num_long)]
+        self._short = [_Process("short") for _ in range(max(1, num_readers - num_long))]
+        self._free: dict[str, asyncio.LifoQueue[_Process]] = {}
+        self._rules: Rules | None = None
+
+    def start(self) -> None:
+        """Start the processes; they import while the model loads."""
+        for lane, processes in (("short", self._short), ("long", self._long)):
+            self._free[lane] = asyncio.LifoQueue()
+            for process in processes:
+                process.start()
+                self._free[lane].put_nowait(process)
+
+    def know(self, rules: Rules) -> None:
+        """Tell what the model is; nothing is read before."""
+        self._rules = rules
+
+    async def read(self, kind: str, body: Body) -> tuple[Any, np.ndarray]:
+        """Read a body.
+
+        Args:
+            kind: what it is, such as "chat".
+            body: all of it.
+
+        Returns:
+            What the worker says, as JSON data, and the ids of all prompts.
+
+        Raises:
+            ApiError: if it is refused.
+        """
+        lane = "short" if body.file is None else "long"
+        return await self._ask(lane, kind, body)
+
+    async def token_bytes(self, ids: list[int]) -> list[bytes]:
+        """The bytes of single tokens."""
+        body = Body(1 << 30)
+        body._add(msgspec.json.encode({"ids": ids}))
+        with body:
+            said, _ = await self._ask("short" if body.file is None else "long", "names", body)
+        return [bytes(each) for each in said]
+
+    async def _ask(self, lane: str, kind: str, body: Body) -> tuple[Any, np.ndarray]:
+        assert self._rules is not None, "the model is known before bodies are read"
+        free = self._free[lane]
+        process = await free.get()
+        is_whole = False
+        try:
+            answer, ids = await process.ask(self._rules, kind, body)
+            is_whole = True
+        except ReaderLost as error:
+            message = "the process that read this request ended; send it again"
+            raise ApiError(500, message, kind=FAILED) from error
+        finally:
+            if not is_whole:  # the client left, and what it sent is not worth the time
+                process.replace()
+            free.put_nowait(process)
+        if "error" in answer:
+            raise invalid(ValueError(answer["error"]))
+        if "api_error" in answer:
+            status, message, error_kind, param, code = answer["api_error"]
+            raise ApiError(status, message, kind=error_kind, param=param, code=code)
+        return answer["said"], ids
+
+    def close(self) -> None:
+        for process in (*self._short, *self._long):
+            process.stop()
+
+
+class _Process:
+    """One worker and the socket to it."""
+
+    def __init__(self, lane: str) -> None:
+        self._lane = lane
+        self._child: subprocess.Popen[bytes] | None = None
+        self._is_told = False
+
+    def start(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._child = subprocess.Popen(
+                [sys.executable, "-P", "-m", MODULE, str(theirs.fileno()), self._lane],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                    "TOKENIZERS_PARALLELISM": "false",
+                    "OMP_NUM_THREADS": "1",
+                },
+                start_new_session=True,  # Ctrl-C is for its owner
+            )
+        ours.setblocking(False)
+        self._channel, self._is_told = ours, False
+
+    def stop(self) -> None:
+        if self._child is None:
+            return
+        self._channel.close()
+        try:
+            self._child.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+        self._child = None
+
+    def replace(self) -> None:
+        """End it at once, whatever it does, and start another."""
+        if self._child is not None:
+            self._child.kill()
+        self.stop()
+        self.start()
+
+    async def ask(self, rules: Rules, kind: str, body: Body) -> tuple[dict[str, Any], np.ndarray]:
+        """One body in, one answer out.
+
+        Raises:
+            ReaderLost: if the process ended.
+        """
+        try:
+            if not self._is_told:
+                await self._send(msgspec.to_builtins(rules))
+                self._is_told = True
+            file = body.file
+            asked = {"kind": kind, "in_file": file is not None}
+            if file is None:
+                await self._send({**asked, "body": body.in_memory()})
+            else:
+                file.flush()
+                await self._send(asked)
+                socket.send_fds(self._channel, [b"F"], [file.fileno()])
+            answer = await self._receive()
+        except OSError as error:
+            raise ReaderLost(str(error)) from error
+        if file is None:
+            return answer, np.frombuffer(answer.pop("ids"), dtype=np.int64)
+        file.seek(0)
+        # 80 MB for ten million ids: not on the loop
+        return answer, await asyncio.to_thread(np.fromfile, file, np.int64)
+
+    async def _send(self, content: dict[str, Any]) -> None:
+        data = msgspec.msgpack.encode(content)
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(self._channel, len(data).to_bytes(8, "little") + data)
+
+    async def _receive(self) -> dict[str, Any]:
+        head = await self._exactly(8)
+        answer: dict[str, Any] = msgspec.msgpack.decode(
+            await self._exactly(int.from_bytes(head, "little"))
+        )
+        return answer
+
+    async def _exactly(self, num_bytes: int) -> bytes:
+        loop, parts = asyncio.get_running_loop(), bytearray()
+        while len(parts) < num_bytes:
+            part = await loop.sock_recv(self._channel, min(num_bytes - len(parts), 1 << 20))
+            if not part:
+                raise ReaderLost("its socket was closed")
+            parts += part
+        return bytes(parts)
