@@ -21,6 +21,7 @@ from mnemosyne.cli.arguments import describe_type, key_types, nearest, prepare
 from mnemosyne.cli.ranks import command_of_run, run_on_ranks
 from mnemosyne.config import DemoConfig, GenerateConfig
 from mnemosyne.config_bench import BenchConfig
+from mnemosyne.config_serve import ServeConfig
 from mnemosyne.config_simulate import PlanConfig, SimulateConfig
 from mnemosyne.process import (
     INTERRUPTED,
@@ -296,8 +297,16 @@ def _bench(config: BenchConfig) -> int:
     return bench(config)
 
 
+def _serve(config: ServeConfig) -> int:
+    with ended_at_once():
+        from mnemosyne.cli.serve import serve
+
+    return serve(config)
+
+
 COMMANDS = {
     "generate": Command("prompts in, tokens out", GenerateConfig, _generate),
+    "serve": Command("OpenAI's API over HTTP", ServeConfig, _serve),
     "demo": Command("a passkey in a long text, short requests beside it", DemoConfig, _demo),
     "simulate": Command(
         "a workload on hardware that is not there", SimulateConfig, _simulate, has_ranks=False

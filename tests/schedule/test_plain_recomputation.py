@@ -63,10 +63,7 @@ class Plain:
 
     def _relative_slack(self, request: Request, now_s: float) -> float:
         total_s = self.scheduler.prefill_s(request.num_prompt_tokens)
-        slack_s = self._slack_s(request, now_s)
-        if slack_s < 0:
-            slack_s -= self.scheduler.prefill_s(self.done[request.request_id])
-        return slack_s / total_s
+        return self._slack_s(request, now_s) / total_s
 
     def step_s(self, chunks: list[Chunk]) -> float:
         work = self.model.nothing
