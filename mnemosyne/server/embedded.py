@@ -97,15 +97,15 @@ class EmbeddedBackend:
         self._known.set()
 
     def _describe(self, engine: Engine) -> About:
-        intake, router = engine.intake, engine.scheduler.router
+        intake, ledger = engine.intake, engine.scheduler.ledger
         return About(
             model=intake.model,
             version=version("mnemosyne"),
             vocab_size=intake.vocab_size,
             max_model_len=intake.max_positions,
-            max_request_tokens=router.max_request_tokens(),
-            num_pages=router.num_pages,
-            page_size=router.page_size,
+            max_request_tokens=ledger.max_request_tokens(),
+            num_pages=ledger.num_pages,
+            page_size=ledger.page_size,
             end_token_ids=intake.end_token_ids(),
             tokenizer_dir=self._tokenizer_dir(engine),
         )
@@ -139,8 +139,8 @@ class EmbeddedBackend:
             is_alive=is_alive,
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
-            pages_used=scheduler.router.num_used,
-            num_pages=scheduler.router.num_pages,
+            pages_used=scheduler.ledger.num_used,
+            num_pages=scheduler.ledger.num_pages,
             backlog_s=self._backlog_s if engine.has_work else 0.0,
             prefill_curve=self._curve,
             counters=self._totals.counters(),
