@@ -221,6 +221,9 @@ TABLE = {
             *("prometheus_client", "zmq"),
         ),
     ),
+    # the process model: the front starts ranks, and asks the kernel who is at the other end
+    "server.link": Rule(("parallel.keys",), (), itself=False),
+    "server.sources": Rule(("parallel.keys", "parallel.launch", "server.link"), (), itself=False),
     "conf": Rule(),
 }
 

@@ -142,7 +142,7 @@ def take_key(key: MeshKey | None, name: str, timeout_s: float) -> MeshKey:
         desk.settimeout(timeout_s)
         try:
             desk.connect(f"\0{name}")
-            is_ours = _user_of(desk) == os.geteuid()
+            is_ours = user_of(desk) == os.geteuid()
             secret = desk.recv(KEY_BYTES, socket.MSG_WAITALL) if is_ours else b""
         except OSError as error:
             raise RuntimeError(f"rank 0 cannot be asked for the mesh's key: {error}") from error
@@ -168,13 +168,13 @@ def _hand_out(desk: socket.socket, key: MeshKey, is_over: threading.Event) -> No
             continue
         with asker:
             try:
-                if _user_of(asker) == os.geteuid():
+                if user_of(asker) == os.geteuid():
                     asker.send(key.secret)  # fits in the buffer of any socket
             except OSError:
                 continue
 
 
-def _user_of(peer: socket.socket) -> int:
+def user_of(peer: socket.socket) -> int:
     """The user of the process at the other end of a Unix socket, as the kernel has it."""
     size = struct.calcsize("3i")
     _, user, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))

@@ -57,29 +57,41 @@ def launch_local(command: Sequence[str], world_size: int) -> int:
         of the rank that failed first, 1 if a signal ended it; 128 and the signal after Ctrl-C or
         SIGTERM.
     """
-    with _heard_signals() as heard, _started(command, world_size) as ranks:
-        return _Crew(ranks, heard).wait()
+    with _heard_signals() as heard, started_ranks(command, world_size) as ranks:
+        return ranks.wait(heard)
 
 
-class _Crew:
+class Ranks:
     """Running ranks.
 
     Args:
         ranks: processes by rank.
-        heard: signals to this process, oldest first, as they come.
     """
 
-    def __init__(self, ranks: list[subprocess.Popen[bytes]], heard: list[int]) -> None:
+    def __init__(self, ranks: list[subprocess.Popen[bytes]]) -> None:
         self._ranks = ranks
-        self._heard = heard
+        self._heard: list[int] = []  # what they are told, oldest first
         self._running = dict(enumerate(ranks))
         self._failed: dict[int, int] = {}  # statuses by rank, in the order of their ends
         self._is_ending = False
         self._told: int | None = None  # the signal that asked us to end
         self._kill_s: float | None = None  # by time.monotonic, when what still runs is killed
 
-    def wait(self) -> int:
-        """The exit status, once no rank is left."""
+    def end(self) -> None:
+        """Have them end, by SIGTERM and in time by SIGKILL, while another thread waits."""
+        self._heard.append(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End them at once."""
+        _signal(self._running.copy().values(), signal.SIGKILL)
+
+    def wait(self, heard: list[int] | None = None) -> int:
+        """The exit status, once no rank is left (see ``launch_local``).
+
+        Args:
+            heard: signals to this process, oldest first, as they come; what they mean is done.
+        """
+        self._heard = self._heard if heard is None else heard
         while self._running:
             for rank, process in list(self._running.items()):
                 code = process.poll()
@@ -144,11 +156,21 @@ def _signal(processes: Iterable[subprocess.Popen[bytes]], number: int) -> None:
 
 
 @contextmanager
-def _started(command: Sequence[str], world_size: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+def started_ranks(
+    command: Sequence[str], world_size: int, *, inherited: Sequence[int] = ()
+) -> Iterator[Ranks]:
     """Ranks in sessions of their own, so that a terminal signals the launcher alone.
 
     The socket of torch's store is bound here, to loopback, and rank 0 inherits it: whoever connects
     before rank 0 has imported torch waits for it.
+
+    Args:
+        command: as for ``launch_local``.
+        world_size: ranks to start.
+        inherited: descriptors that rank 0 has as well, by the same numbers.
+
+    Yields:
+        The ranks. Those that still run when the body ends are killed.
     """
     if sys.platform == "linux":
         guard = [sys.executable, "-I", "-S", "-c", END_WITH_LAUNCHER, str(os.getpid())]
@@ -159,13 +181,13 @@ def _started(command: Sequence[str], world_size: int) -> Iterator[list[subproces
             common = _environment(world_size, server.getsockname()[1])
             for rank in range(world_size):
                 environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                inherited = (server.fileno(),) if rank == 0 else ()
+                kept = (server.fileno(), *inherited) if rank == 0 else ()
                 with _ctrl_c_blocked(is_blocked=sys.platform == "linux"):
                     process = subprocess.Popen(
-                        command, env=environment, pass_fds=inherited, start_new_session=True
+                        command, env=environment, pass_fds=kept, start_new_session=True
                     )
                 ranks.append(process)
-        yield ranks
+        yield Ranks(ranks)
     finally:
         for process in ranks:
             if process.poll() is None:

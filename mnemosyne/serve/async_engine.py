@@ -137,18 +137,30 @@ class AsyncEngine:
                 self._post_if_running(lambda: self._drop(mailbox))
 
     async def post(
-        self, prompt: Prompt, params: SamplingParams, mailbox: Mailbox, given: Given = ()
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        mailbox: Mailbox,
+        given: Given = (),
+        note: Callable[[list[int]], None] | None = None,
     ) -> list[int]:
         """Serve one prompt as ``submit`` does, its pieces going to a mailbox of the caller's.
 
         Several prompts may share one, so that what a step brings is taken at once.
+
+        Args:
+            prompt: as for ``submit``, like all that is not named here.
+            params: how to sample.
+            mailbox: of the caller's event loop.
+            given: tokens that each sample has already.
+            note: called in the engine's thread with what this returns, before the first piece.
 
         Returns:
             Ids of the requests, one per sample that is wanted, in order.
         """
         owned = own_params(params)
         ids = await self._read(prompt)
-        return await self._call(lambda: self._accept(ids, owned, mailbox, given))
+        return await self._call(lambda: self._accept(ids, owned, mailbox, given, note))
 
     @property
     def failure(self) -> BaseException | None:
@@ -207,19 +219,25 @@ class AsyncEngine:
             self._loop.call_soon_threadsafe(call, *arguments)
 
     def _accept(
-        self, prompt: PromptIds, params: SamplingParams, mailbox: Mailbox, given: Given
+        self,
+        prompt: PromptIds,
+        params: SamplingParams,
+        mailbox: Mailbox,
+        given: Given,
+        note: Callable[[list[int]], None] | None,
     ) -> list[int]:
         """Add a prompt; the ids of its requests, whose pieces go to the mailbox from now on."""
         self._check_runs()
         outputs = self._engine.add(prompt, params, given)
         samples = [i for i in range(params.n) if not given or given[i] is not None]
-        request_ids = []
-        for sample, output in zip(samples, outputs, strict=True):
-            assert output.request_id is not None
-            request_ids.append(output.request_id)
-            self._streams[output.request_id] = _Stream(mailbox, sample)
+        request_ids = [output.request_id for output in outputs if output.request_id is not None]
+        for request_id, sample in zip(request_ids, samples, strict=True):
+            self._streams[request_id] = _Stream(mailbox, sample)
+        if note is not None:
+            note(request_ids)
+        for request_id, output in zip(request_ids, outputs, strict=True):
             if output.finish_reason is not None:  # by what was given
-                self._end(output.request_id, output.finish_reason, stop=output.stop_reason)
+                self._end(request_id, output.finish_reason, stop=output.stop_reason)
         return request_ids
 
     def _cancel(self, request_id: int) -> None:

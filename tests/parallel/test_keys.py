@@ -92,7 +92,7 @@ def test_ranks_of_one_user_get_the_key_however_many_strangers_wait() -> None:
 
 def test_the_key_is_for_processes_of_this_user_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     with offered_key(None, "127.0.0.1") as (_, name), socket.socket(socket.AF_UNIX) as asker:
-        monkeypatch.setattr(keys, "_user_of", lambda peer: os.geteuid() + 1)
+        monkeypatch.setattr(keys, "user_of", lambda peer: os.geteuid() + 1)
         asker.connect(f"\0{name}")
 
         assert asker.recv(32) == b""

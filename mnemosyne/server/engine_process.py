@@ -1,0 +1,150 @@
+"""The process of rank 0 behind a front: its model, the event loop of the link, and signals."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from mnemosyne.process import INTERRUPTED, Terminated
+from mnemosyne.serve.async_engine import AsyncEngine
+from mnemosyne.serve.engine import Engine
+from mnemosyne.server.backend import Backend
+from mnemosyne.server.engine_end import EngineEnd
+from mnemosyne.server.link import INHERITED, Link, connect, frame, inherited
+from mnemosyne.server.words import Leaving, Loading, encode
+
+log = logging.getLogger(__name__)
+
+SEEK_S = 0.5  # between two looks for a front
+TELL_S = 0.25  # between two words on how far the start is
+
+
+class Connection:
+    """This process's way to its front.
+
+    Args:
+        address: ``fd:N``, a socket that the front has passed on, or the front's name.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._name = "" if address.startswith(INHERITED) else address
+        self._socket: socket.socket | None = None
+        self._told_s = 0.0
+        if not self._name:
+            self._socket = inherited(int(address.removeprefix(INHERITED)))
+
+    @property
+    def is_only_one(self) -> bool:
+        """Whether there is no other once this front is gone."""
+        return not self._name
+
+    def tell_progress(self, what: str, num_done: int, num_total: int) -> None:
+        """Say how far the start is, now and then; who is not there yet is not waited for."""
+        now_s = time.monotonic()
+        if self._socket is None or (now_s - self._told_s < TELL_S and num_done < num_total):
+            return
+        self._told_s = now_s
+        share = 100 * num_done / max(1, num_total)
+        with suppress(OSError):  # it is gone: the main loop will see
+            self._socket.sendall(frame(encode(Loading(f"{what}: {share:.0f}%"))))
+
+    async def link(self) -> Link:
+        """The link to the front; waits for one that has the name."""
+        while self._socket is None:
+            self._socket = connect(self._name)
+            if self._socket is None:
+                await asyncio.sleep(SEEK_S)
+        found, self._socket = self._socket, None
+        return await Link.over(found)
+
+
+class EngineProcess:
+    """Runs an engine for fronts until one of them says that it is over.
+
+    Its event loop has a thread of its own, so that the main thread is free for signals, which on
+    a mesh are the watchdog's to pass on.
+
+    Args:
+        engine: idle; of rank 0.
+        backend: makes what tells of the engine.
+        connection: to the front.
+    """
+
+    def __init__(
+        self, engine: Engine, backend: Callable[[AsyncEngine], Backend], connection: Connection
+    ) -> None:
+        self._engine = engine
+        self._backend = backend
+        self._connection = connection
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._main: asyncio.Task[None] | None = None
+        self._link: Link | None = None
+        self._error: BaseException | None = None
+
+    def run(self) -> int:
+        """Do so, in the main thread.
+
+        Returns:
+            The exit status: 0 once a front said that it is over, 130 after Ctrl-C.
+
+        Raises:
+            RuntimeError: if the engine failed.
+        """
+        thread = threading.Thread(target=self._run, name="mnemosyne-link", daemon=True)
+        thread.start()
+        status = 0
+        while thread.is_alive():
+            try:
+                thread.join()
+            except Terminated:
+                self._post(self._leave)
+            except KeyboardInterrupt:
+                status = INTERRUPTED
+                self._post(self._stop)
+        if self._error is not None:
+            raise RuntimeError(str(self._error)) from self._error
+        return status
+
+    def _post(self, call: Callable[[], None]) -> None:
+        if self._loop is not None:
+            with suppress(RuntimeError):  # it is over already
+                self._loop.call_soon_threadsafe(call)
+
+    def _leave(self) -> None:
+        """Somebody told this process to end: the front is to drain first, if there is one."""
+        if self._link is None:
+            self._stop()
+        else:
+            self._link.put(encode(Leaving("SIGTERM")))
+
+    def _stop(self) -> None:
+        if self._main is not None:
+            self._main.cancel()
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except asyncio.CancelledError:
+            pass
+        except Exception as error:  # noqa: BLE001  # the main thread raises it
+            self._error = error
+
+    async def _serve(self) -> None:
+        self._loop, self._main = asyncio.get_running_loop(), asyncio.current_task()
+        async with AsyncEngine(self._engine) as engine:
+            backend = self._backend(engine)
+            while True:
+                link = self._link = await self._connection.link()
+                try:
+                    is_told = await EngineEnd(engine, backend, link).serve()
+                finally:
+                    self._link = None
+                    link.close()
+                if is_told or self._connection.is_only_one:
+                    return
+                log.warning("the front is gone; waiting for another one")

@@ -1,0 +1,135 @@
+"""One job as the front keeps it: what came of it so far, what its reader has not read yet."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from mnemosyne.request import Logprobs, SamplingParams
+from mnemosyne.server.backend import Event, Job
+
+PROOF_TOKENS = 2  # new ones that a request must get to be cleared: of its prefill and a decode
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """A job between its submission and its last event.
+
+    Args:
+        number: on the link.
+        job: as it was asked for.
+        params: the same with a seed and a limit, so that it can go on elsewhere.
+    """
+
+    number: int
+    job: Job
+    params: SamplingParams
+    tokens: list[list[int]] = field(init=False)  # of each sample, all that came
+    ends: set[int] = field(default_factory=set)  # samples that are at their end
+    is_given: bool = False  # to the engine that runs now
+    num_deaths: int = 0  # of engines, since it last got further
+    num_before: int = 0  # tokens that it had when the last of them died
+    further: asyncio.Event = field(default_factory=asyncio.Event)  # it got on, or ended
+    has_event: asyncio.Event = field(default_factory=asyncio.Event)
+    error: Exception | None = None  # what its reader is to be told in place of further events
+    _unread: dict[int, Unread] = field(default_factory=dict)  # by sample
+
+    def __post_init__(self) -> None:
+        given = self.job.given or ((),) * self.job.params.n
+        self.tokens = [list(ids) for ids in given]
+
+    @property
+    def is_ended(self) -> bool:
+        return len(self.ends) == self.job.params.n
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.tokens))
+
+    @property
+    def num_to_compute(self) -> int:
+        """Tokens that an engine has to prefill before it goes on."""
+        num_running = self.job.params.n - len(self.ends)
+        return num_running * len(self.job.prompt_ids) + self.num_tokens
+
+    def given(self) -> tuple[tuple[int, ...] | None, ...]:
+        """What each sample has, as an engine is told."""
+        return tuple(None if i in self.ends else tuple(ids) for i, ids in enumerate(self.tokens))
+
+    def enter(self, event: Event) -> None:
+        """Take an event; one of a sample that is at its end, or that nobody asked for, is none."""
+        if not 0 <= event.sample < self.job.params.n or event.sample in self.ends:
+            return
+        self.tokens[event.sample] += event.token_ids
+        if event.finish_reason is not None:
+            self.ends.add(event.sample)
+        if self.is_ended or self.num_tokens >= self.num_before + PROOF_TOKENS:
+            self.num_deaths = 0
+            self.further.set()
+        unread = self._unread.get(event.sample)
+        if unread is None:
+            self._unread[event.sample] = Unread(event)
+        else:
+            unread.add(event)
+        self.has_event.set()
+
+    def note_death(self) -> None:
+        """The engine that had it died."""
+        self.is_given = False
+        self.num_deaths += 1
+        self.num_before = self.num_tokens
+        self.further.clear()
+
+    def fail(self, reason: str) -> None:
+        """End what still runs of it with an error, after what it has."""
+        for sample in range(self.job.params.n):
+            self.enter(Event(sample, finish_reason="error", error=reason))
+
+    def refuse(self, error: Exception) -> None:
+        """Have its reader get an exception."""
+        self.error = error
+        self.further.set()
+        self.has_event.set()
+
+    async def events(self) -> list[Event]:
+        """Wait for events; what has come since the last call, one per sample.
+
+        Raises:
+            Exception: that it was refused with.
+        """
+        await self.has_event.wait()
+        self.has_event.clear()
+        if self.error is not None:
+            raise self.error
+        unread, self._unread = self._unread, {}
+        return [entry.event() for entry in unread.values()]
+
+
+class Unread:
+    """Events of one sample, joined."""
+
+    __slots__ = ("_last", "_logprobs", "_prompt_logprobs", "_texts", "_token_ids")
+
+    def __init__(self, first: Event) -> None:
+        self._last = first
+        self._token_ids = list(first.token_ids)
+        self._texts = [first.text]
+        self._logprobs: list[Logprobs] = list(first.logprobs)
+        self._prompt_logprobs = first.prompt_logprobs
+
+    def add(self, event: Event) -> None:
+        """Append what came next."""
+        self._last = event
+        self._token_ids += event.token_ids
+        self._texts.append(event.text)
+        self._logprobs += event.logprobs
+        self._prompt_logprobs = self._prompt_logprobs or event.prompt_logprobs
+
+    def event(self) -> Event:
+        """All of it as one."""
+        return self._last._replace(
+            token_ids=tuple(self._token_ids),
+            text="".join(self._texts),
+            logprobs=tuple(self._logprobs),
+            prompt_logprobs=self._prompt_logprobs,
+        )
