@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mnemosyne.attention.segments import Attend
 from mnemosyne.model_zoo.layers import DecoderLayer, Embedding, Linear, RMSNorm, Unembed
 from mnemosyne.model_zoo.spec import ModelSpec
 from mnemosyne.model_zoo.stored import Source
 from mnemosyne.model_zoo.tensors import known_name, parameter_sources, tensor_shapes
 from mnemosyne.model_zoo.turns import Tables, TurnTable
 from mnemosyne.operators import TORCH, Operators
+from mnemosyne.step_context import StepContext
 
 
 class Decoder(nn.Module):
@@ -74,20 +74,21 @@ class Decoder(nn.Module):
             self.head = Linear(spec.width, spec.vocab_size, operators, bias=False)
         self.unembed = Unembed(spec, operators)
 
-    def forward(self, x: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, positions_T: Tensor, context: StepContext) -> Tensor:
         """Run the held layers over the packed tokens of a step.
 
         Args:
             x: token ids, int64 [T], on the first stage; hidden states [T, E] on the others.
             positions_T: position of each row in its own sequence, int64 [T].
-            attend: stores K and V and attends; called with the layer's index among those held.
+            context: what attends, called with the layer's index among those held, and what runs
+                MLPs.
 
         Returns:
             ``hidden_TE``, after the final norm on the last stage.
         """
         hidden_TE, tables = self.enter(x), self.rotary(positions_T)
         for index, layer in enumerate(self.layers.values()):
-            hidden_TE = layer(hidden_TE, tables, index, attend)
+            hidden_TE = layer(hidden_TE, tables, index, context)
         return self.leave(hidden_TE)
 
     def decoder_layers(self) -> list[DecoderLayer]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from mnemosyne.attention.segments import Attend
 from mnemosyne.model_zoo.spec import ModelSpec
 from mnemosyne.model_zoo.turns import Tables, Turns
 from mnemosyne.operators import Operators, Rotary, Weights, activate
+from mnemosyne.parallel.feed_forward import FeedForward
+from mnemosyne.step_context import StepContext
 
-FeedForward = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # an MLP and its input
 Projections = tuple[Tensor, Tensor, Tensor]  # q_THD, k_TKD and v_TKD
 
 
@@ -258,11 +259,15 @@ class DecoderLayer(nn.Module):
         del delta_TE
         return self.operators.add(hidden_TE, feed_forward(self.mlp, x_TE))
 
-    def forward(self, hidden_TE: Tensor, tables: Tables, layer: int, attend: Attend) -> Tensor:
+    def forward(
+        self, hidden_TE: Tensor, tables: Tables, layer: int, context: StepContext
+    ) -> Tensor:
         """The residual stream after this layer, [T, E]."""
         # no names here: what attention gave lives until its projection
         return self.finish(
-            hidden_TE, self._attended(hidden_TE, tables, layer, attend), attend.feed_forward
+            hidden_TE,
+            self._attended(hidden_TE, tables, layer, context.attend),
+            context.feed_forward,
         )
 
     def _attended(self, hidden_TE: Tensor, tables: Tables, layer: int, attend: Attend) -> Tensor:

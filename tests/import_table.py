@@ -195,9 +195,11 @@ TABLE = {
         itself=False,
     ),
     "operators": Rule(("config", "kernels"), ("torch",)),
+    # what the runtime hands to the layers of a model; each knows the other by this alone
+    "step_context": Rule(("attention.segments", "parallel.feed_forward")),
     "attention": Rule(("cache", "kernels", "parallel", "config"), ("torch", "numpy")),
     "model_zoo": Rule(
-        ("attention", "operators", "parallel", "config", "files", "shape"),
+        ("attention", "operators", "parallel", "config", "files", "shape", "step_context"),
         ("torch", "numpy", "safetensors", "tokenizers"),
     ),
     # the reader of its file is an extra
@@ -205,7 +207,7 @@ TABLE = {
     "runtime": Rule(
         (
             *("request", "schedule.plan", "cache", "attention", "parallel", "config", "files"),
-            *("kernels.cpu", "machine", "operators"),
+            *("kernels.cpu", "machine", "operators", "step_context"),
         ),
         ("torch", "numpy", "safetensors"),
     ),

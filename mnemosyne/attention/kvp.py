@@ -1,16 +1,15 @@
-"""Rows that several groups compute: partials exchanged and merged, MLP rows gathered and shared."""
+"""Attention of rows whose keys several groups hold: partials are exchanged and merged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mnemosyne.attention.lse import merge_partials
-from mnemosyne.attention.rows import SharedRows, WideRows
-from mnemosyne.parallel.collectives import Gather, all_gather, start_all_gather
+from mnemosyne.attention.shared_rows import SharedRows
+from mnemosyne.parallel.collectives import Gather, start_all_gather
 from mnemosyne.parallel.mesh import Axis
 
 
@@ -89,27 +88,3 @@ def start_exchange(out_THD: Tensor, lse_TH: Tensor, shared: SharedRows, axis: Ax
     """
     gather = start_all_gather(pack_partials(out_THD, lse_TH, shared), axis)
     return Exchange(gather, shared, out_THD.shape[-1], lse_TH.dtype)
-
-
-def wide_feed_forward(
-    mlp: Callable[[Tensor], Tensor], x_TE: Tensor, rows: WideRows, axis: Axis
-) -> Tensor:
-    """The MLP over the rows of all groups; each MLP weight is read once over all ranks.
-
-    Args:
-        mlp: sums its result over the flattened (kvp, tp).
-        x_TE: local rows.
-        rows: which of them to send and to take back.
-        axis: kvp.
-
-    Returns:
-        ``[T, E]``; padding rows are 0.
-
-    Source: Helix parallelism, arXiv 2507.07120.
-    """
-    sent = x_TE.new_zeros(rows.num_sent, x_TE.shape[1])
-    sent[: len(rows.owned_rows)] = x_TE[rows.owned_rows]
-    y_RE = mlp(all_gather(sent, axis).flatten(0, 1))
-    out_TE = torch.zeros_like(x_TE)
-    out_TE[rows.local_rows] = y_RE[rows.gathered_rows]
-    return out_TE

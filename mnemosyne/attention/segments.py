@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -138,12 +138,6 @@ class Attend(Protocol):
             k_TKD: keys.
             v_TKD: values.
             rotary: cos and sin that queries and keys are still to be rotated by, both [T, D/2].
-        """
-
-    def feed_forward(self, mlp: Callable[[Tensor], Tensor], x_TE: Tensor) -> Tensor:
-        """The MLP of the same layer on its normed input.
-
-        ``mlp(x_TE)``, unless groups share the MLP: then it runs over the rows of all of them.
         """
 
 

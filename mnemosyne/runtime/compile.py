@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from mnemosyne.attention.segments import Attend
 from mnemosyne.machine import cache_folder
 from mnemosyne.operators import Rotary
+from mnemosyne.parallel.feed_forward import own_rows
 from mnemosyne.runtime.step import Layer, LayeredModel, Projections, Tables
+from mnemosyne.step_context import StepContext
 
 MANY_ROWS = 16  # of the steps that the graph for any number of rows is traced with
 
@@ -70,12 +71,12 @@ class CompiledModel:
             self._run = self._run_cut
         self._one, self._many = _Graphs(numbers), _Graphs(numbers)
 
-    def __call__(self, x: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+    def __call__(self, x: Tensor, positions_T: Tensor, context: StepContext) -> Tensor:
         """Hidden states ``[T, E]`` of the packed rows."""
         graph, hidden_TE = self._graphs(len(positions_T)), self._model.enter(x)
         begin = _begin if self._layers[0].meets_ranks else graph(_begin, 0)
         begun = begin(self._model, self._layers[0], hidden_TE, positions_T)
-        return self._run(graph, hidden_TE, *begun, attend)
+        return self._run(graph, hidden_TE, *begun, context)
 
     def logits(self, hidden_BE: Tensor) -> Tensor:
         """Logits ``[B, V]``, float32 or wider."""
@@ -99,7 +100,7 @@ class CompiledModel:
                     progress(done, len(sizes))
                 self._many.for_any_rows = num_rows == MANY_ROWS
                 x, positions_T = self._rows_of_zeros(num_rows)
-                hidden_TE = self(x, positions_T, _NoAttention())
+                hidden_TE = self(x, positions_T, StepContext(_no_attention, own_rows))
                 if self._model.is_last:
                     self.logits(hidden_TE)
         self._many.for_any_rows = False
@@ -124,17 +125,17 @@ class CompiledModel:
         hidden_TE: Tensor,
         tables: Tables,
         projections: Projections,
-        attend: Attend,
+        context: StepContext,
     ) -> Tensor:
         """All between two attentions is one graph."""
         layers = self._layers
         for index, (layer, following) in enumerate(pairwise(layers)):
-            out_THD = attend(index, *projections)
+            out_THD = context.attend(index, *projections)
             hidden_TE, projections = graph(_between, index, index + 1)(
                 layer, following, hidden_TE, out_THD, tables
             )
         last = len(layers) - 1
-        out_THD = attend(last, *projections)
+        out_THD = context.attend(last, *projections)
         return graph(_end, last)(self._model, layers[-1], hidden_TE, out_THD)
 
     def _run_cut(
@@ -143,14 +144,14 @@ class CompiledModel:
         hidden_TE: Tensor,
         tables: Tables,
         projections: Projections,
-        attend: Attend,
+        context: StepContext,
     ) -> Tensor:
         """Products whose results are summed over ranks are called as they are, hooks and all."""
         layers = self._layers
         for index, layer in enumerate(layers):
-            delta_TE = layer.attn(attend(index, *projections))
+            delta_TE = layer.attn(context.attend(index, *projections))
             hidden_TE, x_TE = graph(_add_norm, index)(layer, hidden_TE, delta_TE)
-            delta_TE = attend.feed_forward(partial(self._feed_forward, index), x_TE)
+            delta_TE = context.feed_forward(partial(self._feed_forward, index), x_TE)
             if index + 1 < len(layers):
                 following = layers[index + 1]
                 meets = following.meets_ranks
@@ -164,21 +165,15 @@ class CompiledModel:
         return layer.mlp.narrow(self._graphs(len(x_TE))(_widen, index)(layer, x_TE))
 
 
-class _NoAttention:
+def _no_attention(
+    layer: int,
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    rotary: Rotary | None = None,
+) -> Tensor:
     """Stands in for attention while pieces are compiled: it gives the shape alone."""
-
-    def __call__(
-        self,
-        layer: int,
-        q_THD: Tensor,
-        k_TKD: Tensor,
-        v_TKD: Tensor,
-        rotary: Rotary | None = None,
-    ) -> Tensor:
-        return q_THD.contiguous()
-
-    def feed_forward(self, mlp: Callable[[Tensor], Tensor], x_TE: Tensor) -> Tensor:
-        return mlp(x_TE)
+    return q_THD.contiguous()
 
 
 def _begin(
@@ -191,12 +186,12 @@ def _begin(
 def _between(
     layer: Layer, following: Layer, hidden_TE: Tensor, out_THD: Tensor, tables: Tables
 ) -> tuple[Tensor, Projections]:
-    hidden_TE = layer.finish(hidden_TE, out_THD, _own_rows)
+    hidden_TE = layer.finish(hidden_TE, out_THD, own_rows)
     return hidden_TE, _project(following, hidden_TE, tables)
 
 
 def _end(model: LayeredModel, layer: Layer, hidden_TE: Tensor, out_THD: Tensor) -> Tensor:
-    return model.leave(layer.finish(hidden_TE, out_THD, _own_rows))
+    return model.leave(layer.finish(hidden_TE, out_THD, own_rows))
 
 
 def _add_norm(layer: Layer, hidden_TE: Tensor, delta_TE: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,11 +220,6 @@ def _logits(model: LayeredModel, hidden_BE: Tensor) -> Tensor:
 def _project(layer: Layer, hidden_TE: Tensor, tables: Tables) -> Projections:
     """What attention takes, rotated in the graph."""
     return layer.all_turned(layer.project(hidden_TE), tables)
-
-
-def _own_rows(mlp: Callable[[Tensor], Tensor], x_TE: Tensor) -> Tensor:
-    """The MLP of a model that shares it with no other group."""
-    return mlp(x_TE)
 
 
 def _compiled(function: Piece) -> Piece:

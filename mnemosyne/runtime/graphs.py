@@ -20,9 +20,11 @@ from mnemosyne.attention.segments import AttentionBackend, AttentionBatch, Recor
 from mnemosyne.cache.pages import PagePool
 from mnemosyne.kernels.cpu.tape import Memory, Tape
 from mnemosyne.operators import Operators
+from mnemosyne.parallel.feed_forward import own_rows
 from mnemosyne.parallel.mesh import Axis
 from mnemosyne.runtime.inputs import StepInputs, bucket_size
 from mnemosyne.runtime.step import LayerShape, Model, PagedAttention
+from mnemosyne.step_context import StepContext
 
 log = logging.getLogger(__name__)
 
@@ -149,8 +151,9 @@ class DecodeGraphs:
         attend = PagedAttention(
             self._pool, backend, self._operators, inputs, layers=self._layers, kvp=Axis("kvp")
         )
+        context = StepContext(attend, own_rows)
         hidden_TE = graph.capture(
-            lambda: self._model(inputs.token_ids_T, inputs.positions_T, attend)
+            lambda: self._model(inputs.token_ids_T, inputs.positions_T, context)
         )
         return _Captured(graph, backend, inputs, hidden_TE)
 

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnemosyne.attention.rows import SharedRows, WideRows
 from mnemosyne.attention.segments import AttentionBatch, Segment
+from mnemosyne.attention.shared_rows import SharedRows
 from mnemosyne.cache.layout import slots_of
 from mnemosyne.cache.page_ids import PageIds
 from mnemosyne.cache.table import Held, PageTable
+from mnemosyne.parallel.feed_forward import WideRows
 from mnemosyne.runtime.sequences import SequenceState
 from mnemosyne.schedule.plan import Chunk, Plan
 

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from mnemosyne.attention.kvp import start_exchange, wide_feed_forward
-from mnemosyne.attention.segments import Attend, AttentionBackend, AttentionBatch
+from mnemosyne.attention.kvp import start_exchange
+from mnemosyne.attention.segments import AttentionBackend, AttentionBatch
 from mnemosyne.cache.pages import PagePool
 from mnemosyne.operators import Operators, Rotary
+from mnemosyne.parallel.feed_forward import FeedForward
 from mnemosyne.parallel.mesh import Axis
 from mnemosyne.runtime.inputs import StepInputs
+from mnemosyne.step_context import StepContext
 
 Projections = tuple[Tensor, Tensor, Tensor]
 Tables = tuple[Rotary, ...]
-FeedForward = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # an MLP and its input
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class LayerShape:
 class Model(Protocol):
     """What the runtime needs of a decoder; it arrives as an argument."""
 
-    def __call__(self, x: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+    def __call__(self, x: Tensor, positions_T: Tensor, context: StepContext) -> Tensor:
         """Hidden states ``[T, E]`` of the packed rows."""
 
     def logits(self, hidden_BE: Tensor) -> Tensor:
@@ -191,9 +192,3 @@ class PagedAttention:
             scale=self._layers.scale,
             return_lse=return_lse,
         )
-
-    def feed_forward(self, mlp: Callable[[Tensor], Tensor], x_TE: Tensor) -> Tensor:
-        """The MLP of a layer; where it is sharded over the groups, over the rows of all of them."""
-        if self._inputs.wide is None:
-            return mlp(x_TE)
-        return wide_feed_forward(mlp, x_TE, self._inputs.wide, self._kvp)

@@ -13,6 +13,7 @@ from mnemosyne.attention.segments import AttentionBackend
 from mnemosyne.cache.pages import PagePool
 from mnemosyne.cache.table import PageTable
 from mnemosyne.operators import Operators
+from mnemosyne.parallel.feed_forward import feed_forward_over
 from mnemosyne.parallel.mesh import Mesh
 from mnemosyne.parallel.pipeline import Pipeline
 from mnemosyne.parallel.trace import Trace
@@ -23,6 +24,7 @@ from mnemosyne.runtime.sampler import sample, token_logprobs
 from mnemosyne.runtime.sequences import SequenceState
 from mnemosyne.runtime.step import LayerShape, Model, PagedAttention
 from mnemosyne.schedule.plan import Plan, StepResult
+from mnemosyne.step_context import StepContext
 
 LOGPROB_ROWS = 256  # rows of prompt logits that exist at a time
 
@@ -171,7 +173,8 @@ class Worker:
             layers=self._layers,
             kvp=self._mesh.kvp,
         )
-        return lambda x: self._model(x, inputs.positions_T, attend)
+        context = StepContext(attend, feed_forward_over(inputs.wide, self._mesh.kvp))
+        return lambda x: self._model(x, inputs.positions_T, context)
 
     def close(self) -> None:
         """Wait until the next stage has taken everything; call it after the last step."""

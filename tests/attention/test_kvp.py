@@ -7,8 +7,8 @@ import torch
 
 from mnemosyne.attention.kvp import merge_packed, pack_partials
 from mnemosyne.attention.lse import merge_partials
-from mnemosyne.attention.rows import SharedRows
 from mnemosyne.attention.segments import AttentionBatch
+from mnemosyne.attention.shared_rows import SharedRows
 
 NUM_GROUPS, NUM_ROWS, NUM_HEADS, HEAD_DIM = 3, 5, 2, 8
 

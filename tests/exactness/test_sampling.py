@@ -16,7 +16,7 @@ from mnemosyne.model_zoo.needle import write_needle
 from mnemosyne.request import RequestOutput, SamplingParams
 from mnemosyne.runtime.worker import LOGPROB_ROWS
 from tests.engines import greedy, model_of, open_tiny, random_prompts
-from tests.model_zoo.dense import DenseAttend
+from tests.model_zoo.dense import dense_context
 from tests.model_zoo.tiny import VOCAB_SIZE, tiny_checkpoint
 
 PROMPTS = random_prompts((30, 7, 51, 18, 2))
@@ -133,9 +133,9 @@ def test_logprobs_belong_to_the_tokens_and_are_those_of_a_dense_forward(llm: LLM
 def dense_logits(llm: LLM, ids: np.ndarray) -> Tensor:
     """Logits ``[T, V]`` of one forward over all tokens, without a cache."""
     model = model_of(llm)
-    attend = DenseAttend(model.spec.windows)
+    context = dense_context(model.spec.windows)
     with torch.inference_mode():
-        return model.logits(model(torch.from_numpy(ids), torch.arange(len(ids)), attend))
+        return model.logits(model(torch.from_numpy(ids), torch.arange(len(ids)), context))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 300, 700])

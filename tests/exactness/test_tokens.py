@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mnemosyne.llm import LLM
 from mnemosyne.request import SamplingParams
-from tests.model_zoo.dense import DenseAttend
+from tests.model_zoo.dense import dense_context
 from tests.model_zoo.tiny import VOCAB_SIZE, oracle, tiny_checkpoint
 
 NUM_TOKENS = 64
@@ -117,9 +117,9 @@ class RecordingModel:
 
 def _dense_logits(decoder: Any, ids: np.ndarray) -> Tensor:
     """Logits ``[T, V]`` of one forward over all tokens, keys and values just as projected."""
-    attend = DenseAttend(decoder.spec.windows)
+    context = dense_context(decoder.spec.windows)
     with torch.inference_mode():
-        hidden_TE = decoder(torch.from_numpy(ids), torch.arange(len(ids)), attend)
+        hidden_TE = decoder(torch.from_numpy(ids), torch.arange(len(ids)), context)
         return decoder.logits(hidden_TE)
 
 

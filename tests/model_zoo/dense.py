@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mnemosyne.operators import TORCH, Rotary
+from mnemosyne.parallel.feed_forward import own_rows
+from mnemosyne.step_context import StepContext
 
 
 class DenseAttend:
@@ -49,5 +51,7 @@ class DenseAttend:
         weights_HTS = scores_HTS.masked_fill(~seen_TS, float("-inf")).softmax(dim=-1)
         return torch.einsum("hts,shd->thd", weights_HTS, v_SHD)
 
-    def feed_forward(self, mlp: Callable[[Tensor], Tensor], x_TE: Tensor) -> Tensor:
-        return mlp(x_TE)
+
+def dense_context(windows: Sequence[int | None], scale: float | None = None) -> StepContext:
+    """What the layers of a decoder meet where there is no engine."""
+    return StepContext(DenseAttend(windows, scale), own_rows)

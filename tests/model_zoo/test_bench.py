@@ -13,7 +13,7 @@ from mnemosyne.model_zoo.bench import bench_spec, init_random, write_bench
 from mnemosyne.model_zoo.decoder import Decoder
 from mnemosyne.model_zoo.spec import ModelSpec, read_spec
 from mnemosyne.runtime.weights import load_weights
-from tests.model_zoo.dense import DenseAttend
+from tests.model_zoo.dense import dense_context
 
 SMALL = dataclasses.replace(bench_spec(), vocab_size=512, width=64, mlp_width=128)
 
@@ -70,8 +70,8 @@ def test_outputs_in_bfloat16_are_finite_and_varied(bench: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(32_000, (64,), generator=generator)
 
-    attend = DenseAttend(decoder.spec.windows)
-    logits_TV = decoder.logits(decoder(ids, torch.arange(64), attend))
+    context = dense_context(decoder.spec.windows)
+    logits_TV = decoder.logits(decoder(ids, torch.arange(64), context))
 
     assert logits_TV.isfinite().all()
     assert len(logits_TV.argmax(-1).unique()) > 16

@@ -12,7 +12,7 @@ from torch import Tensor
 from mnemosyne.model_zoo.decoder import Decoder
 from mnemosyne.model_zoo.spec import read_spec
 from mnemosyne.runtime.weights import load_weights
-from tests.model_zoo.dense import DenseAttend
+from tests.model_zoo.dense import dense_context
 from tests.model_zoo.tiny import (
     FAMILIES,
     ROPES,
@@ -37,11 +37,11 @@ def prompt(length: int) -> list[int]:
 
 
 def dense_logits(decoder: Decoder, token_ids: list[int], *, chunk: int | None = None) -> Tensor:
-    attend = DenseAttend(decoder.spec.windows, decoder.spec.scale_of_scores)
+    context = dense_context(decoder.spec.windows, decoder.spec.scale_of_scores)
     ids, positions = torch.tensor(token_ids), torch.arange(len(token_ids))
     size = chunk or len(token_ids)
     parts = zip(ids.split(size), positions.split(size), strict=True)
-    return torch.cat([decoder.logits(decoder(x, at, attend)) for x, at in parts])
+    return torch.cat([decoder.logits(decoder(x, at, context)) for x, at in parts])
 
 
 def assert_agrees(path: Path, token_ids: list[int]) -> None:
@@ -106,8 +106,8 @@ def test_a_window_off_by_one_would_be_noticed(tmp_path: Path, wrong: int | None)
     decoder = load(path)
     ids = prompt(40)
 
-    attend = DenseAttend((wrong, wrong))
-    actual = decoder.logits(decoder(torch.tensor(ids), torch.arange(40), attend))
+    context = dense_context((wrong, wrong))
+    actual = decoder.logits(decoder(torch.tensor(ids), torch.arange(40), context))
     expected = oracle_logits(path, ids)
 
     assert (actual - expected).abs().max() / expected.abs().max() > 100 * ORACLE_ERROR
@@ -125,14 +125,14 @@ def test_older_forms_of_rope_mean_the_same(tmp_path: Path, rope: str, rope_form:
 
 def test_greedy_tokens_of_the_tiny_models_vary(tmp_path: Path) -> None:
     decoder = load(tiny_checkpoint(tmp_path))
-    attend = DenseAttend(decoder.spec.windows)
+    context = dense_context(decoder.spec.windows)
     ids = prompt(8)
 
-    hidden_TE = decoder(torch.tensor(ids), torch.arange(8), attend)
+    hidden_TE = decoder(torch.tensor(ids), torch.arange(8), context)
     tokens = []
     for position in range(8, 40):
         tokens.append(int(decoder.logits(hidden_TE[-1:]).argmax()))
-        hidden_TE = decoder(torch.tensor(tokens[-1:]), torch.tensor([position]), attend)
+        hidden_TE = decoder(torch.tensor(tokens[-1:]), torch.tensor([position]), context)
 
     assert len(set(tokens)) > 8
 
@@ -155,11 +155,11 @@ def test_stages_compute_the_whole_bit_for_bit(tmp_path: Path, tied: bool) -> Non
     ids, positions = torch.tensor(prompt(20)), torch.arange(20)
 
     windows = whole.spec.windows
-    hidden_TE = first(ids, positions, DenseAttend(windows[:1]))
-    hidden_TE = last(hidden_TE, positions, DenseAttend(windows[1:]))
+    hidden_TE = first(ids, positions, dense_context(windows[:1]))
+    hidden_TE = last(hidden_TE, positions, dense_context(windows[1:]))
     logits_TV = last.logits(hidden_TE)
 
-    assert torch.equal(logits_TV, whole.logits(whole(ids, positions, DenseAttend(windows))))
+    assert torch.equal(logits_TV, whole.logits(whole(ids, positions, dense_context(windows))))
     assert first.head is None
     assert first.norm is None
     assert last.embed is None

@@ -14,7 +14,7 @@ from mnemosyne.model_zoo.layers import Linear
 from mnemosyne.model_zoo.spec import read_spec
 from mnemosyne.operators import TORCH
 from mnemosyne.runtime.weights import load_weights
-from tests.model_zoo.dense import DenseAttend
+from tests.model_zoo.dense import dense_context
 from tests.model_zoo.tiny import tiny_checkpoint
 from tests.operators.counted import Counted
 
@@ -42,7 +42,7 @@ def decoder(tmp_path: Path) -> Decoder:
 
 def run(decoder: Decoder) -> Tensor:
     ids = torch.arange(5)
-    return decoder(ids, ids, DenseAttend(decoder.spec.windows))
+    return decoder(ids, ids, dense_context(decoder.spec.windows))
 
 
 def double_weights(layer: Any) -> None:

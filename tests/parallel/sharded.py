@@ -17,7 +17,7 @@ from mnemosyne.model_zoo.spec import ModelSpec, read_spec
 from mnemosyne.model_zoo.stages import cut_stages
 from mnemosyne.parallel.mesh import Mesh, init_mesh
 from mnemosyne.runtime.weights import load_weights
-from tests.model_zoo.dense import DenseAttend
+from tests.model_zoo.dense import dense_context
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def _logits(decoder: Decoder, mesh: Mesh, layers: range, token_ids: list[int]) -
         x = torch.empty(len(token_ids), decoder.spec.width, dtype=torch.float64)
         dist.recv(x, group=mesh.pp.group, group_src=mesh.pp.index - 1)
     windows = decoder.spec.windows[layers.start : layers.stop]
-    hidden_TE = decoder(x, positions_T, DenseAttend(windows))
+    hidden_TE = decoder(x, positions_T, dense_context(windows))
     if decoder.is_last:
         return decoder.logits(hidden_TE)
     dist.send(hidden_TE, group=mesh.pp.group, group_dst=mesh.pp.index + 1)

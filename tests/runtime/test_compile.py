@@ -15,7 +15,9 @@ from mnemosyne.model_zoo.bench import init_random
 from mnemosyne.model_zoo.decoder import Decoder
 from mnemosyne.model_zoo.rope import RopeSpec
 from mnemosyne.model_zoo.spec import ModelSpec
+from mnemosyne.parallel.feed_forward import own_rows
 from mnemosyne.runtime.compile import CompiledModel
+from mnemosyne.step_context import StepContext
 from tests.attention.cases import assert_no_worse_than_eager
 from tests.model_zoo.dense import DenseAttend
 
@@ -59,7 +61,8 @@ class _FreshAttend(DenseAttend):
 def _results(model: Decoder | CompiledModel, num_rows: int) -> tuple[Tensor, Tensor]:
     with torch.inference_mode():
         ids_T = torch.arange(num_rows) * 7 % 48
-        hidden_TE = model(ids_T, torch.arange(num_rows), _FreshAttend((None,) * 3))
+        context = StepContext(_FreshAttend((None,) * 3), own_rows)
+        hidden_TE = model(ids_T, torch.arange(num_rows), context)
         return hidden_TE, model.logits(hidden_TE[-3:])
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mnemosyne.attention.kvp import Exchange, start_exchange
 from mnemosyne.attention.reference import ReferenceBackend
-from mnemosyne.attention.rows import SharedRows
 from mnemosyne.attention.segments import AttentionBatch, Segment
+from mnemosyne.attention.shared_rows import SharedRows
 from mnemosyne.cache.pages import PagePool
 from mnemosyne.operators import TORCH
 from mnemosyne.parallel.mesh import Axis
