@@ -1,4 +1,8 @@
-"""Config dataclasses, with their units and checks. YAML chooses, this room types."""
+"""Config dataclasses, with their units and checks. YAML chooses, this room types.
+
+A field holds what was written and, once checked, what that means; where it may be written as text,
+a property of the parsed type is what other rooms read.
+"""
 
 from __future__ import annotations
 
@@ -166,6 +170,16 @@ class CacheConfig:
         if self.page_size < 1:
             raise ValueError(f"cache.page_size must be >= 1, got {self.page_size}; 128 is usual")
 
+    @property
+    def num_tokens(self) -> int | None:
+        """Tokens that were asked for, if any number was."""
+        return None if self.max_tokens is None else int(self.max_tokens)
+
+    @property
+    def num_tokens_per_group(self) -> int | None:
+        """Tokens of one request that a group takes, if any number was asked for."""
+        return None if self.max_tokens_per_group is None else int(self.max_tokens_per_group)
+
 
 @dataclass(kw_only=True, slots=True)
 class ScheduleConfig:
@@ -216,8 +230,22 @@ class ScheduleConfig:
             )
 
     @property
+    def fixed_chunk(self) -> int | None:
+        """Prefill tokens per step; None where the chunk is solved each step."""
+        return None if self.chunk == "adaptive" else int(self.chunk)
+
+    @property
     def is_adaptive(self) -> bool:
-        return self.chunk == "adaptive"
+        return self.fixed_chunk is None
+
+    @property
+    def target_tbt_s(self) -> float:
+        return float(self.target_tbt)
+
+    @property
+    def max_short_tokens(self) -> int:
+        """Tokens of the longest prompt that is not long."""
+        return int(self.long_tokens)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -234,6 +262,10 @@ class SloConfig:
             raise ValueError(
                 f"slo.ttft_scale must be a positive number, got {self.ttft_scale}; 1 to 10 is usual"
             )
+
+    @property
+    def ttft_min_s(self) -> float:
+        return float(self.ttft_min)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -340,3 +372,8 @@ class DemoConfig(EngineConfig):
             raise ValueError(f"depth must lie in [0, 1], got {self.depth}; 0.5 is the middle")
         if self.num_short < 0:
             raise ValueError(f"num_short must be >= 0, got {self.num_short}; 12 is usual")
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the long prompt."""
+        return int(self.length)

@@ -51,6 +51,11 @@ class BenchConfig(EngineConfig):
             )
         self._check_counts()
 
+    @property
+    def beside_tokens(self) -> int | None:
+        """Tokens of the prompt that comes beside decodes, if one does."""
+        return None if self.beside is None else int(self.beside)
+
     def _check_counts(self) -> None:
         smallest = {"batch": 1, "max_tokens": 8, "runs": 1, "peer_chunk": 1, "beside": 1}
         for name, least in {**smallest, "threads": 1}.items():

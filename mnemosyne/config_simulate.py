@@ -69,6 +69,22 @@ class EfficiencyConfig:
                 value = parse_duration(value, f"efficiency.{name}")
             setattr(self, name, float(value))
 
+    @property
+    def node_latency_s(self) -> float:
+        return float(self.node_latency)
+
+    @property
+    def network_latency_s(self) -> float:
+        return float(self.network_latency)
+
+    @property
+    def layer_overhead_s(self) -> float:
+        return float(self.layer_overhead)
+
+    @property
+    def step_overhead_s(self) -> float:
+        return float(self.step_overhead)
+
 
 @dataclass(kw_only=True, slots=True)
 class WorkloadConfig:
@@ -106,6 +122,11 @@ class WorkloadConfig:
                     f"workload.{high} must be at least workload.{low}={getattr(self, low)}, "
                     f"got {getattr(self, high)}; raise it"
                 )
+
+    @property
+    def long_range(self) -> tuple[int, int]:
+        """Tokens of the shortest and of the longest of the long prompts."""
+        return int(self.long_min), int(self.long_max)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -149,6 +170,14 @@ class PlanSloConfig:
         self.tbt = parse_duration(self.tbt, "slo.tbt")
         self.ttft = parse_duration(self.ttft, "slo.ttft")
 
+    @property
+    def tbt_s(self) -> float:
+        return float(self.tbt)
+
+    @property
+    def ttft_s(self) -> float:
+        return float(self.ttft)
+
 
 @dataclass(kw_only=True, slots=True)
 class PlanConfig:
@@ -187,3 +216,7 @@ class PlanConfig:
             raise ValueError(
                 f"memory_share must lie in (0, 1), got {self.memory_share}; 0.9 is usual"
             )
+
+    @property
+    def context_tokens(self) -> int:
+        return int(self.context)

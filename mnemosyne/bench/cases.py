@@ -130,11 +130,12 @@ def make_cases(config: BenchConfig) -> list[Case]:
     """One case per length, or all lengths spread over the batch beside one prompt."""
     is_filled = not config.prefill
     mark = ", filled cache" if is_filled else ""
-    if config.beside is not None:
+    beside = config.beside_tokens
+    if beside is not None:
         spread = np.geomspace(config.lengths[0], config.lengths[-1], config.batch)
-        name = f"{config.batch} decodes and a prompt of {short(int(config.beside))}{mark}"
+        name = f"{config.batch} decodes and a prompt of {short(beside)}{mark}"
         lengths = tuple(round(length) for length in spread)
-        return [Case(name, lengths, BESIDE_TOKENS, is_filled, int(config.beside))]
+        return [Case(name, lengths, BESIDE_TOKENS, is_filled, beside)]
     many = f"{config.batch} x " if config.batch > 1 else ""
     return [
         Case(f"{many}{short(length)}{mark}", (length,) * config.batch, config.max_tokens, is_filled)

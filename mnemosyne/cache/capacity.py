@@ -30,8 +30,8 @@ def count_pages(
         ValueError: if it is less than one page, or more than what the weights leave.
     """
     free_bytes = max(0, free_memory(device) // num_sharing - weight_bytes)
-    if config.max_tokens is not None:
-        num_tokens, asked = int(config.max_tokens), f"cache.max_tokens={config.max_tokens}"
+    if config.num_tokens is not None:
+        num_tokens, asked = config.num_tokens, f"cache.max_tokens={config.num_tokens}"
         num_pages = pages_for(num_tokens, config.page_size) if num_tokens else 0
     else:
         budget = int(free_bytes * config.memory_share)
@@ -59,9 +59,9 @@ def tokens_per_group(config: CacheConfig, num_pages: int) -> int:
         ValueError: if the limit is not a multiple of the page, or a group cannot hold it.
     """
     capacity = num_pages * config.page_size
-    if config.max_tokens_per_group is None:
+    limit = config.num_tokens_per_group
+    if limit is None:
         return capacity
-    limit = int(config.max_tokens_per_group)
     if limit < 1 or limit % config.page_size:
         raise ValueError(
             f"cache.max_tokens_per_group must be a multiple of cache.page_size="

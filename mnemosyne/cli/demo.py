@@ -56,11 +56,11 @@ def demo(config: DemoConfig) -> int:
     _check_model(config.model)
     _check_plot(config.plot)
     records: list[StepRecord] = []
-    recital = haystack(int(config.length), depth=config.depth, seed=config.seed)
+    recital = haystack(config.num_tokens, depth=config.depth, seed=config.seed)
     with LLM.from_config(config, on_step=records.append) as llm:
         alone = _serve(llm, config.num_short, long=None, view=None)
         records.clear()
-        with DemoView(llm, records, target_tbt_s=float(config.schedule.target_tbt)) as view:
+        with DemoView(llm, records, target_tbt_s=config.schedule.target_tbt_s) as view:
             try:
                 together = _serve(llm, config.num_short, long=recital, view=view)
             except KeyboardInterrupt:
@@ -130,7 +130,7 @@ def _draw(records: list[StepRecord], config: DemoConfig) -> None:
         return
     from mnemosyne.plot import draw_run
 
-    draw_run(records, config.plot, target_s=float(config.schedule.target_tbt))
+    draw_run(records, config.plot, target_s=config.schedule.target_tbt_s)
     print(f"plot: {config.plot}")
 
 

@@ -66,8 +66,8 @@ def print_plan(config: PlanConfig, shape: ModelShape, verdicts: list[Verdict]) -
     whole = shape.kv_bytes_per_token()
     print(
         f"{config.model} on {config.gpus} {config.hardware.name}: prompts of {config.context:,} "
-        f"tokens, {config.output} out, TBT at most {_ms(float(config.slo.tbt))} ms, TTFT at most "
-        f"{float(config.slo.ttft):g} s; {whole:,} bytes of KV per token"
+        f"tokens, {config.output} out, TBT at most {_ms(config.slo.tbt_s)} ms, TTFT at most "
+        f"{config.slo.ttft_s:g} s; {whole:,} bytes of KV per token"
     )
     table = Table()
     table.add_column("pp kvp tp ffn")
@@ -146,7 +146,7 @@ def draw_plot(config: PlanConfig, shape: ModelShape, verdicts: list[Verdict]) ->
         {_layout(v.mesh): frontier(config, shape, v, stages_of) for v in drawn},
         config.plot,
         title=f"{config.model}, {config.gpus} {config.hardware.name}, {config.context:,} tokens",
-        target=(float(config.slo.tbt), float(config.slo.ttft)),
+        target=(config.slo.tbt_s, config.slo.ttft_s),
     )
     print(f"plot: {config.plot}")
 
@@ -189,10 +189,10 @@ def _keys(verdict: Verdict, config: PlanConfig) -> str:
         words.append("mesh.ffn=wide")
     if mesh.kvp > 1:
         page = config.page_size
-        tokens = -(-(int(config.context) + config.output) // mesh.kvp)
+        tokens = -(-(config.context_tokens + config.output) // mesh.kvp)
         shard = -(-tokens // page) * page
         words.append(f"cache.max_tokens_per_group={shard}")
-    words.append(f"schedule.target_tbt={float(config.slo.tbt):g}")
+    words.append(f"schedule.target_tbt={config.slo.tbt_s:g}")
     copies = f", {verdict.replicas} copies" if verdict.replicas > 1 else ""
     return " ".join(words) + copies
 

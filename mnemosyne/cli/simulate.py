@@ -50,7 +50,7 @@ def simulate(config: SimulateConfig) -> int:
         started_s = time.perf_counter()
         outputs = simulation.run(arrivals)
         wall_s = time.perf_counter() - started_s
-    report = make_report(arrivals, outputs, long_tokens=int(config.schedule.long_tokens))
+    report = make_report(arrivals, outputs, long_tokens=config.schedule.max_short_tokens)
     if config.output:
         write_trace(config.output, result_rows(arrivals, outputs))
     if config.report:
@@ -58,7 +58,7 @@ def simulate(config: SimulateConfig) -> int:
     print_report(report, config, simulation)
     say(f"{len(records):,} steps in {wall_s:.1f} s")
     if config.plot:
-        draw_plot(config.plot, records, float(config.schedule.target_tbt))
+        draw_plot(config.plot, records, config.schedule.target_tbt_s)
     return OK
 
 

@@ -74,7 +74,7 @@ def join(
         page_size=config.cache.page_size,
         max_positions=intake.max_positions,
         vocab_size=intake.vocab_size,
-        step_s=2 * float(config.schedule.target_tbt),
+        step_s=2 * config.schedule.target_tbt_s,
     )
     measure = None if sweep is None else partial(sweep, work_model, limits)
     return Engine(scheduler, executor, intake, clock=clock, on_step=on_step, measure=measure)

@@ -156,13 +156,13 @@ def _memory(config: SimulateConfig, shape: ModelShape, stages: tuple[int, ...]) 
             f"activations on each {hardware.name} of {hardware.memory_gb:.0f} GB; raise mesh.tp or "
             "mesh.pp (mnemosyne plan shows what fits)"
         )
-    if cache.max_tokens is None:
+    if cache.num_tokens is None:
         return memory
-    asked = pages_for(int(cache.max_tokens), cache.page_size)
+    asked = pages_for(cache.num_tokens, cache.page_size)
     if not 1 <= asked <= memory.num_pages:
         raise ValueError(
             f"cache.max_tokens must lie in [1, {memory.num_tokens}] with this mesh on "
-            f"{hardware.name}, got {cache.max_tokens}; lower it or add ranks"
+            f"{hardware.name}, got {cache.num_tokens}; lower it or add ranks"
         )
     return Footprint(
         memory.weights, memory.activations, memory.kv_per_token, asked, memory.page_size

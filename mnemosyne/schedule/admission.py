@@ -74,7 +74,7 @@ class AdmissionQueue:
         deadline_s, arrival_s = request.deadline_s, request.arrival_s
         if deadline_s is None:
             alone_s = self._table.seconds(num_planned, request.num_prompt_tokens)
-            deadline_s = max(float(self._slo.ttft_min), self._slo.ttft_scale * alone_s)
+            deadline_s = max(self._slo.ttft_min_s, self._slo.ttft_scale * alone_s)
         total_s = self._table.at(request.num_prompt_tokens)
         due_s = arrival_s + min(deadline_s, FOREVER_S)
         prompt = RequestState(

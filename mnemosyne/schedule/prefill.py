@@ -53,7 +53,9 @@ class PrefillPlanner:
         self.work_model = work_model
         self._shard_tokens = shard_tokens
         self._depth = depth
-        self._long_tokens = int(config.long_tokens)
+        self._fixed_chunk = config.fixed_chunk
+        self._target_s = config.target_tbt_s
+        self._max_short_tokens = config.max_short_tokens
         self.table = PrefillTable(
             self._alone,
             lambda work: self.predictor.predict(work),
@@ -67,7 +69,7 @@ class PrefillPlanner:
     def add(self, prompt: RequestState) -> None:
         """Take an admitted prompt in."""
         self._queue.add(prompt)
-        self._num_short += prompt.request.num_prompt_tokens <= self._long_tokens
+        self._num_short += prompt.request.num_prompt_tokens <= self._max_short_tokens
 
     def discard(self, prompt: RequestState) -> None:
         """Forget a prompt that is not planned to its end."""
@@ -91,8 +93,8 @@ class PrefillPlanner:
         if not self._queue:
             return Prefills([], [], [], work, step.seconds)
         factor = self._queue.follow_table()
-        if not self.config.is_adaptive:
-            self._add_fixed(step, self._queue.in_order(now_s, factor))
+        if self._fixed_chunk is not None:
+            self._add_fixed(step, self._queue.in_order(now_s, factor), self._fixed_chunk)
         elif len(self._queue) == 1 and not delays_decodes:
             self._add_lone(step, *self._queue.in_order(now_s, factor))
         else:
@@ -112,10 +114,9 @@ class PrefillPlanner:
     def _remove(self, prompts: list[RequestState]) -> None:
         self._queue.remove(prompts)
         for prompt in prompts:
-            self._num_short -= prompt.request.num_prompt_tokens <= self._long_tokens
+            self._num_short -= prompt.request.num_prompt_tokens <= self._max_short_tokens
 
-    def _add_fixed(self, step: StepDraft, order: Iterable[RequestState]) -> None:
-        budget = int(self.config.chunk)
+    def _add_fixed(self, step: StepDraft, order: Iterable[RequestState], budget: int) -> None:
         for prompt in order:
             candidate = ChunkCandidate(step, prompt)
             size = min(budget, candidate.max_tokens)
@@ -143,7 +144,7 @@ class PrefillPlanner:
             min_chunk=self.config.min_chunk,
             max_chunk=self.config.max_chunk,
         )
-        target_s, max_chunk = float(self.config.target_tbt), self.config.max_chunk
+        target_s, max_chunk = self._target_s, self.config.max_chunk
         candidate.accept(max(soonest, self._solve(candidate, max_chunk, target_s)))
 
     def _add_adaptive(self, step: StepDraft, now_s: float, factor: float) -> None:
@@ -156,10 +157,10 @@ class PrefillPlanner:
         num_left, min_chunk = self.config.max_chunk, self.config.min_chunk
         num_short, tried_long = self._num_short, False
         # whatever the decodes of one group take, prompts of others may take as well
-        budget_s = max(float(self.config.target_tbt), step.seconds)
+        budget_s = max(self._target_s, step.seconds)
         full: set[int] = set()  # groups in which not even the smallest chunk fits any more
         for prompt in self._queue.in_order(now_s, factor):
-            is_long = prompt.request.num_prompt_tokens > self._long_tokens
+            is_long = prompt.request.num_prompt_tokens > self._max_short_tokens
             num_short -= not is_long
             if (is_long and tried_long) or (full and prompt.next_group in full):
                 continue

@@ -76,10 +76,10 @@ class Rates:
             weights=1 / efficiency.weights,
             kv=1 / efficiency.kv,
             links=1 / efficiency.links,
-            node_messages=float(efficiency.node_latency),
-            network_messages=float(efficiency.network_latency),
-            layers=float(efficiency.layer_overhead),
-            steps=float(efficiency.step_overhead),
+            node_messages=efficiency.node_latency_s,
+            network_messages=efficiency.network_latency_s,
+            layers=efficiency.layer_overhead_s,
+            steps=efficiency.step_overhead_s,
         )
 
     def seconds(self, terms: Terms) -> float:

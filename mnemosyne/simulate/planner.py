@@ -135,7 +135,7 @@ def judge(
     capacity = mesh.kvp * memory.num_tokens
     max_context = max(0, capacity - config.output)
     held = Verdict(mesh, replicas, Rank.NO_MEMORY, memory=memory, max_context=max_context)
-    if int(config.context) > max_context:
+    if config.context_tokens > max_context:
         used = (memory.weights + memory.activations) / 1e9
         if used > config.hardware.memory_gb:
             return replace(held, reason=f"a rank needs {used:.0f} GB without cache")
@@ -143,11 +143,11 @@ def judge(
     cost = StepCost(shape, config.hardware, config.efficiency, mesh, stages)
     outlook = Outlook(
         cost,
-        context=int(config.context),
+        context=config.context_tokens,
         page_size=config.page_size,
         max_chunk=config.max_chunk,
     )
-    slots = capacity // (int(config.context) + config.output)
+    slots = capacity // (config.context_tokens + config.output)
     trials: list[Verdict] = []
     for decodes in _loads(config, slots):
         trials.append(_at_load(config, held, outlook, decodes, only_rank))
@@ -166,10 +166,10 @@ def frontier(
     """
     stages = cut(shape, verdict.mesh)
     cost = StepCost(shape, config.hardware, config.efficiency, verdict.mesh, stages)
-    outlook = Outlook(cost, context=int(config.context), max_chunk=config.max_chunk)
+    outlook = Outlook(cost, context=config.context_tokens, max_chunk=config.max_chunk)
     decodes = verdict.decodes or 1
     least_s = outlook.tbt_s(decodes, CHUNK)
-    most_s = max(8 * float(config.slo.tbt), 2 * least_s)
+    most_s = max(8 * config.slo.tbt_s, 2 * least_s)
     budgets = [least_s * (most_s / least_s) ** (step / 12) for step in range(13)]
     return [(budget, outlook.ttft_s(decodes, budget)) for budget in budgets]
 
@@ -187,18 +187,18 @@ def remedies(
     """
     found = []
     slow = [v for v in verdicts if v.rank is Rank.TOO_SLOW and v.tbt_s and v.ttft_s]
-    in_time = [v.ttft_s for v in slow if v.ttft_s and (v.tbt_s or 0) <= float(config.slo.tbt)]
+    in_time = [v.ttft_s for v in slow if v.ttft_s and (v.tbt_s or 0) <= config.slo.tbt_s]
     if in_time:
-        found.append(Remedy("slo.ttft", min(in_time), min(in_time) / float(config.slo.ttft)))
-    steady = [v.tbt_s for v in slow if v.tbt_s and (v.ttft_s or 0) <= float(config.slo.ttft)]
+        found.append(Remedy("slo.ttft", min(in_time), min(in_time) / config.slo.ttft_s))
+    steady = [v.tbt_s for v in slow if v.tbt_s and (v.ttft_s or 0) <= config.slo.ttft_s]
     if steady:
-        found.append(Remedy("slo.tbt", min(steady), min(steady) / float(config.slo.tbt)))
+        found.append(Remedy("slo.tbt", min(steady), min(steady) / config.slo.tbt_s))
     gpus = _fewest_gpus(config, shape, cut)
     if gpus:
         found.append(Remedy("gpus", gpus, gpus / config.gpus))
     context = _largest_context(config, shape, cut)
     if context:
-        found.append(Remedy("context", context, int(config.context) / context))
+        found.append(Remedy("context", context, config.context_tokens / context))
     return sorted(found, key=lambda remedy: remedy.factor)
 
 
@@ -214,8 +214,8 @@ def _at_load(
     config: PlanConfig, held: Verdict, outlook: Outlook, decodes: int, only_rank: bool
 ) -> Verdict:
     """The verdict if that many requests decode beside a prefill."""
-    slo_tbt, slo_ttft = float(config.slo.tbt), float(config.slo.ttft)
-    tbt_s = outlook.tbt_s(decodes, min(CHUNK, int(config.context)))
+    slo_tbt, slo_ttft = config.slo.tbt_s, config.slo.ttft_s
+    tbt_s = outlook.tbt_s(decodes, min(CHUNK, config.context_tokens))
     if only_rank and tbt_s > slo_tbt:
         return replace(held, rank=Rank.TOO_SLOW)
     ttft_s = outlook.ttft_s(decodes, slo_tbt, limit_s=slo_ttft if only_rank else inf)
@@ -266,7 +266,7 @@ def _fewest_gpus(config: PlanConfig, shape: ModelShape, cut: CutStages) -> int |
 
 def _largest_context(config: PlanConfig, shape: ModelShape, cut: CutStages) -> int | None:
     """The longest prompt that fits somewhere, to a sixteenth; None below 1K."""
-    low, high = 1024, int(config.context)
+    low, high = 1024, config.context_tokens
     one = replace(config, decodes=1)
     if high <= low or not _fits_somewhere(replace(one, context=low), shape, cut):
         return None

@@ -54,7 +54,7 @@ def draw(config: WorkloadConfig) -> list[Arrival]:
     gaps = rng.exponential(1.0, count) / config.rate
     prompts = _log_normal(rng, config.prompt_median, config.prompt_p90, count)
     outputs = _log_normal(rng, config.output_median, config.output_p90, count)
-    low, high = np.log(int(config.long_min)), np.log(int(config.long_max))
+    low, high = np.log(config.long_range)
     longs = np.rint(np.exp(rng.uniform(low, high, count))).astype(np.int64)
     is_long = rng.random(count) < config.long_share
     lengths = np.where(is_long, longs, prompts)

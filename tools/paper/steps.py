@@ -65,7 +65,7 @@ def context_parallel_s(model: str, context: int, ranks: int, tp: int = 8) -> flo
     attention = sum(cost.stage_s([load])) - sum(cost.stage_s([GroupLoad(rows=rows)]))
     kv_bytes = rows * 2 * max(1, shape.num_kv_heads // tp) * shape.head_dim * 2
     link = config.hardware.network_gb_per_s * 1e9 * config.efficiency.links
-    send_s = kv_bytes / link + float(config.efficiency.network_latency)
+    send_s = kv_bytes / link + config.efficiency.network_latency_s
     round_s = max(attention / layers / ranks, send_s)
     return linear_s + layers * ranks * round_s
 
