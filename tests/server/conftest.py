@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from mnemosyne.llm import LLM
-from tests.server.live import Live, serving
+from tools.live_server import Live, serving
 
 NUM_TOKENS = 4096  # of the cache
 
