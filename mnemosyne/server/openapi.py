@@ -246,7 +246,7 @@ def responses(name: str, *statuses: int, **media: Schema) -> dict[int | str, dic
 
 
 _ASKED = (400, 401, 404, 413, 429, 500, 503)
-EVENTS = {"text/event-stream": TEXT}
+EVENTS = {"text/event-stream": record({"data": TEXT}, "data")}  # one event
 RESPONSES: dict[str, dict[int | str, dict[str, Any]]] = {
     "chat": responses("ChatCompletion", *_ASKED, **EVENTS),
     "completions": responses("Completion", *_ASKED, **EVENTS),
