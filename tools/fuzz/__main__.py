@@ -16,11 +16,13 @@ from tools.fuzz.command_line import command_line_door
 from tools.fuzz.door import Door, fuzz
 from tools.fuzz.files import files_door
 from tools.fuzz.params import params_door
+from tools.fuzz.wire import http_door
 
 DOORS: dict[str, Callable[[], AbstractContextManager[Door]]] = {
     "files": files_door,
     "command_line": command_line_door,
     "params": params_door,
+    "http": http_door,
 }
 MIN_ACCEPTED = 0.3
 MAX_GROWTH_BYTES = 200 * 2**20
