@@ -117,13 +117,14 @@ def _usual(device: torch.device, dtype: torch.dtype, head_dim: int) -> Attention
 
 
 def _usual_on_cpu(dtype: torch.dtype, head_dim: int) -> str:
-    why_not = None
+    why_not, passed_over = None, ""
     native = [each for each in INSTRUCTION_SETS if each.machine == platform.machine()]
     for instructions in native:
-        passed_over, why_not = why_not, why_not_native(instructions, dtype, head_dim)
+        why_not = why_not_native(instructions, dtype, head_dim)
         if why_not is None:
-            log.info("attention is %s: %s", instructions.name, passed_over or "it runs here")
+            log.info("attention is %s%s", instructions.name, passed_over)
             return instructions.name
+        passed_over = f", not {instructions.name}: {why_not}"
     if native and dtype in native[-1].dtypes:
         log.warning("attention is cpu, not the faster %s: %s", native[-1].name, why_not)
     return "cpu"

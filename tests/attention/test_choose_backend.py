@@ -122,7 +122,7 @@ def test_auto_does_without_amx_and_a_name_does_not(
     backend = choose_backend("auto", device=CPU, dtype=torch.bfloat16, head_dim=64)
 
     assert backend.name == "avx512"
-    assert "attention is avx512: the system does not let it" in caplog.text
+    assert "attention is avx512, not amx: the system does not let it" in caplog.text
     with pytest.raises(
         ValueError, match=r"amx must be able to run, but the system .*; use attention=cpu"
     ):
