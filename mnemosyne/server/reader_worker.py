@@ -66,8 +66,9 @@ def answer_to(
 def read_from(reader: Reader, asked: dict[str, Any], file: int | None) -> Reading:
     if file is None:
         return read_body(reader, asked["kind"], asked["body"])
-    with mmap.mmap(file, 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
-        return read_body(reader, asked["kind"], view)
+    # closed once nothing looks into it any more, as the trace of an error may
+    mapped = mmap.mmap(file, 0, access=mmap.ACCESS_READ)
+    return read_body(reader, asked["kind"], memoryview(mapped))
 
 
 def write_all(file: int, ids: np.ndarray) -> None:
