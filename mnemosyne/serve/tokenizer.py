@@ -13,9 +13,12 @@ import tokenizers
 
 from mnemosyne.files import is_there, printable, read_bytes, shown
 from mnemosyne.serve.chat import ChatTemplate, Message, special_tokens
+from mnemosyne.serve.long_text import PIECE, encode_by_pieces
 
 REPLACEMENT = "\ufffd"  # what decoding shows for half a character
 SPACE = "\u2581"  # how vocabularies of SentencePiece write it
+MAX_AT_ONCE = 4 * PIECE  # characters; what is longer is encoded by pieces
+NUM_SAMPLED = 256  # characters that show what is put around a text
 MAX_BYTES = 128 << 20  # of tokenizer.json; the largest published ones hold 35 MB
 
 
@@ -108,12 +111,18 @@ class Tokenizer:
             ) from error
         rule = f"prompt must be text that the model's tokenizer can encode, not {shown(text)}"
         with _foreign(rule, "change the text or send token ids"):
+            body = encode_by_pieces(self._backend, text) if len(text) > MAX_AT_ONCE else None
             # a batch of one: unlike `encode`, it lets other threads run
             (encoded,) = self._backend.encode_batch_fast(
-                [text], add_special_tokens=add_special_tokens
+                [text if body is None else text[:NUM_SAMPLED]],
+                add_special_tokens=add_special_tokens,
             )
         ids = np.array(encoded.ids, dtype=np.int64)
-        return ids[_num_doubled(ids, encoded.special_tokens_mask) :]
+        is_added = encoded.special_tokens_mask
+        if body is not None:  # what is put around a part of it is put around all of it
+            inner = np.flatnonzero(np.array(is_added) == 0)
+            ids = np.concatenate([ids[: inner[0]], body, ids[inner[-1] + 1 :]])
+        return ids[_num_doubled(ids, is_added) :]
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
         """Token ids to text; ids that are no tokens (padding of the vocabulary) give none.
