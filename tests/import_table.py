@@ -141,6 +141,7 @@ TABLE = {
     "joining.rank": Rule(
         (
             *("joining.checkpoint", "joining.compute", "joining.device", "config", "metrics"),
+            "attention.kvp",
             *("cache", "kernels", "model_zoo", "parallel", "runtime", "serve", "shape"),
         ),
         ("torch",),

@@ -23,25 +23,30 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mnemosyne import LLM, SamplingParams
-from mnemosyne.attention import kvp
+from mnemosyne.attention import AttentionBackend
+from mnemosyne.attention.kvp import Exchange, Pending, StartExchange
+from mnemosyne.attention.shared_rows import SharedRows
+from mnemosyne.bench.peers.ours import fill_randomly
 from mnemosyne.cache.layout import pages_for
 from mnemosyne.cache.table import PageTable
 from mnemosyne.config import CacheConfig, EngineConfig, MeshConfig, ScheduleConfig, parse_size
+from mnemosyne.joining.compute import Wraps
 from mnemosyne.joining.crew import Driver, Follower
-from mnemosyne.joining.rank import Rank, build_rank
+from mnemosyne.joining.rank import build_rank
+from mnemosyne.joining.real import executor_of
 from mnemosyne.parallel.collectives import Gather, all_gather
 from mnemosyne.parallel.mesh import Axis
-from mnemosyne.runtime import step
-from mnemosyne.runtime.executor import LocalExecutor, MeshExecutor
 from mnemosyne.schedule.plan import Admission, Chunk, Executor, Plan
 
 RESULT = "bench_mesh_result "  # before the line of JSON that rank 0 prints
@@ -51,6 +56,7 @@ NUM_WARM = 4
 SHORT_TOKENS = 8192  # of a request beside the long one
 
 Case = dict[str, Any]
+Clocks = dict[str, list[float]]
 
 
 def serve_prompt(case: Case) -> dict[str, float] | None:
@@ -87,26 +93,20 @@ def decode_filled(case: Case) -> dict[str, float] | None:
         cache=CacheConfig(max_tokens=room, page_size=PAGE_SIZE),
         schedule=ScheduleConfig(chunk=512),
     )
-    rank = build_rank(config)
-    _fill(rank)
-    merge_s: list[float] = []
-    _timed(step, "start_exchange", merge_s)
-    _timed(kvp.Exchange, "finish", merge_s)
-    clocks = {"attention_s": _timed(step.PagedAttention, "__call__", []), "merge_s": merge_s}
-    if case.get("meets"):
-        _meet_before(step, "start_exchange", rank.mesh.kvp)
-    if case.get("waits"):
-        _wait_at_once()
+    clocks: Clocks = {"attention_s": [], "merge_s": []}
+    wraps = Wraps(
+        backend=lambda inner: cast(AttentionBackend, ClockedBackend(inner, clocks)),
+        exchange=lambda start: _exchange(case, start, clocks),
+    )
+    rank = build_rank(config, wraps=wraps)
+    fill_randomly(rank.worker.pool)
     if rank.mesh.rank > 0:
         follower = Follower(rank)
         follower.close()
         return None
     driver = Driver(rank) if rank.mesh.world_size > 1 else None
-    executor: Executor = LocalExecutor(rank.worker)
+    executor = executor_of(rank, driver)
     if driver is not None:
-        executor = MeshExecutor(
-            rank.worker, driver, num_groups=num_groups, num_stages=rank.mesh.pp.degree
-        )
         driver.tell_ready()
     requests = [(case["length"], _table(range(num_groups), shard_tokens))]
     for index in range(shorts * num_groups):
@@ -128,7 +128,7 @@ def _table(groups: Iterable[int], shard_tokens: int, first_slot: int = 0) -> Pag
 def _decode(
     executor: Executor,
     requests: list[tuple[int, PageTable]],
-    clocks: dict[str, list[float]],
+    clocks: Clocks,
 ) -> dict[str, float]:
     starts = [length - NUM_WARM - NUM_STEPS for length, _ in requests]
     tables = tuple((request_id, table) for request_id, (_, table) in enumerate(requests))
@@ -160,52 +160,67 @@ def _decode(
     return {name: median(values[NUM_WARM:]) for name, values in seconds.items()}
 
 
-def _fill(rank: Rank) -> None:
-    """Random keys and values everywhere, so that every read comes from memory."""
-    block = torch.randn(2**20).to(torch.bfloat16)
-    for pool in (*rank.worker._pool.k, *rank.worker._pool.v):
-        flat = pool.view(-1)
-        for start in range(0, flat.numel(), block.numel()):
-            part = flat[start : start + block.numel()]
-            part.copy_(block[: part.numel()])
+class ClockedBackend:
+    """A backend of attention whose calls count as attention.
+
+    Args:
+        inner: attends.
+        clocks: where seconds go.
+    """
+
+    def __init__(self, inner: AttentionBackend, clocks: Clocks) -> None:
+        self._inner = inner
+        self._clocks = clocks
+
+    def attend(self, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor | None]:
+        with _clocked(self._clocks["attention_s"]):
+            return self._inner.attend(*arguments, **keywords)
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not clocked."""
+        return getattr(self._inner, name)
 
 
-def _timed(owner: Any, name: str, seconds: list[float]) -> list[float]:
-    """Have every call of a function add its seconds to a list, which comes back."""
-    function = getattr(owner, name)
+@dataclass(frozen=True, slots=True)
+class ClockedExchange:
+    """An exchange whose end counts as merging, and so as attention."""
 
-    def timed(*arguments: Any, **keywords: Any) -> Any:
-        started_s = time.perf_counter()
-        try:
-            return function(*arguments, **keywords)
-        finally:
-            seconds.append(time.perf_counter() - started_s)
+    inner: Pending
+    clocks: Clocks
 
-    setattr(owner, name, timed)
-    return seconds
+    def finish(self, out_THD: Tensor) -> None:
+        with _clocked(*self.clocks.values()):
+            self.inner.finish(out_THD)
 
 
-def _meet_before(owner: Any, name: str, axis: Axis) -> None:
-    """Have ranks wait for each other before a function, so that its time is its own work."""
-    function = getattr(owner, name)
+def _exchange(case: Case, start: StartExchange, clocks: Clocks) -> StartExchange:
+    """The start of an exchange, clocked; with ``meets`` ranks wait for each other before it, so
+    that its time is its own work, with ``waits`` its messages are there before it returns."""
 
-    def met(*arguments: Any, **keywords: Any) -> Any:
-        all_gather(torch.zeros(1), axis)
-        return function(*arguments, **keywords)
+    def started(out_THD: Tensor, lse_TH: Tensor, shared: SharedRows, axis: Axis) -> Pending:
+        if case.get("meets"):
+            all_gather(torch.zeros(1), axis)
+        with _clocked(*clocks.values()):
+            exchange = start(out_THD, lse_TH, shared, axis)
+            if case.get("waits"):
+                assert isinstance(exchange, Exchange)
+                gathered = exchange.gather.wait()
+                exchange = replace(exchange, gather=Gather(lambda: gathered))
+        return ClockedExchange(exchange, clocks)
 
-    setattr(owner, name, met)
+    return started
 
 
-def _wait_at_once() -> None:
-    """Have every exchange be there before anything else is computed."""
-    start = step.start_exchange
-
-    def waited(*arguments: Any) -> kvp.Exchange:
-        exchange = start(*arguments)
-        gathered = exchange.gather.wait()
-        return replace(exchange, gather=Gather(lambda: gathered))
-
-    step.start_exchange = waited
+@contextmanager
+def _clocked(*seconds: list[float]) -> Iterator[None]:
+    """Add the seconds that this lasts to lists."""
+    started_s = time.perf_counter()
+    try:
+        yield
+    finally:
+        took_s = time.perf_counter() - started_s
+        for found in seconds:
+            found.append(took_s)
 
 
 MEASURES: dict[str, Callable[[Case], dict[str, float] | None]] = {

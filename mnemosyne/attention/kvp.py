@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -53,6 +55,16 @@ def merge_packed(
     mine = packed_RTHX[:, shared.exchange_rows]
     lse = mine[..., head_dim:].contiguous().view(wide).squeeze(-1)
     return merge_partials(mine[..., :head_dim], lse)[0]
+
+
+class Pending(Protocol):
+    """An exchange that was started."""
+
+    def finish(self, out_THD: Tensor) -> None:
+        """See ``Exchange.finish``."""
+
+
+StartExchange = Callable[[Tensor, Tensor, SharedRows, Axis], Pending]  # as ``start_exchange``
 
 
 @dataclass(frozen=True, slots=True, eq=False)

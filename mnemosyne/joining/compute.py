@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from mnemosyne.attention import AttentionBackend, choose_backend
+from mnemosyne.attention.kvp import StartExchange
 from mnemosyne.attention.segments import RecordableBackend
 from mnemosyne.cache.pages import PagePool
 from mnemosyne.config import EngineConfig
@@ -39,6 +40,7 @@ class Wraps:
     backend: Callable[[AttentionBackend], AttentionBackend] = as_it_is
     model: Callable[[Model], Model] = as_it_is
     executor: Callable[[Executor], Executor] = as_it_is
+    exchange: Callable[[StartExchange], StartExchange] = as_it_is
 
 
 AS_THEY_ARE = Wraps()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mnemosyne.attention.kvp import start_exchange
 from mnemosyne.cache.capacity import count_pages, describe_cache, tokens_per_group
 from mnemosyne.cache.pages import PagePool
 from mnemosyne.config import CacheConfig, EngineConfig, MetricsConfig
@@ -105,6 +106,7 @@ def build_rank(
         pipeline=_pipeline(mesh, spec, dtype, device, trace),
         trace=trace,
         graphs=compute.graphs(model, layers, pool),
+        exchange=wraps.exchange(start_exchange),
     )
     rank = Rank(
         *(mesh, checkpoint, worker, intake, num_pages, max_tokens, trace, config.metrics),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from mnemosyne.attention.kvp import start_exchange
+from mnemosyne.attention.kvp import StartExchange, start_exchange
 from mnemosyne.attention.segments import AttentionBackend, AttentionBatch
 from mnemosyne.cache.pages import PagePool
 from mnemosyne.operators import Operators, Rotary
@@ -124,6 +124,7 @@ class PagedAttention:
         inputs: the rows of the step.
         layers: windows of the local layers and the scale of their scores.
         kvp: the groups among which the rows of long requests are shared.
+        exchange: brings the partials of those rows together.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class PagedAttention:
         *,
         layers: LayerShape,
         kvp: Axis,
+        exchange: StartExchange = start_exchange,
     ) -> None:
         self._pool = pool
         self._backend = backend
@@ -142,6 +144,7 @@ class PagedAttention:
         self._inputs = inputs
         self._layers = layers
         self._kvp = kvp
+        self._start_exchange = exchange
         self._prepared = self._prepare(inputs.batch)
         self._prepared_shared = self._prepare(inputs.shared.batch) if inputs.shared else {}
 
@@ -164,7 +167,7 @@ class PagedAttention:
         # Shared rows first: their partials travel while the other rows are computed.
         out_THD, lse_TH = self._attend(layer, q_THD, self._prepared_shared, return_lse=True)
         assert lse_TH is not None, "partials come with their LSE"
-        exchange = start_exchange(out_THD, lse_TH, shared, self._kvp)
+        exchange = self._start_exchange(out_THD, lse_TH, shared, self._kvp)
         if self._inputs.batch.segments:
             out_THD, _ = self._attend(layer, q_THD, self._prepared)
         exchange.finish(out_THD)

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from mnemosyne.attention.kvp import StartExchange, start_exchange
 from mnemosyne.attention.segments import AttentionBackend
 from mnemosyne.cache.pages import PagePool
 from mnemosyne.cache.table import PageTable
@@ -43,6 +44,7 @@ class Worker:
         pipeline: the links to the stages before and after, if there are any.
         trace: records what this rank does, if anybody wants to know.
         graphs: replay the steps that they hold; the model runs the others.
+        exchange: brings the partials of rows together that several groups compute.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Worker:
         pipeline: Pipeline | None = None,
         trace: Trace | None = None,
         graphs: DecodeGraphs | None = None,
+        exchange: StartExchange = start_exchange,
     ) -> None:
         self._model = model
         self._layers = layers
@@ -69,6 +72,7 @@ class Worker:
         self._pipeline = pipeline
         self._trace = trace
         self._graphs = graphs
+        self._exchange = exchange
         self._sequences: dict[int, SequenceState] = {}
         self._expected: deque[Plan] = deque()  # announced, and not run yet
         self._tables: dict[int, PageTable] = {}  # as of the last of them
@@ -172,6 +176,7 @@ class Worker:
             inputs,
             layers=self._layers,
             kvp=self._mesh.kvp,
+            exchange=self._exchange,
         )
         context = StepContext(attend, feed_forward_over(inputs.wide, self._mesh.kvp))
         return lambda x: self._model(x, inputs.positions_T, context)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
-from mnemosyne.attention.kvp import Exchange, start_exchange
+from mnemosyne.attention.kvp import Pending, start_exchange
 from mnemosyne.attention.reference import ReferenceBackend
 from mnemosyne.attention.segments import AttentionBatch, Segment
 from mnemosyne.attention.shared_rows import SharedRows
 from mnemosyne.cache.pages import PagePool
 from mnemosyne.operators import TORCH
 from mnemosyne.parallel.mesh import Axis
-from mnemosyne.runtime import step
 from mnemosyne.runtime.inputs import StepInputs
 from mnemosyne.runtime.step import LayerShape, PagedAttention
 
@@ -52,7 +51,23 @@ def inputs_of(own: list[Segment], shared: list[Segment]) -> StepInputs:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class RecordedExchange:
+    """Says when it starts and ends."""
+
+    events: list[str]
+    inner: Pending
+
+    def finish(self, out_THD: Tensor) -> None:
+        self.events.append("finish")
+        self.inner.finish(out_THD)
+
+
 def attention_of(inputs: StepInputs, events: list[str]) -> Tensor:
+    def exchange(*arguments: Any) -> Pending:
+        events.append("start")
+        return RecordedExchange(events, start_exchange(*arguments))
+
     torch.manual_seed(0)
     pool = PagePool(
         num_pages=3,
@@ -67,30 +82,14 @@ def attention_of(inputs: StepInputs, events: list[str]) -> Tensor:
         tensor.normal_()
     layers = LayerShape(windows=[None], scale=0.3)
     # One group alone: what is exchanged comes back merged with nothing else.
-    attend = PagedAttention(pool, Recording(events), TORCH, inputs, layers=layers, kvp=Axis("kvp"))
+    settings = {"layers": layers, "kvp": Axis("kvp"), "exchange": exchange}
+    attend = PagedAttention(pool, Recording(events), TORCH, inputs, **settings)
     q_THD, k_TKD, v_TKD = (torch.randn(4, n, 8, dtype=torch.float64) for n in (4, 2, 2))
     return attend(0, q_THD, k_TKD, v_TKD)
 
 
-@pytest.fixture
-def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def test_partials_are_on_their_way_while_other_rows_are_computed() -> None:
     events: list[str] = []
-
-    def start(*arguments: Any) -> Exchange:
-        events.append("start")
-        return start_exchange(*arguments)
-
-    def finish(self: Exchange, out_THD: Tensor) -> None:
-        events.append("finish")
-        plain(self, out_THD)
-
-    plain = Exchange.finish
-    monkeypatch.setattr(step, "start_exchange", start)
-    monkeypatch.setattr(Exchange, "finish", finish)
-    return events
-
-
-def test_partials_are_on_their_way_while_other_rows_are_computed(events: list[str]) -> None:
     together = attention_of(inputs_of([LONG, SHORT], []), events)
     assert events == ["attend to rows from [0, 2]"]
     events.clear()
@@ -102,7 +101,9 @@ def test_partials_are_on_their_way_while_other_rows_are_computed(events: list[st
     assert together[:3].abs().sum(-1).all()
 
 
-def test_a_group_without_rows_of_its_own_attends_once(events: list[str]) -> None:
+def test_a_group_without_rows_of_its_own_attends_once() -> None:
+    events: list[str] = []
+
     apart = attention_of(inputs_of([], [LONG]), events)
 
     assert events == ["attend to rows from [0]", "start", "finish"]
