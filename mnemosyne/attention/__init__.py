@@ -35,10 +35,10 @@ from mnemosyne.attention.measured import measured_on, usual_on_gpu
 from mnemosyne.attention.native import NativeBackend, why_not_native
 from mnemosyne.attention.reference import ReferenceBackend
 from mnemosyne.attention.segments import Attend, AttentionBackend, AttentionBatch, Segment
+from mnemosyne.config import ATTENTION_BACKENDS
 from mnemosyne.kernels.cpu.processor import INSTRUCTION_SETS, InstructionSet
 
 __all__ = [
-    "BACKENDS",
     "Attend",
     "AttentionBackend",
     "AttentionBatch",
@@ -51,9 +51,6 @@ __all__ = [
     "choose_backend",
     "merge_partials",
 ]
-
-NATIVE = tuple(instructions.name for instructions in INSTRUCTION_SETS)
-BACKENDS = ("auto", *NATIVE, "cpu", "flex", "reference", "triton")
 
 log = logging.getLogger(__name__)
 
@@ -76,10 +73,11 @@ def choose_backend(
         ValueError: if there is no such backend, or it does not run on the device, dtype, head dim
             or processor.
     """
-    if name not in BACKENDS:
-        close = get_close_matches(name, BACKENDS, n=1)
+    if name not in ATTENTION_BACKENDS:
+        close = get_close_matches(name, ATTENTION_BACKENDS, n=1)
         remedy = f"did you mean {close[0]!r}?" if close else "auto picks by device"
-        raise ValueError(f"attention must be one of {', '.join(BACKENDS)}, got {name!r}; {remedy}")
+        names = ", ".join(ATTENTION_BACKENDS)
+        raise ValueError(f"attention must be one of {names}, got {name!r}; {remedy}")
     if name == "auto":
         return _usual(device, dtype, head_dim)
     if name == "reference":

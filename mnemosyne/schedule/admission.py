@@ -11,7 +11,7 @@ from mnemosyne.cache.ledger import Ledger
 from mnemosyne.cache.table import PageTable
 from mnemosyne.config import SloConfig
 from mnemosyne.request import Request
-from mnemosyne.schedule.policy import POLICIES
+from mnemosyne.schedule.policy import Policy
 from mnemosyne.schedule.prefill_queue import PrefillQueue
 from mnemosyne.schedule.prefill_table import PrefillTable
 from mnemosyne.schedule.request_state import UNPLACED, RequestState
@@ -42,10 +42,10 @@ class AdmissionQueue:
 
     One that does not fit now is passed by others that do, until it can no longer meet its
     deadline: then it reserves pages. One reservation stands at a time, and the oldest request of
-    the first class makes it. Under ``fcfs`` nobody passes anybody.
+    the first class makes it. Under a policy such as ``fcfs`` nobody passes anybody.
 
     Args:
-        policy: by name.
+        policy: who goes first.
         slo: when a first token is due.
         ledger: the pages of the cache.
         router: chooses groups.
@@ -53,14 +53,14 @@ class AdmissionQueue:
     """
 
     def __init__(
-        self, policy: str, slo: SloConfig, ledger: Ledger, router: Router, table: PrefillTable
+        self, policy: Policy, slo: SloConfig, ledger: Ledger, router: Router, table: PrefillTable
     ) -> None:
-        self._may_pass = policy != "fcfs"
+        self._may_pass = policy.lets_pass
         self._slo = slo
         self._ledger = ledger
         self._router = router
         self._table = table
-        self._queue = PrefillQueue(POLICIES[policy], table)
+        self._queue = PrefillQueue(policy, table)
         self._largest_tokens: float = 0  # tokens of the largest request
         self._reservation: Reservation | None = None
         self._is_settled = True  # nothing changed since everyone was tried

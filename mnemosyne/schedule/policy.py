@@ -1,4 +1,4 @@
-"""Who is prefilled next: fcfs, edf, lrs, lars. A policy is a function from urgency to a sort key.
+"""The order of prompts: fcfs, edf, lrs, lars. A policy turns urgency into a sort key.
 
 Times are seconds. The smallest key goes first; requests of a lower ``priority`` number always go
 before those of a higher one, whatever the policy.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
+
+from mnemosyne.config import POLICIES as POLICY_NAMES
 
 Number = TypeVar("Number", float, np.ndarray)
 MIN_S = 1e-200  # makes a difference to no predicted time but zero, by which nothing is divided
@@ -49,11 +51,24 @@ def relative_slack(urgency: Urgency[Number], now_s: float, factor: float) -> Num
     return slack
 
 
-Policy = Callable[[Urgency[Number], float, float], Number]
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Who is prefilled next, and who is let in first.
 
-POLICIES: dict[str, Policy] = {
-    "fcfs": lambda urgency, now_s, factor: urgency.arrival_s,
-    "edf": lambda urgency, now_s, factor: urgency.due_s,
-    "lrs": slack_s,
-    "lars": relative_slack,
+    Args:
+        key: from urgency, seconds now and the table's factor to a sort key, for one request or
+            for many alike.
+        lets_pass: whether a request that fits the free pages passes one that does not.
+    """
+
+    key: Callable[[Urgency[Any], float, float], Any]
+    lets_pass: bool = True
+
+
+FCFS, EDF, LRS, LARS = POLICY_NAMES
+POLICIES = {
+    FCFS: Policy(lambda urgency, now_s, factor: urgency.arrival_s, lets_pass=False),
+    EDF: Policy(lambda urgency, now_s, factor: urgency.due_s),
+    LRS: Policy(slack_s),
+    LARS: Policy(relative_slack),
 }

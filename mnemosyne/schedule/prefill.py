@@ -9,7 +9,7 @@ from mnemosyne.config import ScheduleConfig
 from mnemosyne.schedule.chunking import solve_chunk, solve_lone_chunk
 from mnemosyne.schedule.draft import ChunkCandidate, StepDraft
 from mnemosyne.schedule.plan import Chunk
-from mnemosyne.schedule.policy import POLICIES, relative_slack, slack_s
+from mnemosyne.schedule.policy import Policy, relative_slack, slack_s
 from mnemosyne.schedule.predictor import Predictor
 from mnemosyne.schedule.prefill_queue import PrefillQueue
 from mnemosyne.schedule.prefill_table import PrefillTable
@@ -32,7 +32,8 @@ class PrefillPlanner:
     """Orders admitted prompts by the policy and cuts chunks to the predicted time of the step.
 
     Args:
-        config: chunk rule, policy, target time between tokens.
+        config: chunk rule, target time between tokens.
+        policy: who goes first.
         predictor: step time; decides sizes only when ``config.chunk`` is "adaptive".
         work_model: counts the work of a chunk.
         shard_tokens: tokens of one request that a group holds at most.
@@ -42,6 +43,7 @@ class PrefillPlanner:
     def __init__(
         self,
         config: ScheduleConfig,
+        policy: Policy,
         predictor: Predictor,
         work_model: WorkModel,
         *,
@@ -63,7 +65,7 @@ class PrefillPlanner:
             max_chunk=config.max_chunk,
             depth=depth,
         )
-        self._queue = PrefillQueue(POLICIES[config.policy], self.table)
+        self._queue = PrefillQueue(policy, self.table)
         self._num_short = 0  # of those
 
     def add(self, prompt: RequestState) -> None:

@@ -34,7 +34,7 @@ class PrefillQueue:
     """
 
     def __init__(self, policy: Policy, table: PrefillTable) -> None:
-        self._policy = policy
+        self._key = policy.key
         self._table = table
         self._version = table.version
         self._num_taken = 0  # ever
@@ -103,10 +103,10 @@ class PrefillQueue:
             Prompts for a reader who stops early, and before any is added or removed.
         """
         if len(self._items) > FEW:
-            keys = np.array(self._policy(self._urgency(), now_s, factor))
+            keys = np.array(self._key(self._urgency(), now_s, factor))
             return self._many_in_order(keys, max_tokens)
         few = [
-            (prompt.request.priority, self._policy(prompt, now_s, factor), prompt.ticket, prompt)
+            (prompt.request.priority, self._key(prompt, now_s, factor), prompt.ticket, prompt)
             for prompt in self._items
             if prompt.request.max_tokens <= max_tokens
         ]

@@ -10,6 +10,7 @@ from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request
 from mnemosyne.schedule.admission import AdmissionQueue
 from mnemosyne.schedule.plan import Admission, Chunk, Plan
+from mnemosyne.schedule.policy import POLICIES
 from mnemosyne.schedule.predictor import LearningPredictor, Predictor
 from mnemosyne.schedule.prefill import PrefillPlanner
 from mnemosyne.schedule.request_state import UNPLACED, RequestState
@@ -50,16 +51,16 @@ class Scheduler:
         self._learner = predictor if isinstance(predictor, LearningPredictor) else None
         self.work_model = work_model
         self.depth = depth
+        policy = POLICIES[config.policy]
         self._prefill = PrefillPlanner(
             config,
+            policy,
             predictor,
             work_model,
             shard_tokens=ledger.max_tokens_per_group,
             depth=depth,
         )
-        self._admission = AdmissionQueue(
-            config.policy, slo, ledger, self._router, self._prefill.table
-        )
+        self._admission = AdmissionQueue(policy, slo, ledger, self._router, self._prefill.table)
         self._requests: dict[int, RequestState] = {}  # of all, those that wait included
         self._ready: dict[int, Chunk] = {}  # decodes that may run, longest waiting first
         self._ready_tally = DecodeTally(work_model)  # of those

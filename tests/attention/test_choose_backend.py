@@ -11,6 +11,7 @@ import torch
 
 from mnemosyne import attention
 from mnemosyne.attention import choose_backend
+from mnemosyne.config import ATTENTION_BACKENDS, CPU_KERNELS
 from mnemosyne.kernels.cpu import processor
 from mnemosyne.kernels.cpu.processor import AMX, AVX512, INSTRUCTION_SETS
 
@@ -35,7 +36,7 @@ def test_auto_goes_by_the_device() -> None:
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:
     with pytest.raises(
         ValueError,
-        match="attention must be one of auto, amx, avx512, avx512f, avx2, neon, cpu, flex, refer",
+        match="attention must be one of auto, reference, flex, triton, cpu, amx, avx512, avx512f",
     ):
         choose_backend("dense", device=CPU, dtype=torch.float32, head_dim=64)
     with pytest.raises(ValueError, match="did you mean 'flex'"):
@@ -132,3 +133,7 @@ def test_auto_does_without_amx_and_a_name_does_not(
 def test_the_documented_example_runs() -> None:
     assert doctest.testmod(attention).attempted > 5
     assert doctest.testmod(attention).failed == 0
+
+
+def test_each_instruction_set_has_a_backend_of_its_name() -> None:
+    assert {each.name for each in INSTRUCTION_SETS} == set(CPU_KERNELS) <= set(ATTENTION_BACKENDS)

@@ -43,7 +43,7 @@ NOW_S = 3.0
     ],
 )
 def test_each_policy_has_an_order_of_its_own(policy, order):
-    keys = POLICIES[policy](CANDIDATES, NOW_S, 1.0)
+    keys = POLICIES[policy].key(CANDIDATES, NOW_S, 1.0)
 
     assert [NAMES[row] for row in np.argsort(keys)] == order
 
@@ -52,11 +52,11 @@ def test_each_policy_has_an_order_of_its_own(policy, order):
 def test_one_request_is_weighed_as_many_are(policy):
     rng = np.random.default_rng(0)
     many = Urgency(*rng.uniform(0, 100, (4, 50)))
-    together = POLICIES[policy](many, NOW_S, 1.3)
+    together = POLICIES[policy].key(many, NOW_S, 1.3)
 
     for row in range(50):
         one = Urgency(*(float(getattr(many, field.name)[row]) for field in fields(Urgency)))
-        assert POLICIES[policy](one, NOW_S, 1.3) == together[row]
+        assert POLICIES[policy].key(one, NOW_S, 1.3) == together[row]
 
 
 @pytest.mark.parametrize(("total_s", "factor"), [(0.0, 1.0), (5.0, 0.0)])

@@ -114,7 +114,7 @@ def test_each_prompt_comes_once_whatever_its_key(odd, count):
     each = {"length": 2, "arrival_s": 0.0, "due_s": 1.0, "leaves": False}
     fields = [each | {"priority": ticket % 2, "length": 1 + ticket % 4} for ticket in range(count)]
 
-    waiting = _filled(fields, lambda urgency, now_s, factor: urgency.due_s * odd)
+    waiting = _filled(fields, Policy(lambda urgency, now_s, factor: urgency.due_s * odd))
     factor = waiting.follow_table()
 
     assert sorted(_tickets(waiting.in_order(NOW_S, factor))) == list(range(count))
