@@ -31,6 +31,10 @@ class HttpConfig:
     write_timeout: Duration = 60.0  # seconds that a client may leave what is sent to it
     grace: Duration | None = None  # after SIGTERM, while requests are still taken; unset: none
     shutdown_timeout: Duration = 300.0  # seconds for running requests to finish
+    # whether streams outlive the engine: requests that a death interrupts go on in the next one
+    resume: bool = True
+    # unset: the server starts its ranks. A name: ranks that others start come to it by that name
+    link: str | None = None
     access_log: bool = True
     log_json: bool = False
 

@@ -94,6 +94,7 @@ TABLE = {
     "cli.plan": _SIMULATED,
     "cli.demo": _DEMO,
     "cli.demo_view": _DEMO,
+    "cli.front": Rule(("config_serve", "process", "server")),
     "cli.serve": Rule(("cli", "config_serve", "llm", "process", "server")),
     "cli.bench": Rule(
         ("bench", "joining.checkpoint", "config", "config_bench", "machine"), ("rich",)
@@ -223,6 +224,11 @@ TABLE = {
             *("numpy", "msgspec", "tokenizers", "fastapi", "starlette", "uvicorn"),
             *("prometheus_client", "zmq"),
         ),
+    ),
+    # an engine is stuck when its watchdog would say so
+    "server.embedded": Rule(
+        ("metrics", "parallel.watchdog", "request", "serve", "server.backend", "server.totals"),
+        itself=False,
     ),
     # the process model: the front starts ranks, and asks the kernel who is at the other end
     "server.link": Rule(("parallel.keys",), (), itself=False),

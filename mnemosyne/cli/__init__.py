@@ -46,6 +46,8 @@ class Command:
     config: type
     run: Callable[[Any], int]  # takes the config, returns the exit status
     has_ranks: bool = True  # whether it needs the ranks of its mesh
+    # what runs outside the ranks, if anything does: takes the config, and what gives the command
+    front: Callable[[Any, Callable[[], Sequence[str]]], int] | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -122,11 +124,13 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
         # One run of a sweep may be refused; the others are not affected.
         try:
             config = to_config(composed, command.config)
-            status = (
-                run_on_ranks(command.run, config, partial(command_of_run, name, flags))
-                if command.has_ranks
-                else command.run(config)
-            )
+            again = partial(command_of_run, name, flags)
+            if command.front is not None and "RANK" not in os.environ:
+                status = command.front(config, again)
+            elif command.has_ranks:
+                status = run_on_ranks(command.run, config, again)
+            else:
+                status = command.run(config)
         except BrokenPipeError:
             drop_output()
             status = UNREAD
@@ -297,6 +301,13 @@ def _bench(config: BenchConfig) -> int:
     return bench(config)
 
 
+def _front(config: ServeConfig, command: Callable[[], Sequence[str]]) -> int:
+    with ended_at_once():
+        from mnemosyne.cli.front import front
+
+    return front(config, command)
+
+
 def _serve(config: ServeConfig) -> int:
     with ended_at_once():
         from mnemosyne.cli.serve import serve
@@ -306,7 +317,7 @@ def _serve(config: ServeConfig) -> int:
 
 COMMANDS = {
     "generate": Command("prompts in, tokens out", GenerateConfig, _generate),
-    "serve": Command("OpenAI's API over HTTP", ServeConfig, _serve),
+    "serve": Command("OpenAI's API over HTTP", ServeConfig, _serve, front=_front),
     "demo": Command("a passkey in a long text, short requests beside it", DemoConfig, _demo),
     "simulate": Command(
         "a workload on hardware that is not there", SimulateConfig, _simulate, has_ranks=False

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -15,8 +15,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from mnemosyne.cli.arguments import LITERAL_KEY
 from mnemosyne.config import EngineConfig, MeshConfig
+from mnemosyne.config_serve import ServeConfig
 from mnemosyne.parallel.start import started_rank
-from mnemosyne.process import INTERRUPTED, TERMINATED, Terminated
+from mnemosyne.process import INTERRUPTED, TERMINATED, Terminated, sigterm_ignored
 
 RANK_0_FIRST_S = 1.0  # an error that all ranks meet is said by rank 0, which ends the others
 
@@ -71,10 +72,17 @@ def _run_follower(rank: int, config: EngineConfig) -> int:
 
 
 def follow(config: EngineConfig) -> int:
-    """Take part in whatever rank 0 does with its engine."""
+    """Take part in whatever rank 0 does with its engine.
+
+    Under a server SIGTERM, which torchrun sends to all, is rank 0's to hear: running requests
+    finish first.
+    """
     from mnemosyne.llm import LLM
 
-    with LLM.from_config(config) as llm:
+    with (
+        LLM.from_config(config) as llm,
+        sigterm_ignored() if isinstance(config, ServeConfig) else nullcontext(),
+    ):
         llm.follow()
     return 0
 

@@ -1,19 +1,26 @@
-"""``mnemosyne serve``: an engine behind OpenAI's API."""
+"""``mnemosyne serve`` on rank 0: the engine of a front, or HTTP beside it where there is none."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
+from functools import partial
 
-from mnemosyne.config_serve import ServeConfig
+from mnemosyne.config_serve import HttpConfig, ServeConfig
 from mnemosyne.llm import LLM
 from mnemosyne.server.embedded import EmbeddedBackend
-from mnemosyne.server.json_log import JsonFormatter
-from mnemosyne.server.run import HttpServer
+from mnemosyne.server.engine_process import Connection, EngineProcess
+from mnemosyne.server.json_log import log_json
+
+log = logging.getLogger(__name__)
+
+ELASTIC_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds; torchrun's own variable
+ELASTIC_S = 30.0  # what torchrun does without it
 
 
 def serve(config: ServeConfig) -> int:
-    """Serve until a drain.
+    """Serve until a front says that it is over, or without one until a drain.
 
     Args:
         config: an engine, and where to serve it.
@@ -24,13 +31,53 @@ def serve(config: ServeConfig) -> int:
     Raises:
         ValueError: if something in the config cannot be used.
     """
+    link = config.serve.link
+    connection = None if link is None else Connection(link)
+    if connection is None or not connection.is_only_one:
+        warn_of_torchrun(config.serve)
     if config.serve.log_json:
-        for handler in logging.getLogger("mnemosyne").handlers:
-            handler.setFormatter(JsonFormatter())
+        log_json()
+    if connection is not None:
+        return _serve_front(config, connection)
+    log.warning(
+        "streams end with this process: rank 0 serves HTTP itself under torchrun; see "
+        "docs/launch.md for a server whose streams outlive the ranks"
+    )
     return asyncio.run(_serve(config))
 
 
+def warn_of_torchrun(config: HttpConfig) -> None:
+    """Say what torchrun would cut off: it kills ranks 30 s after SIGTERM unless told otherwise."""
+    needed_s = float(config.grace or 0) + float(config.shutdown_timeout)
+    given_s = float(os.environ.get(ELASTIC_TIMEOUT, ELASTIC_S))
+    if given_s < needed_s:
+        log.warning(
+            "torchrun kills ranks %.0f s after SIGTERM as far as known here, a drain may take "
+            "%.0f s; set %s=%.0f, or drain with `mnemosyne drain URL` before the signal",
+            given_s,
+            needed_s,
+            ELASTIC_TIMEOUT,
+            needed_s + 30,
+        )
+
+
+def _serve_front(config: ServeConfig, connection: Connection) -> int:
+    """Run the engine of a front."""
+    with LLM.from_config(
+        config,
+        progress=partial(connection.tell_progress, "loading weights"),
+        compiling=partial(connection.tell_progress, "compiling"),
+    ) as llm:
+        return EngineProcess(
+            llm.engine,
+            lambda entered: EmbeddedBackend(llm.engine, entered, saves_tokenizer=False),
+            connection,
+        ).run()
+
+
 async def _serve(config: ServeConfig) -> int:
+    from mnemosyne.server.run import HttpServer
+
     backend = EmbeddedBackend()
     server = HttpServer(backend, config.serve)
     serving = asyncio.create_task(server.run())

@@ -56,13 +56,15 @@ FIRST_STEPS = 16  # of an engine, in which kernels may still be compiled
 FIRST_STEP_S = 300.0
 
 
-def step_limit(predicted_s: float) -> float:
+def step_limit(predicted_s: float, index: int = FIRST_STEPS) -> float:
     """Seconds after which a step counts as stuck.
 
     Args:
         predicted_s: how long it should take; 0 if the predictor knows nothing yet.
+        index: of the step; the first ones may compile kernels.
     """
-    return max(LEAST_STEP_S, STEP_FACTOR * predicted_s) if predicted_s > 0 else UNKNOWN_STEP_S
+    limit_s = max(LEAST_STEP_S, STEP_FACTOR * predicted_s) if predicted_s > 0 else UNKNOWN_STEP_S
+    return max(limit_s, FIRST_STEP_S) if index < FIRST_STEPS else limit_s
 
 
 class Watchdog:
@@ -152,10 +154,7 @@ class Watchdog:
 
     def watch_step(self, index: int, predicted_s: float) -> AbstractContextManager[None]:
         """Watch the body, one step, with the limit that goes with its predicted time."""
-        limit_s = step_limit(predicted_s)
-        if index < FIRST_STEPS:
-            limit_s = max(limit_s, FIRST_STEP_S)
-        return self.watch(f"step {index}", limit_s=limit_s)
+        return self.watch(f"step {index}", limit_s=step_limit(predicted_s, index))
 
     @contextmanager
     def shielded(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +58,7 @@ class AsyncEngine:
         self._thread: threading.Thread | None = None
         self._is_stopping = False
         self._failure: BaseException | None = None
+        self._turned_s: float | None = None  # when its loop last turned; None: it waits for work
 
     async def __aenter__(self) -> Self:
         """Start the thread.
@@ -161,6 +163,12 @@ class AsyncEngine:
         owned = own_params(params)
         ids = await self._read(prompt)
         return await self._call(lambda: self._accept(ids, owned, mailbox, given, note))
+
+    @property
+    def heartbeat_age_s(self) -> float:
+        """Seconds since its loop last turned; 0 while it waits for work."""
+        turned_s = self._turned_s
+        return 0.0 if turned_s is None else time.monotonic() - turned_s
 
     @property
     def failure(self) -> BaseException | None:
@@ -294,6 +302,7 @@ class AsyncEngine:
         try:
             self._engine.measure()
             while not self._is_stopping:
+                self._turned_s = time.monotonic()
                 claim.check()
                 while self._calls:
                     self._calls.popleft()()
@@ -301,6 +310,7 @@ class AsyncEngine:
                     for piece in self._engine.step():
                         self._deliver(piece)
                 elif not self._calls:
+                    self._turned_s = None
                     self._wake.wait()
                     self._wake.clear()
             self._end_all(claim, "cancelled", None)
@@ -311,6 +321,7 @@ class AsyncEngine:
             self._end_all(claim, "error", f"the engine failed: {error}")
 
     def _end_all(self, claim: Claim, reason: str, error: str | None) -> None:
+        self._turned_s = None
         self._stop()
         if not claim.is_revoked:  # whoever took the engine has ended them
             self._engine.abort(reason, error)

@@ -142,6 +142,15 @@ class Engine:
         """
         return percentiles(self._errors)
 
+    @property
+    def step_in_flight(self) -> tuple[int, float] | None:
+        """Index and predicted seconds of the step that is waited for; any thread may ask."""
+        try:
+            plan, _ = self._in_flight[0]
+        except IndexError:
+            return None
+        return plan.index, plan.predicted_s
+
     def unfinished(self) -> list[RequestOutput]:
         """Outputs of the requests that still run or wait."""
         return [active.output for active in self._active.values()]

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from mnemosyne.metrics import StepRecord
+from mnemosyne.parallel.watchdog import step_limit
 from mnemosyne.request import Piece
 from mnemosyne.serve.async_engine import AsyncEngine
 from mnemosyne.serve.engine import Engine
@@ -20,7 +21,7 @@ from mnemosyne.serve.prompts import PromptIds
 from mnemosyne.server.backend import About, Event, Job, Status
 from mnemosyne.server.totals import Totals
 
-STUCK_S = 1800.0  # of a step, after which its engine counts as dead; as the watchdog has it
+IDLE_LIMIT_S = 300.0  # between two steps, in which requests are taken and step times measured
 LOOK_S = 0.25  # between two looks at all requests
 POLL_S = 0.05  # between two looks at whether all has ended
 SHORTEST = 1024  # tokens of the first length whose prefill is predicted
@@ -32,9 +33,17 @@ class EmbeddedBackend:
     Args:
         engine: idle; None until ``attach`` brings it.
         entered: an ``AsyncEngine`` over it that somebody else has entered, and leaves.
+        saves_tokenizer: whether a tokenizer that comes of no file is saved to one, for readers.
     """
 
-    def __init__(self, engine: Engine | None = None, entered: AsyncEngine | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine | None = None,
+        entered: AsyncEngine | None = None,
+        *,
+        saves_tokenizer: bool = True,
+    ) -> None:
+        self._saves_tokenizer = saves_tokenizer
         self._engine: Engine | None = None
         self._entered = entered
         self._async = entered
@@ -116,6 +125,8 @@ class EmbeddedBackend:
             return None
         if tokenizer.folder is not None:
             return str(tokenizer.folder)
+        if not self._saves_tokenizer:
+            return None
         self._folder = tempfile.TemporaryDirectory(prefix="mnemosyne-")
         tokenizer.save(Path(self._folder.name))
         return self._folder.name
@@ -130,8 +141,9 @@ class EmbeddedBackend:
         if engine is None or runner is None:
             return Status(is_ready=False, stage=self._stage)
         scheduler = engine.scheduler
-        age_s = time.monotonic() - self._turned_s if engine.has_work else 0.0
-        is_alive = runner.failure is None and age_s < STUCK_S
+        age_s, step = runner.heartbeat_age_s, engine.step_in_flight
+        limit_s = IDLE_LIMIT_S if step is None else step_limit(step[1], step[0])
+        is_alive = runner.failure is None and age_s < limit_s
         return Status(
             is_ready=is_alive,
             stage="ready" if is_alive else "the engine failed",
@@ -149,9 +161,6 @@ class EmbeddedBackend:
 
     async def submit(self, job: Job) -> AsyncIterator[Event]:
         assert self._async is not None, "jobs come once it is ready"
-        assert self._engine is not None, "jobs come once it is ready"
-        if not self._engine.has_work:
-            self._turned_s = time.monotonic()
         self._num_jobs += 1
         try:
             pieces = self._async.submit(PromptIds(job.prompt_ids), job.params, job.given)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from mnemosyne.request import Piece
 from mnemosyne.serve.async_engine import AsyncEngine
 from mnemosyne.serve.mailbox import Mailbox
 from mnemosyne.server.backend import Backend, Event
+from mnemosyne.server.embedded import event_of
 from mnemosyne.server.link import Link
 from mnemosyne.server.words import (
     Beat,
@@ -42,9 +43,17 @@ class EngineEnd:
         engine: runs the jobs; entered by the caller.
         backend: tells what the engine is and how it does.
         link: to the front.
+        files: of a tokenizer that is nowhere on disk.
     """
 
-    def __init__(self, engine: AsyncEngine, backend: Backend, link: Link) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        backend: Backend,
+        link: Link,
+        files: Mapping[str, bytes] | None = None,
+    ) -> None:
+        self._files = dict(files or {})
         self._engine = engine
         self._backend = backend
         self._link = link
@@ -64,7 +73,7 @@ class EngineEnd:
         Raises:
             RuntimeError: if the engine failed.
         """
-        self._put(Ready(await self._backend.about()))
+        self._put(Ready(await self._backend.about(), self._files))
         parts = [asyncio.create_task(part) for part in (self._send(), self._beat())]
         hearing = asyncio.create_task(self._hear())
         try:
@@ -176,19 +185,3 @@ class EngineEnd:
             self._put(Beat(self._backend.status()))
             await self._link.flush()
             await asyncio.sleep(BEAT_S)
-
-
-def event_of(piece: Piece) -> Event:
-    """What the HTTP side is told of a piece."""
-    return Event(
-        piece.sample,
-        piece.token_ids,
-        piece.text,
-        piece.logprobs,
-        piece.prompt_logprobs,
-        piece.finish_reason,
-        piece.stop_reason,
-        piece.error,
-        piece.prefilled,
-        piece.num_prompt_tokens,
-    )

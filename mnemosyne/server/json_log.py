@@ -21,3 +21,9 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return msgspec.json.encode(line).decode()
+
+
+def log_json() -> None:
+    """Have the package log as JSON from here on."""
+    for handler in logging.getLogger("mnemosyne").handlers:
+        handler.setFormatter(JsonFormatter())

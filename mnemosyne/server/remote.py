@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from mnemosyne.request import NUM_SEEDS, SamplingParams
 from mnemosyne.server.backend import About, Event, Job, Status
@@ -77,6 +79,7 @@ class RemoteBackend:
         self._heard_s = time.monotonic()
         self._condemned = Condemned()
         self._clearing: list[asyncio.Future[int]] = []
+        self._folder: TemporaryDirectory[str] | None = None  # of a tokenizer that has no other
         self._is_ending = False
         self._is_empty = asyncio.Event()
         self._is_empty.set()
@@ -88,6 +91,13 @@ class RemoteBackend:
         Raises:
             EngineEndedError: if there is none and trying again is no use.
         """
+        try:
+            await self._run()
+        finally:
+            if self._folder is not None:
+                self._folder.cleanup()
+
+    async def _run(self) -> None:
         num_failed, was_ready = 0, False
         while True:
             async with self._source.engine() as engine:
@@ -203,9 +213,18 @@ class RemoteBackend:
 
     def _begin(self, word: Ready, link: Link) -> None:
         if not self._about.done():
-            self._about.set_result(word.about)
+            self._about.set_result(self._with_tokenizer(word))
         self._link = link
         self._status = Status(is_ready=True)
+
+    def _with_tokenizer(self, word: Ready) -> About:
+        """What is known, with a folder of the tokenizer."""
+        if not word.files:
+            return word.about
+        self._folder = TemporaryDirectory(prefix="mnemosyne-")
+        for name, content in word.files.items():
+            (Path(self._folder.name) / Path(name).name).write_bytes(content)
+        return replace(word.about, tokenizer_dir=self._folder.name)
 
     def _take(self, word: object) -> None:
         match word:

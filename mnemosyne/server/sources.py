@@ -19,6 +19,7 @@ from mnemosyne.server.link import INHERITED, Link, listen
 log = logging.getLogger(__name__)
 
 END_S = 60.0  # for ranks to end by themselves once the link is closed
+HURRIED_S = 10.0  # the same when this process is told to end at once
 
 
 class Engine(Protocol):
@@ -102,10 +103,9 @@ class StartedRanks:
             try:
                 yield engine
             except BaseException:
-                ranks.end()
+                await _leave(engine, HURRIED_S)
                 raise
-            finally:
-                await _leave(engine)
+            await _leave(engine, END_S)
 
 
 class AttachedRanks:
@@ -155,12 +155,12 @@ class AttachedEngine:
         self.link.abort()
 
 
-async def _leave(engine: StartedEngine) -> None:
-    """Hang up, and wait until all ranks have ended."""
+async def _leave(engine: StartedEngine, limit_s: float) -> None:
+    """Hang up, and wait until all ranks have ended; they are killed if they do not."""
     engine.link.close()
     try:
-        await asyncio.wait_for(engine.ended.wait(), END_S)
+        await asyncio.wait_for(engine.ended.wait(), limit_s)
     except TimeoutError:
-        log.error("ranks did not end within %.0f s and are ended", END_S)
-        engine.ranks.end()
+        log.error("ranks did not end within %.0f s and are killed", limit_s)
+        engine.kill()
         await engine.ended.wait()

@@ -52,6 +52,7 @@ class Ready(Struct, array_like=True, tag="ready", frozen=True):
     """Jobs are taken from here on."""
 
     about: About
+    files: dict[str, bytes] = {}  # of a tokenizer that is nowhere on disk, by name
 
 
 class Events(Struct, array_like=True, tag="events", frozen=True):
