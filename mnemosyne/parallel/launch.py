@@ -110,9 +110,10 @@ class Ranks:
             os.killpg(pid, signal.SIGKILL)
         if code == 0:
             return
-        number = signal.SIGTERM if code == 128 + signal.SIGTERM else -code
-        if number > 0 and not self._is_ending:
-            log.error("rank %d, process %d, was ended by %s", rank, pid, _name(number))
+        if code == 128 + signal.SIGTERM:  # a rank that heard the signal says so
+            code = -signal.SIGTERM
+        if code < 0 and not self._is_ending:
+            log.error("rank %d, process %d, was ended by %s", rank, pid, _name(-code))
         self._failed[rank] = code
         self._end_others()
 

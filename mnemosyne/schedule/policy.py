@@ -42,11 +42,17 @@ def slack_s(urgency: Urgency[Number], now_s: float, factor: float) -> Number:
 def relative_slack(urgency: Urgency[Number], now_s: float, factor: float) -> Number:
     """Slack as a share of the whole work: what a long and a short request can be compared by.
 
-    Source: Medha, arXiv 2409.17264, section 4.
+    A late request is weighed as if none of it were done. Otherwise late requests of one length
+    would take turns, none gaining on another, and all of them would end last; this way they end
+    one by one, in the order of their deadlines.
+
+    Source: Medha, arXiv 2409.17264, section 4, for those that are not late.
     """
+    done_s = urgency.done_s * factor
     total_s = urgency.total_s * factor
     slack = urgency.due_s - now_s
-    slack -= total_s - urgency.done_s * factor
+    slack -= total_s - done_s
+    slack -= done_s * (slack < 0)
     slack /= total_s + MIN_S
     return slack
 

@@ -72,7 +72,12 @@ if act == "exit after rank 0":
         time.sleep(0.02)
     if rank < 2:
         sys.exit(7 * rank)
+if act == "kill" and rank == 0:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    Path(folder, "ready").touch()
 if act == "kill" and rank == 2:
+    while not Path(folder, "ready").exists():
+        time.sleep(0.02)
     os.kill(os.getpid(), signal.SIGKILL)
 try:
     while not (act == "interrupt" and Path(folder, "interrupted").exists()):

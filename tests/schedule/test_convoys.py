@@ -79,10 +79,14 @@ def test_edf_convoys_and_lrs_does_not_see_length(policy):
 
 
 def test_lars_weighs_slack_by_length():
-    """Sixteen seconds late is less than the length of the long one, and 160 short ones."""
+    """Sixteen seconds late is less than the length of the long one, and 160 short ones.
+
+    What the long one has done counts up to its length once more: a short one waits no longer than
+    twice its own 0.1 s, and for the step under way.
+    """
     late = _late("lars", _one_long_one_that_is_lost())
 
-    assert max(late[i] for i in range(1, 21)) < 0.2
+    assert max(late[i] for i in range(1, 21)) < 0.3
     assert late[0] == pytest.approx(16.0 + 20 * 0.1, abs=0.2)
 
 

@@ -63,7 +63,10 @@ class Plain:
 
     def _relative_slack(self, request: Request, now_s: float) -> float:
         total_s = self.scheduler.prefill_s(request.num_prompt_tokens)
-        return self._slack_s(request, now_s) / total_s
+        slack_s = self._slack_s(request, now_s)
+        if slack_s < 0:
+            slack_s -= self.scheduler.prefill_s(self.done[request.request_id])
+        return slack_s / total_s
 
     def step_s(self, chunks: list[Chunk]) -> float:
         work = self.model.nothing

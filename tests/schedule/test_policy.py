@@ -66,6 +66,22 @@ def test_prompts_of_no_predicted_time_go_by_their_slack(total_s, factor):
     assert relative_slack(early, NOW_S, factor) < relative_slack(late, NOW_S, factor)
 
 
+@pytest.mark.parametrize("kind", [float, lambda value: np.array([value])])
+def test_of_two_late_requests_of_one_length_the_one_nearer_its_end_goes_first(kind):
+    behind, ahead = (
+        Urgency(kind(0.0), kind(due_s), kind(10.0), kind(done_s))
+        for due_s, done_s in [(5.0, 2.0), (2.0, 5.0)]  # both are late by 6 s
+    )
+
+    assert relative_slack(ahead, NOW_S, 1.0) < relative_slack(behind, NOW_S, 1.0) < 0
+
+
+def test_slack_to_spare_is_a_share_of_the_whole_work_however_much_is_done():
+    fresh, begun = Urgency(0.0, 23.0, 10.0, 0.0), Urgency(0.0, 18.0, 10.0, 5.0)
+
+    assert relative_slack(fresh, NOW_S, 1.0) == relative_slack(begun, NOW_S, 1.0) == 1.0
+
+
 def _scheduler(**config) -> Scheduler:
     return build_scheduler(
         ScheduleConfig(**config),
