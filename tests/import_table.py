@@ -43,7 +43,10 @@ class Breach:
 _PAGELESS_CACHE = ("cache.allocator", "cache.layout", "cache.ledger", "cache.table")
 _PAGELESS = Rule(("config", *_PAGELESS_CACHE), ("numpy",), itself=False)
 _DEMO = Rule(
-    ("cli", "llm", "request", "config", "metrics", "plot", "model_zoo.haystack", "process"),
+    (
+        *("cli", "llm", "request", "config_generate", "metrics", "plot", "model_zoo.haystack"),
+        "process",
+    ),
     ("rich",),
 )
 _SIMULATED = Rule(
@@ -84,7 +87,7 @@ TABLE = {
     "cli": Rule(
         (
             *("joining.rank", "llm", "request", "serve.progress", "serve.prompts"),
-            *("config", "config_bench", "config_serve", "config_simulate"),
+            *("config", "config_bench", "config_generate", "config_serve", "config_simulate"),
             *("parallel.launch", "parallel.start", "joining.simulated", "process"),
         ),
         ("hydra", "omegaconf", "rich"),
@@ -163,6 +166,7 @@ TABLE = {
     "shape": Rule(("config",)),
     "files": Rule(),
     "config_bench": Rule(("config",)),
+    "config_generate": Rule(("config",)),
     "config_serve": Rule(("config",)),
     "config_simulate": Rule(("config",)),
     "plain": Rule((), ("numpy",)),

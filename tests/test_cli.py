@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from mnemosyne import cli
 from mnemosyne.cli.arguments import key_types, quote
-from mnemosyne.config import GenerateConfig
+from mnemosyne.config_generate import GenerateConfig
 from mnemosyne.process import INTERRUPTED
 from mnemosyne.request import SamplingParams
 

@@ -13,7 +13,8 @@ from hydra import compose, initialize_config_module
 import mnemosyne.parallel.launch
 from mnemosyne import cli
 from mnemosyne.cli import ranks
-from mnemosyne.config import EngineConfig, GenerateConfig, MeshConfig
+from mnemosyne.config import EngineConfig, MeshConfig
+from mnemosyne.config_generate import GenerateConfig
 
 Launched = list[tuple[list[str], int]]
 Seen = list[GenerateConfig]

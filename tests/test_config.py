@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from mnemosyne.config import (
     CacheConfig,
-    DemoConfig,
     EngineConfig,
     MeshConfig,
     MetricsConfig,
@@ -20,6 +19,7 @@ from mnemosyne.config import (
     parse_duration,
     parse_size,
 )
+from mnemosyne.config_generate import DemoConfig
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, Vali
 
 from mnemosyne.cli.arguments import describe_type, key_types, nearest, prepare
 from mnemosyne.cli.ranks import command_of_run, run_on_ranks
-from mnemosyne.config import DemoConfig, GenerateConfig
 from mnemosyne.config_bench import BenchConfig
+from mnemosyne.config_generate import DemoConfig, GenerateConfig
 from mnemosyne.config_serve import ServeConfig
 from mnemosyne.config_simulate import PlanConfig, SimulateConfig
 from mnemosyne.process import (

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from mnemosyne.cli.demo_view import DemoView, times_table
-from mnemosyne.config import DemoConfig
+from mnemosyne.config_generate import DemoConfig
 from mnemosyne.llm import LLM
 from mnemosyne.metrics import StepRecord
 from mnemosyne.model_zoo.haystack import CYCLES, Recital, cycle, haystack, text_of

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mnemosyne.cli import FAILED, OK
 from mnemosyne.cli.answers import Answer, open_output, print_answers, summary, write_answers
-from mnemosyne.config import GenerateConfig
+from mnemosyne.config_generate import GenerateConfig
 from mnemosyne.llm import LLM
 from mnemosyne.process import INTERRUPTED, flush_output, say, sigterm_ignored
 from mnemosyne.request import Piece, SamplingParams
