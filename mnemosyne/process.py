@@ -69,6 +69,16 @@ def ended_at_once() -> Iterator[None]:
         yield
 
 
+def end_quietly(status: int) -> None:
+    """Have Ctrl-C end the process at once from here on: all is done but the interpreter's exit."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        os._exit(status)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, end)
+
+
 def open_streams() -> None:
     """Have standard output and error go nowhere where the caller has closed them.
 

@@ -50,6 +50,21 @@ def test_a_signal_during_imports_ends_the_command_without_a_word(module: str, na
     assert (done.stdout, done.stderr) == ("", "")
 
 
+def test_a_ctrl_c_at_the_very_end_changes_neither_status_nor_words() -> None:
+    code = """
+import atexit, signal, sys
+atexit.register(signal.raise_signal, signal.SIGINT)
+sys.argv = ["mnemosyne", "no such command"]
+from mnemosyne.__main__ import main
+sys.exit(main())
+"""
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", INTERRUPTED), ("SIGTERM", TERMINATED)])
 def test_what_was_finished_is_printed_and_written(
     name: str, status: int, checkpoint: Path, tmp_path: Path

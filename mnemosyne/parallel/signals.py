@@ -5,9 +5,12 @@ from __future__ import annotations
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
+
+ONE_PRESS_S = 0.5  # within which what comes again is the same Ctrl-C
 
 
 class Signals:
@@ -16,7 +19,8 @@ class Signals:
     SIGTERM is kept from ending the process at once, so that the watcher can say why. On rank 0,
     where the program handles SIGTERM itself, the watcher passes it on once it knows that no other
     rank is lost. Ctrl-C is a matter of rank 0, which tells the others. Both wait there for the end
-    of what must not be cut short.
+    of what must not be cut short. A Ctrl-C may reach rank 0 both from a launcher and from whoever
+    told the launcher: what comes again within half a second is the same one.
 
     Handlers are set where this runs in the main thread of the process, which Python asks for.
 
@@ -32,6 +36,7 @@ class Signals:
         self._is_driver = is_driver
         self._is_busy = is_busy
         self._kept = 0  # Ctrl-C that came in a busy time
+        self._read_s = self._heard_s = -ONE_PRESS_S  # last Ctrl-C of the watcher, of the handler
         self._passes_on = False  # whether SIGTERM is the program's now
         self._is_kept_back = False  # a SIGTERM that is the program's, in a busy time
         self._has_handlers = threading.current_thread() is threading.main_thread()
@@ -63,8 +68,10 @@ class Signals:
             received = self.reader.recv(4096)
         except BlockingIOError:
             received = b""
-        interrupts = received.count(signal.SIGINT) if self._is_driver else 0
-        return signal.SIGTERM in received, interrupts
+        is_interrupt, now_s = self._is_driver and signal.SIGINT in received, time.monotonic()
+        is_new = is_interrupt and now_s - self._read_s >= ONE_PRESS_S
+        self._read_s = now_s if is_new else self._read_s
+        return signal.SIGTERM in received, int(is_new)
 
     def raise_kept(self) -> None:
         """Raise the KeyboardInterrupt that was kept back, if one was; or pass SIGTERM on."""
@@ -97,8 +104,10 @@ class Signals:
             self._on_term(number, frame)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        if not self._is_driver:
+        now_s = time.monotonic()
+        if not self._is_driver or now_s - self._heard_s < ONE_PRESS_S:
             return
+        self._heard_s = now_s
         if self._is_busy(threading.get_ident()):
             self._kept += 1
             return

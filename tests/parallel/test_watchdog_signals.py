@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mnemosyne.parallel.signals import ONE_PRESS_S, Signals
 from tests.parallel.test_watchdog import (
     GONE_S,
     LIMIT_S,
@@ -156,3 +157,24 @@ def close_after_the_guard(folder: Path) -> bool:
 def test_signals_are_given_back_though_who_had_them_is_gone(tmp_path: Path) -> None:
     with start_ranks(close_after_the_guard, 2, tmp_path) as ranks:
         assert ranks.results(60) == [True, True]
+
+
+def test_a_ctrl_c_that_comes_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    signals = Signals(is_driver=True, is_busy=lambda ident: False)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # raises nothing
+        together = signals.read()
+        signal.raise_signal(signal.SIGINT)
+        soon = signals.read()
+        now_s += ONE_PRESS_S
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        later = signals.read()
+    finally:
+        signals.close()
+
+    assert (together, soon, later) == ((False, 1), (False, 0), (False, 1))
