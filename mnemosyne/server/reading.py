@@ -161,6 +161,8 @@ class Reader:
                     "shorten one of them"
                 )
         inquiry.num_tokens = [len(ids) for ids in prompts]
+        # as they were understood: a penalty may have come as a whole number of any size
+        inquiry.params = {name: getattr(params, name) for name in inquiry.params}
         return Reading(inquiry, prompts)
 
     def tokenize(self, fields: Fields) -> Reading:

@@ -217,6 +217,15 @@ def test_fields_that_nobody_knows_are_ignored(http: httpx.Client) -> None:
     assert http.post("/v1/completions", json=body).status_code == 200
 
 
+def test_numbers_may_be_written_in_any_size_that_their_rules_allow(http: httpx.Client) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 1, "presence_penalty": 2**70, "deadline": 10**30}
+    huge = {"logit_bias": {"5": -(2**80)}, "stop": ["x"]}
+
+    response = http.post("/v1/completions", json={**body, **huge})
+
+    assert response.status_code == 200, response.text
+
+
 def test_a_request_id_comes_back(http: httpx.Client) -> None:
     headers = {"X-Request-Id": "mine-1"}
 
