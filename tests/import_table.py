@@ -87,8 +87,9 @@ TABLE = {
     "cli": Rule(
         (
             *("joining.rank", "llm", "request", "serve.progress", "serve.prompts"),
-            *("config", "config_bench", "config_generate", "config_serve", "config_simulate"),
-            *("parallel.launch", "parallel.start", "joining.simulated", "process"),
+            *("config", "config_bench", "config_client", "config_generate", "config_serve"),
+            *("config_simulate", "parallel.launch", "parallel.start", "joining.simulated"),
+            "process",
         ),
         ("hydra", "omegaconf", "rich"),
     ),
@@ -98,6 +99,18 @@ TABLE = {
     "cli.demo": _DEMO,
     "cli.demo_view": _DEMO,
     "cli.front": Rule(("config_serve", "process", "server")),
+    "cli.chat": Rule(
+        (
+            *("cli", "client", "config_client", "llm", "process", "request", "serve.progress"),
+            "serve.prompts",
+        ),
+        ("rich",),
+    ),
+    "cli.bench_serve": Rule(("cli", "config_client", "load", "process"), ("rich",)),
+    "client": Rule(),
+    # load for servers of any make
+    "load": Rule(("client", "config_client", "metrics"), ("numpy",)),
+    "load.picture": Rule(("load",), ("matplotlib", "numpy"), itself=False),
     "cli.serve": Rule(("cli", "config_serve", "llm", "process", "server")),
     "cli.bench": Rule(
         ("bench", "joining.checkpoint", "config", "config_bench", "machine"), ("rich",)
@@ -167,6 +180,7 @@ TABLE = {
     "files": Rule(),
     "config_bench": Rule(("config",)),
     "config_generate": Rule(("config",)),
+    "config_client": Rule(("config",)),
     "config_serve": Rule(("config",)),
     "config_simulate": Rule(("config",)),
     "plain": Rule((), ("numpy",)),

@@ -19,7 +19,10 @@ from omegaconf import OmegaConf
 
 from mnemosyne import cli
 from mnemosyne.cli.arguments import key_types, quote
+from mnemosyne.config import EngineConfig
+from mnemosyne.config_client import BenchServeConfig
 from mnemosyne.config_generate import GenerateConfig
+from mnemosyne.config_simulate import PlanConfig, SimulateConfig
 from mnemosyne.process import INTERRUPTED
 from mnemosyne.request import SamplingParams
 
@@ -74,7 +77,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, run: Callable[[GenerateConfig], in
 def test_yaml_and_dataclass_have_the_same_keys_and_defaults(name: str) -> None:
     kind = cli.COMMANDS[name].config
     with initialize_config_module("mnemosyne.conf", version_base="1.3"):
-        composed = compose(name, ["model=x"])
+        url = ["url=http://x"] if kind is BenchServeConfig else []
+        composed = compose(name, ["model=x", *url])
 
     types = key_types(kind)
     assert set(leaves(OmegaConf.to_container(composed))) == {
@@ -308,8 +312,9 @@ def test_the_help_of_a_command_lists_groups_and_keys(
 
     assert status == cli.OK
     printed = capsys.readouterr().out
-    assert f"Usage: mnemosyne {name} " in printed
-    assert "schedule: adaptive, fixed" in printed
+    assert f"Usage: mnemosyne {name.replace('_', ' ')} " in printed
+    has_engine = issubclass(cli.COMMANDS[name].config, EngineConfig | SimulateConfig | PlanConfig)
+    assert ("schedule: adaptive, fixed" in printed) == has_engine
     assert "\nmodel: " in printed
     assert "_quiet" not in printed
 

@@ -20,6 +20,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, Vali
 from mnemosyne.cli.arguments import describe_type, key_types, nearest, prepare
 from mnemosyne.cli.ranks import command_of_run, run_on_ranks
 from mnemosyne.config_bench import BenchConfig
+from mnemosyne.config_client import BenchServeConfig, ChatConfig
 from mnemosyne.config_generate import DemoConfig, GenerateConfig
 from mnemosyne.config_serve import ServeConfig
 from mnemosyne.config_simulate import PlanConfig, SimulateConfig
@@ -75,7 +76,7 @@ def _run(words: Sequence[str]) -> int:
             status = OK if words else FAILED
         else:
             with logging_to_stderr():
-                status = run_command(words[0], words[1:])
+                status = run_command(*two_words(words))
         flush_output()
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -89,7 +90,7 @@ def _run(words: Sequence[str]) -> int:
 
 def usage() -> str:
     """What ``mnemosyne --help`` prints."""
-    lines = [f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<12}{command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         (
             "Usage: mnemosyne COMMAND [key=value ...]",
@@ -315,13 +316,37 @@ def _serve(config: ServeConfig) -> int:
     return serve(config)
 
 
+def _chat(config: ChatConfig) -> int:
+    with ended_at_once():
+        from mnemosyne.cli.chat import chat
+
+    return chat(config)
+
+
+def _bench_serve(config: BenchServeConfig) -> int:
+    with ended_at_once():
+        from mnemosyne.cli.bench_serve import bench_serve
+
+    return bench_serve(config)
+
+
+def two_words(words: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The command and what follows; ``bench serve`` is one command."""
+    joined = "_".join(words[:2])
+    return (joined, words[2:]) if joined == "bench_serve" else (words[0], words[1:])
+
+
 COMMANDS = {
     "generate": Command("prompts in, tokens out", GenerateConfig, _generate),
     "serve": Command("OpenAI's API over HTTP", ServeConfig, _serve, front=_front),
+    "chat": Command("a conversation in the terminal", ChatConfig, _chat),
     "demo": Command("a passkey in a long text, short requests beside it", DemoConfig, _demo),
     "simulate": Command(
         "a workload on hardware that is not there", SimulateConfig, _simulate, has_ranks=False
     ),
     "plan": Command("which layout of a model fits some GPUs", PlanConfig, _plan, has_ranks=False),
     "bench": Command("this engine and others side by side", BenchConfig, _bench, has_ranks=False),
+    "bench_serve": Command(
+        "bench serve: load for a server", BenchServeConfig, _bench_serve, has_ranks=False
+    ),
 }

@@ -1,0 +1,1 @@
+"""A client of OpenAI-compatible servers, of ours and of others, from the standard library."""
