@@ -24,6 +24,7 @@ ATTENTION_BACKENDS = ("auto", "reference", "flex", "triton", "cpu", *CPU_KERNELS
 OPERATORS = ("auto", "torch", *CPU_KERNELS)
 COMPILE_MODES = ("auto", "none", "step")
 FFN_LAYOUTS = ("tp", "wide")
+PREFIX_MODES = ("auto", "off")
 POLICIES = ("fcfs", "edf", "lrs", "lars")
 
 
@@ -154,9 +155,15 @@ class CacheConfig:
     memory_share: float = 0.5  # share of the free memory, used when max_tokens is unset
     page_size: int = 128  # tokens per page
     max_tokens_per_group: int | str | None = None  # of one request; unset: all that a group holds
+    prefix: str = "auto"  # auto: requests share the pages of equal beginnings; off: they do not
 
     def __post_init__(self) -> None:
         check_types(self, "cache.")
+        if self.prefix not in PREFIX_MODES:
+            raise ValueError(
+                f"cache.prefix must be one of {', '.join(PREFIX_MODES)}, got {self.prefix!r}; "
+                "off computes every prompt from its first token"
+            )
         if self.max_tokens is not None:
             self.max_tokens = parse_size(self.max_tokens, "cache.max_tokens")
         if self.max_tokens_per_group is not None:

@@ -39,6 +39,7 @@ class GenerateConfig(EngineConfig):
     prompt_logprobs: int | None = None
     priority: int = 0
     deadline: Duration | None = None  # seconds, or text such as 2s
+    cache_salt: str | None = None
 
 
 @dataclass(kw_only=True, slots=True)

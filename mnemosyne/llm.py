@@ -262,6 +262,10 @@ class LLM:
                 raise
             self._session.tell_outputs(outputs)
 
+    def clear_cache(self) -> None:
+        """Forget the cached prefixes of all prompts so far."""
+        self.engine.clear_cache()
+
     def follow(self) -> None:
         """On every rank of a mesh but the first: take part until rank 0 closes its LLM.
 

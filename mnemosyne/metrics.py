@@ -35,6 +35,8 @@ class StepRecord:
     decode_keys: int = 0  # tokens of context, summed over the decodes
     slack_s: tuple[float, ...] = ()  # of each prefill's request as planned, before its deadline
     num_missed: int = 0  # first tokens of this step that came after their deadlines
+    # of requests that started: (request, prompt tokens cached, first position that differs)
+    hits: tuple[tuple[int, int, int | None], ...] = ()
 
     @property
     def chunk_tokens(self) -> int:
@@ -129,6 +131,7 @@ def read_steps(path: str | Path) -> list[StepRecord]:
                 fields = json.loads(line)
                 fields["chunks"] = tuple(tuple(chunk) for chunk in fields["chunks"])
                 fields["slack_s"] = tuple(fields.get("slack_s", ()))
+                fields["hits"] = tuple(tuple(hit) for hit in fields.get("hits", ()))
                 records.append(StepRecord(**fields))
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ValueError(

@@ -26,6 +26,7 @@ MAX_STOPS = 256  # stop strings, each looked for in every piece of text
 MAX_STOP_CHARACTERS = 1024  # of one of them
 MAX_STOP_TOKENS = 1024
 MAX_BIASES = 65_536  # entries of logit_bias
+MAX_SALT_CHARACTERS = 1024  # of cache_salt
 MIN_DEADLINE_S, MAX_DEADLINE_S = 1e-9, 1e9  # 1 ns and 32 years
 LARGEST = 1e300  # of a bias or penalty, so that their sums are finite in float64
 LARGEST_FACTOR = 1e100  # of the penalty that logits are multiplied by
@@ -116,6 +117,8 @@ class SamplingParams:
     # of the first token, from acceptance: seconds, or text such as 500ms; unset: by slo. One
     # beyond 32 years counts as 32 years
     deadline: Duration | None = None
+    # requests share cached prefixes only with requests of the same salt, such as a tenant's name
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         """Make every value plain and bounded, or refuse it by name."""
@@ -133,6 +136,13 @@ class SamplingParams:
         self.stop_token_ids = _plain_tokens(self.stop_token_ids)
         self.logit_bias = _plain_biases(self.logit_bias)
         self.deadline = None if self.deadline is None else _plain_deadline(self.deadline)
+        if self.cache_salt is not None:
+            self.cache_salt = plain_text(
+                "cache_salt",
+                self.cache_salt,
+                limit=MAX_SALT_CHARACTERS,
+                remedy="use None to share with all that have none",
+            )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise refusal(
                 "min_tokens",
@@ -227,6 +237,10 @@ class RequestMetrics:
     num_shards: int | None = None  # groups that hold its cache
     tbt_s: list[float] = field(default_factory=list)  # gaps between consecutive tokens
     chunks: list[int] = field(default_factory=list)  # tokens per prefill chunk
+    num_cached: int = 0  # prompt tokens that the cache held, and that were not computed again
+    differs_at: int | None = None  # first position where a long prompt differs from the nearest
+    # cached one, if there is one that goes on there; and both texts from there on
+    cache_miss: str | None = None
     finished_s: float | None = None
 
 

@@ -40,7 +40,9 @@ class Breach:
         )
 
 
-_PAGELESS_CACHE = ("cache.allocator", "cache.layout", "cache.ledger", "cache.table")
+_PAGELESS_CACHE = tuple(
+    f"cache.{name}" for name in ("allocator", "chain", "layout", "ledger", "prefix", "table")
+)
 _PAGELESS = Rule(("config", *_PAGELESS_CACHE), ("numpy",), itself=False)
 _DEMO = Rule(
     (

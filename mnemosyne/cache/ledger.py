@@ -1,43 +1,66 @@
-"""The pages of all groups: which are free, and who holds the others."""
+"""The pages of all groups: which are free, who holds the others, and which hold known prefixes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from mnemosyne.cache.allocator import PageAllocator
+from mnemosyne.cache.chain import Chain
 from mnemosyne.cache.layout import LISTED_PER_PAGE, pages_for
-from mnemosyne.cache.table import PageTable
+from mnemosyne.cache.prefix import NO_PAGES, Nearest, PrefixIndex
+from mnemosyne.cache.table import Extent, PageTable
+
+
+class Place(NamedTuple):
+    """Where a shard of a request will lie."""
+
+    group: int
+    shared: np.ndarray = NO_PAGES  # int64, known pages that hold its first keys
 
 
 class Ledger:
     """Hands pages out to holders, which are request ids, and takes them back.
 
     A holder names no page: it gets a table, and gives back all that the ledger has noted for it.
-    So no page is freed twice, and none is free while a holder has it.
+    So no page is freed twice, and none is free while a holder has it. Where prefixes are shared,
+    full pages that were computed become known: others may hold them too, and they stay when nobody
+    does until their place is needed.
 
     Args:
         num_pages: of each group.
         page_size: tokens per page.
         max_tokens_per_group: tokens of one request that a group holds at most; a multiple of
             ``page_size``.
+        shares: whether prefixes are shared.
     """
 
     def __init__(
-        self, num_pages: Sequence[int], *, page_size: int, max_tokens_per_group: int
+        self,
+        num_pages: Sequence[int],
+        *,
+        page_size: int,
+        max_tokens_per_group: int,
+        shares: bool = False,
     ) -> None:
         assert max_tokens_per_group % page_size == 0, "a shard ends with a page"
         self.group_pages = tuple(num_pages)
         self.page_size = page_size
         self.max_tokens_per_group = max_tokens_per_group
+        self.shares = shares
         self.reset()
 
     def reset(self) -> None:
-        """Take every page back, whoever holds it."""
+        """Take every page back, whoever holds it, and know none of them."""
         self._allocators = [PageAllocator(count) for count in self.group_pages]
+        self._indexes = [
+            PrefixIndex(count, self.page_size) for count in self.group_pages if self.shares
+        ]
         self._listed = [0] * len(self.group_pages)  # pages in tables, shared ones each time
         self._tables: dict[int, PageTable] = {}  # by holder
+        self._known: dict[int, int] = {}  # of each holder, pages from the first on that are known
 
     @property
     def groups(self) -> range:
@@ -53,9 +76,15 @@ class Ledger:
         """Pages that somebody holds."""
         return self.num_pages - sum(self.num_free(group) for group in self.groups)
 
+    @property
+    def num_idle(self) -> int:
+        """Pages of known prefixes that nobody holds."""
+        return sum(index.num_idle for index in self._indexes)
+
     def num_free(self, group: int) -> int:
-        """Pages of a group that can be had."""
-        return self._allocators[group].num_free
+        """Pages of a group that can be had, those of known prefixes that nobody holds included."""
+        num_idle = self._indexes[group].num_idle if self.shares else 0
+        return self._allocators[group].num_free + num_idle
 
     def num_listable(self, group: int) -> int:
         """Pages that tables may list beyond those that they do."""
@@ -87,32 +116,139 @@ class Ledger:
             sizes.append(pages_for(rest, self.page_size))
         return sizes
 
-    def reserve(self, holder: int, groups: Sequence[int], num_tokens: int) -> PageTable:
+    def table_of(self, holder: int) -> PageTable:
+        """Where the keys of a holder lie."""
+        return self._tables[holder]
+
+    def unused(self, group: int) -> np.ndarray:
+        """Pages of a group that nobody holds and that hold no known prefix, int64."""
+        is_used = np.zeros(self.group_pages[group], dtype=bool)
+        for table in self._tables.values():
+            is_used[table.pages_on(group)] = True
+        if self.shares:
+            is_used |= self._indexes[group].is_known
+        return np.flatnonzero(~is_used)
+
+    def num_holders(self, group: int, page: int) -> int | None:
+        """How many hold a page, where that is counted: of pages that others may hold too."""
+        return self._indexes[group].num_holders(page)
+
+    def num_known(self, holder: int) -> int:
+        """Pages of a holder, from the first on, that others may hold as well."""
+        return self._known[holder]
+
+    def count(self, group: int, chain: Chain, first: int, stop: int) -> int:
+        """How many ``match`` would find, were there no collisions."""
+        return self._indexes[group].count(chain, first, stop)
+
+    def match(self, group: int, chain: Chain, first: int, stop: int) -> np.ndarray:
+        """Known pages of a group that hold a part of a chain (see ``PrefixIndex.match``)."""
+        return self._indexes[group].match(chain, first, stop)
+
+    def num_held(self, place: Place) -> int:
+        """Pages of a place that somebody holds, and that are not taken from the free ones."""
+        return self._indexes[place.group].num_held(place.shared) if len(place.shared) else 0
+
+    def nearest(self, chain: Chain, page: int, place: Place) -> Nearest | None:
+        """What a group knows in place of a page of a chain (see ``PrefixIndex.nearest``)."""
+        before = int(place.shared[-1]) if len(place.shared) else None
+        return self._indexes[place.group].nearest(chain, page, before)
+
+    def reserve(self, holder: int, places: Sequence[Place], num_tokens: int) -> PageTable:
         """Take pages for the whole life of a request.
 
         Args:
             holder: who has no pages yet.
-            groups: of each shard, with as many free pages as it takes.
+            places: of its shards, with as many free pages as they take.
             num_tokens: prompt and output together.
 
         Returns:
             Where its keys will lie.
         """
         assert holder not in self._tables, f"{holder} has pages"
-        sizes = zip(groups, self.shard_pages(num_tokens), strict=True)
-        parts = [(group, self._take(group, size)) for group, size in sizes]
+        sizes = zip(places, self.shard_pages(num_tokens), strict=True)
+        parts = [(place.group, self._take(place, size)) for place, size in sizes]
         table = self._tables[holder] = PageTable.spread(parts, self.max_tokens_per_group)
+        if self.shares:
+            self._known[holder] = sum(len(place.shared) for place in places)
         return table
 
-    def release(self, holder: int) -> None:
-        """Take back whatever a holder has."""
-        for extent in self._tables.pop(holder).extents:
-            self._listed[extent.group] -= len(extent.pages)
-            self._allocators[extent.group].release(extent.pages)
+    def release(self, holder: int, chain: Chain | None = None, num_computed: int = 0) -> None:
+        """Take back whatever a holder has.
 
-    def _take(self, group: int, count: int) -> np.ndarray:
-        """Free pages, which are that no more."""
-        pages = self._allocators[group].allocate(count)
-        assert pages is not None, "the pages were free a moment ago"
+        Args:
+            holder: who has pages.
+            chain: its tokens, if its pages may be shared.
+            num_computed: positions whose keys and values are whole.
+        """
+        if chain is not None:
+            self._keep(holder, chain, num_computed // self.page_size)
+        self._known.pop(holder, None)
+        for extent in self._tables.pop(holder).extents:
+            pages = extent.pages
+            self._listed[extent.group] -= len(pages)
+            if self.shares:
+                pages = np.sort(self._indexes[extent.group].let_go(pages))
+            self._allocators[extent.group].release(pages)
+
+    def publish(self, holder: int, chain: Chain, num_computed: int) -> None:
+        """Make the full pages of a holder known, as far as no other pages hold the same.
+
+        Args:
+            holder: who has pages.
+            chain: its tokens.
+            num_computed: positions whose keys and values are whole.
+        """
+        known, stop = self._known[holder], num_computed // self.page_size
+        while known < stop:
+            extent, offset, end = self._extent_at(holder, known)
+            index = self._indexes[extent.group]
+            before = int(extent.pages[known - offset - 1]) if known > offset else None
+            pages = extent.pages[known - offset : min(end, stop) - offset]
+            count = index.add(chain, known, pages, before)
+            self._known[holder] = known = known + count
+            if count < len(pages):
+                return
+
+    def clear(self) -> None:
+        """Know no prefix any more; who holds pages keeps them."""
+        for index, allocator in zip(self._indexes, self._allocators, strict=False):
+            allocator.release(index.clear())
+
+    def _keep(self, holder: int, chain: Chain, stop: int) -> None:
+        """Make the last pages of a holder known as well, behind equal ones of others."""
+        page = self._known[holder]
+        while page < stop:
+            extent, offset, end = self._extent_at(holder, page)
+            index = self._indexes[extent.group]
+            before = index.page_of(chain.digests[page - 1]) if page > offset else None
+            if page > offset and before is None:
+                return
+            if index.page_of(chain.digests[page]) is not None:
+                page += 1
+                continue
+            pages = extent.pages[page - offset : min(end, stop) - offset]
+            page += index.add(chain, page, pages, before)
+
+    def _extent_at(self, holder: int, page: int) -> tuple[Extent, int, int]:
+        """The extent with a page of a holder, its first page, and the page after its last."""
+        table, position = self._tables[holder], page * self.page_size
+        extent = table.storing(position)
+        offset = extent.start // self.page_size
+        end = table.next_start(position) // self.page_size
+        return extent, offset, min(end, offset + len(extent.pages))
+
+    def _take(self, place: Place, count: int) -> np.ndarray:
+        """Known pages and free ones, together so many, which are not free any more."""
+        group, shared = place
         self._listed[group] += count
-        return pages
+        allocator, count = self._allocators[group], count - len(shared)
+        if self.shares:
+            index = self._indexes[group]
+            index.hold(shared)
+            lack = count - allocator.num_free
+            if lack > 0:
+                allocator.release(np.sort(index.evict(lack)))
+        pages = allocator.allocate(count)
+        assert pages is not None, "the pages were free a moment ago"
+        return np.concatenate([shared, pages]) if len(shared) else pages

@@ -42,6 +42,7 @@ def join(
     sweep: Sweep | None = None,
     clock: Callable[[], float] = time.perf_counter,
     on_step: Callable[[StepRecord], None] | None = None,
+    fingerprint: bytes | None = None,
 ) -> Engine:
     """Scheduler, executor and intake as one engine, before its first request.
 
@@ -55,6 +56,7 @@ def join(
         sweep: fits the predictor; put off until ``Engine.measure``.
         clock: seconds; a simulation brings its own.
         on_step: called with the record of each step.
+        fingerprint: of a model whose requests share prefixes; None: they share nothing.
     """
     num_groups = config.mesh.kvp
     work_model = WorkModel(shape.windows, num_groups, unread_share=shape.unread_share())
@@ -68,6 +70,7 @@ def join(
         predictor=predictor,
         work_model=work_model,
         depth=executor.depth,
+        fingerprint=fingerprint,
     )
     limits = Limits(
         num_pages=num_pages,

@@ -51,6 +51,7 @@ def build_engine(
         predictor=ours if predictor is None else ForeignPredictor(predictor, ours),
         sweep=_sweep(ours, executor, config, rank) if is_fitted else None,
         on_step=on_step,
+        fingerprint=_fingerprint(config, rank) if config.cache.prefix == "auto" else None,
     )
     if crew is not None:
         engine.measure()  # the other ranks follow now; later they may be elsewhere
@@ -78,6 +79,12 @@ def fit_key(config: EngineConfig, rank: Rank) -> dict[str, str]:
         "pages": f"{config.cache.page_size} tokens",
         **describe_machine(keys.device),
     }
+
+
+def _fingerprint(config: EngineConfig, rank: Rank) -> bytes:
+    """The model that this process holds; no other process reads what begins with it."""
+    spec, dtype = rank.checkpoint.spec, rank.worker.pool.k[0].dtype
+    return f"{rank.checkpoint.name} {spec!r} {dtype}".encode()
 
 
 def _sweep(

@@ -105,6 +105,7 @@ class _Result(Struct, array_like=True):
     index: int
     sampled: dict[int, Sampled]
     prompt_logprobs: dict[int, list[Logprobs]]
+    broken: tuple[int, ...]
 
 
 _ENCODER = msgspec.msgpack.Encoder()
@@ -141,13 +142,14 @@ def decode(data: bytes) -> Message:
 
 def encode_result(result: StepResult) -> bytes:
     """What a group sends back for a step."""
-    return _ENCODER.encode(_Result(result.index, result.sampled, result.prompt_logprobs))
+    wire = _Result(result.index, result.sampled, result.prompt_logprobs, result.broken)
+    return _ENCODER.encode(wire)
 
 
 def decode_result(data: bytes) -> StepResult:
     """The result that ``encode_result`` was given."""
     wire = _RESULTS.decode(data)
-    return StepResult(wire.index, wire.sampled, wire.prompt_logprobs)
+    return StepResult(wire.index, wire.sampled, wire.prompt_logprobs, broken=wire.broken)
 
 
 def _plan_to_wire(plan: Plan) -> _Plan:

@@ -112,7 +112,7 @@ class MeshExecutor:
 
 def _joined(parts: list[StepResult]) -> StepResult:
     """One result of a step; each request is reported by one group."""
-    whole = StepResult(parts[0].index)
+    whole = StepResult(parts[0].index, broken=tuple(i for part in parts for i in part.broken))
     for part in parts:
         whole.sampled.update(part.sampled)
         whole.prompt_logprobs.update(part.prompt_logprobs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from mnemosyne.runtime.inputs import PlacedChunk, StepInputs, build_inputs, coun
 from mnemosyne.runtime.sampler import sample, token_logprobs
 from mnemosyne.runtime.sequences import SequenceState
 from mnemosyne.runtime.step import LayerShape, Model, PagedAttention
-from mnemosyne.schedule.plan import Plan, StepResult
+from mnemosyne.schedule.plan import Chunk, Plan, StepResult
 from mnemosyne.step_context import StepContext
 
 LOGPROB_ROWS = 256  # rows of prompt logits that exist at a time
@@ -121,9 +122,12 @@ class Worker:
                 prompt_logprobs = self._prompt_logprobs(inputs, hidden_TE)
                 result = StepResult(plan.index, self._sample(inputs, hidden_TE), prompt_logprobs)
             if is_finite_T is None:
-                self._mark_failed(inputs, result)
+                broken = _failed(inputs, result)
             else:
-                self._mark_broken(inputs, is_finite_T)
+                broken = _not_finite(inputs, is_finite_T)
+            for chunk in broken:
+                self._sequences[chunk.request_id].note_broken(chunk.start)
+            result = replace(result, broken=tuple(chunk.request_id for chunk in broken))
         is_last_stage = self._mesh.pp.index == self._mesh.pp.degree - 1
         return result if is_last_stage and self._mesh.tp.index == 0 else None
 
@@ -217,26 +221,6 @@ class Worker:
                 first = max(0, broken_from - extent.start) // self._pool.page_size
                 self._pool.clear(extent.pages[first:])
 
-    def _mark_failed(self, inputs: StepInputs, result: StepResult) -> None:
-        """Remember which decodes failed: what they hold may not be finite."""
-        for chunk, _ in inputs.chunks:
-            sampled = result.sampled.get(chunk.request_id)
-            if sampled is not None and sampled.error is not None:
-                self._sequences[chunk.request_id].note_broken(chunk.start)
-
-    def _mark_broken(self, inputs: StepInputs, is_finite_T: Tensor) -> None:
-        """Remember which requests hold keys or values that are not finite.
-
-        Every row sees its own key and value in every layer, so its hidden state tells. Logits of
-        a prefill would not: a request that is cancelled before its end never has any.
-        """
-        is_finite_T = is_finite_T.cpu()
-        if is_finite_T.all():
-            return
-        for placed in inputs.chunks:
-            if not is_finite_T[placed.first_row : placed.last_row + 1].all():
-                self._sequences[placed.chunk.request_id].note_broken(placed.chunk.start)
-
     def _reports(self, placed: PlacedChunk) -> bool:
         """Whether this group speaks for a chunk: several may compute it, the first of them does."""
         table = self._sequences[placed.chunk.request_id].table
@@ -289,3 +273,25 @@ class Worker:
                 logits_BV, targets.to(logits_BV.device), sequence.prompt_logprobs
             )
         return found
+
+
+def _failed(inputs: StepInputs, result: StepResult) -> list[Chunk]:
+    """The decodes whose logits were not finite: what they hold may not be."""
+    sampled = result.sampled
+    return [c for c, _ in inputs.chunks if c.request_id in sampled and sampled[c.request_id].error]
+
+
+def _not_finite(inputs: StepInputs, is_finite_T: Tensor) -> list[Chunk]:
+    """The chunks that may have stored keys or values that are not finite.
+
+    Every row sees its own key and value in every layer, so its hidden state tells. Logits of a
+    prefill would not: a request that is cancelled before its end never has any.
+    """
+    is_finite_T = is_finite_T.cpu()
+    if is_finite_T.all():
+        return []
+    return [
+        placed.chunk
+        for placed in inputs.chunks
+        if not is_finite_T[placed.first_row : placed.last_row + 1].all()
+    ]

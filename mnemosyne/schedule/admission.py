@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from math import inf
 
-from mnemosyne.cache.ledger import Ledger
+from mnemosyne.cache.ledger import Ledger, Place
 from mnemosyne.cache.table import PageTable
 from mnemosyne.config import SloConfig
 from mnemosyne.request import Request
 from mnemosyne.schedule.policy import Policy
 from mnemosyne.schedule.prefill_queue import PrefillQueue
 from mnemosyne.schedule.prefill_table import PrefillTable
+from mnemosyne.schedule.prefixes import Prefixes
 from mnemosyne.schedule.request_state import UNPLACED, RequestState
 from mnemosyne.schedule.routing import NOTHING, Router
 
+PATIENCE, PATIENCE_S = 2.0, 0.25  # times, and seconds, that a chunk of another may be late
 FOREVER_S = 1e9  # three decades: later deadlines are no less urgent, and slack stays finite
 
 
@@ -30,11 +32,12 @@ class Reservation:
 
     prompt: RequestState
     pages: dict[int, int]  # by group
-    holders: dict[int, PageTable] = field(default_factory=dict)  # let in since, by request
+    # free pages by group that went to those let in since, by request
+    holders: dict[int, dict[int, int]] = field(default_factory=dict)
 
     def held(self, group: int) -> int:
         """Pages of a group that went to others since the reservation was made."""
-        return sum(len(table.pages_on(group)) for table in self.holders.values())
+        return sum(taken.get(group, 0) for taken in self.holders.values())
 
 
 class AdmissionQueue:
@@ -50,16 +53,24 @@ class AdmissionQueue:
         ledger: the pages of the cache.
         router: chooses groups.
         table: predicted time of a prefill.
+        prefixes: what requests share; None: nothing.
     """
 
     def __init__(
-        self, policy: Policy, slo: SloConfig, ledger: Ledger, router: Router, table: PrefillTable
+        self,
+        policy: Policy,
+        slo: SloConfig,
+        ledger: Ledger,
+        router: Router,
+        table: PrefillTable,
+        prefixes: Prefixes | None = None,
     ) -> None:
         self._may_pass = policy.lets_pass
         self._slo = slo
         self._ledger = ledger
         self._router = router
         self._table = table
+        self._prefixes = prefixes
         self._queue = PrefillQueue(policy, table)
         self._largest_tokens: float = 0  # tokens of the largest request
         self._reservation: Reservation | None = None
@@ -68,21 +79,33 @@ class AdmissionQueue:
     def __len__(self) -> int:
         return len(self._queue)
 
-    def add(self, request: Request, *, num_planned: int = 0) -> RequestState:
-        """Queue a request, of whose prompt so many tokens need no planning any more."""
+    def add(
+        self, request: Request, *, num_planned: int = 0, is_shared: bool = False
+    ) -> RequestState:
+        """Queue a request, of whose prompt so many tokens need no planning any more.
+
+        Args:
+            request: of any kind.
+            num_planned: tokens that are said to be cached.
+            is_shared: whether its pages may be those of others, and others may have its own.
+        """
         self._table.extend(request.num_prompt_tokens)
-        deadline_s, arrival_s = request.deadline_s, request.arrival_s
-        if deadline_s is None:
-            alone_s = self._table.seconds(num_planned, request.num_prompt_tokens)
-            deadline_s = max(self._slo.ttft_min_s, self._slo.ttft_scale * alone_s)
-        total_s = self._table.at(request.num_prompt_tokens)
-        due_s = arrival_s + min(deadline_s, FOREVER_S)
-        prompt = RequestState(
-            *(arrival_s, due_s, total_s, self._table.at(num_planned), request, deadline_s),
-            num_planned=num_planned,
-        )
+        prompt = RequestState(request.arrival_s, 0.0, 0.0, 0.0, request, 0.0)
+        prompt.num_planned, prompt.num_needed = num_planned, request.max_tokens
+        if is_shared and self._prefixes is not None:
+            prompt.chain = self._prefixes.chain_of(request)
+            self._note_cached(prompt, self._prefixes.count(prompt) * self._ledger.page_size)
+            prompt.num_needed -= prompt.num_cached
+        else:
+            self._look_up(prompt)
+        if request.deadline_s is not None:
+            prompt.deadline_s = request.deadline_s
+        else:
+            alone_s = self._table.seconds(prompt.num_planned, request.num_prompt_tokens)
+            prompt.deadline_s = max(self._slo.ttft_min_s, self._slo.ttft_scale * alone_s)
+        prompt.due_s = prompt.arrival_s + min(prompt.deadline_s, FOREVER_S)
         self._queue.add(prompt)
-        self._largest_tokens = max(self._largest_tokens, request.max_tokens)
+        self._largest_tokens = max(self._largest_tokens, prompt.num_needed)
         self._is_settled = False
         return prompt
 
@@ -114,11 +137,18 @@ class AdmissionQueue:
         for prompt in self._order(now_s):
             if prompt.table is not UNPLACED:
                 continue
-            table = self._place(prompt.request)
+            if self._waits_for_pages(prompt, now_s):
+                self._is_settled = False
+                if self._may_pass:
+                    continue
+                break
+            table = self._place(prompt)
             if table is not None:
                 prompt.table = table
                 if prompt.num_planned:
                     self._router.advance(table, 0, prompt.num_planned)
+                if prompt.chain is not None and self._prefixes is not None:
+                    self._prefixes.start(prompt)
                 admitted.append(prompt)
                 if len(admitted) == num_places:
                     break
@@ -129,7 +159,7 @@ class AdmissionQueue:
 
     def _remove(self, prompts: list[RequestState]) -> None:
         self._queue.remove(prompts)
-        if any(prompt.request.max_tokens == self._largest_tokens for prompt in prompts):
+        if any(prompt.num_needed == self._largest_tokens for prompt in prompts):
             self._largest_tokens = self._queue.largest_tokens()
 
     def _order(self, now_s: float) -> Iterator[RequestState]:
@@ -150,25 +180,84 @@ class AdmissionQueue:
             return order
         return chain([self._reservation.prompt], order)
 
-    def _place(self, request: Request) -> PageTable | None:
-        reservation, kept = self._reservation, NOTHING
-        is_holder = reservation is not None and reservation.prompt.request is request
+    def _place(self, prompt: RequestState) -> PageTable | None:
+        request, reservation, kept = prompt.request, self._reservation, NOTHING
+        is_holder = reservation is not None and reservation.prompt is prompt
         if (
             reservation is not None
             and not is_holder
             and reservation.prompt.request.priority <= request.priority
         ):
             kept = {group: self._kept(reservation, group) for group in reservation.pages}
-        groups = self._router.choose(request.max_tokens, kept=kept)
-        if groups is None:
+        places = self._choose(prompt, kept)
+        if places is None:
             return None
-        table = self._ledger.reserve(request.request_id, groups, request.max_tokens)
+        taken = {place.group: -self._ledger.num_free(place.group) for place in places}
+        table = self._ledger.reserve(request.request_id, places, request.max_tokens)
         self._router.start(table, request.num_prompt_tokens)
         if is_holder:
             self._reservation = None
         elif reservation is not None:
-            reservation.holders[request.request_id] = table
+            for group in taken:
+                taken[group] = -taken[group] - self._ledger.num_free(group)
+            reservation.holders[request.request_id] = taken
         return table
+
+    def _choose(self, prompt: RequestState, kept: Mapping[int, int]) -> list[Place] | None:
+        """Places for a request, if it can have them now; and what they hold of its prompt."""
+        request, prefixes = prompt.request, self._prefixes
+        if prompt.chain is None or prefixes is None:
+            return self._router.choose(request.max_tokens, kept=kept)
+        num_cacheable = prefixes.num_cacheable(request)
+        places = self._router.choose(
+            request.max_tokens, kept=kept, chain=prompt.chain, num_cacheable=num_cacheable
+        )
+        if places is None:
+            self._note_needed(prompt, request.max_tokens)
+            return None
+        prompt.hit = prefixes.hit(prompt, places)
+        self._note_cached(prompt, prompt.hit.num_tokens)
+        return places
+
+    def _waits_for_pages(self, prompt: RequestState, now_s: float) -> bool:
+        """Whether another request computes pages that this one would have to compute.
+
+        It waits for a request of its class or a more urgent one, which is ahead of it, and so done
+        with them sooner; but not for one that gets no chunks for as long as all should take.
+        """
+        if prompt.chain is None or self._prefixes is None or not self._prefixes.has_leaders:
+            return False
+        num_known = self._prefixes.count(prompt)
+        leader = self._prefixes.leader(prompt, num_known)
+        if leader is None or leader.request.priority > prompt.request.priority:
+            return False
+        num_common = self._prefixes.num_common(prompt, leader)
+        if prompt.leader_planned != leader.num_planned:  # it goes on
+            prompt.leader_planned = leader.num_planned
+            left_s = self._table.seconds(min(leader.num_planned, num_common), num_common)
+            prompt.waits_until_s = now_s + PATIENCE * left_s + PATIENCE_S
+        self._note_needed(prompt, prompt.request.max_tokens - num_common)
+        return now_s < prompt.waits_until_s
+
+    def _note_needed(self, prompt: RequestState, num_needed: int) -> None:
+        """Note how many tokens of free pages a waiting request needs."""
+        if prompt.num_needed != num_needed:
+            was_largest = prompt.num_needed == self._largest_tokens
+            prompt.num_needed = num_needed
+            self._queue.update(prompt)
+            if was_largest:
+                self._largest_tokens = self._queue.largest_tokens()
+            self._largest_tokens = max(self._largest_tokens, num_needed)
+
+    def _note_cached(self, prompt: RequestState, num_cached: int) -> None:
+        """Count only what is left of a prompt."""
+        prompt.num_cached = prompt.num_planned = num_cached
+        self._look_up(prompt)
+
+    def _look_up(self, prompt: RequestState) -> None:
+        cached_s = self._table.at(prompt.num_cached)
+        prompt.total_s = self._table.at(prompt.request.num_prompt_tokens) - cached_s
+        prompt.done_s = self._table.at(prompt.num_planned) - cached_s
 
     def _kept(self, reservation: Reservation, group: int) -> int:
         """Free pages of a group that others must leave."""

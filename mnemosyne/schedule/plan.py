@@ -22,6 +22,15 @@ class Admission(NamedTuple):
     num_given: int = 0  # of the ids, those at the end that are output
 
 
+class Hit(NamedTuple):
+    """What the cache held of the prompt of an admitted request."""
+
+    request_id: int
+    num_tokens: int  # that need not be computed
+    differs_at: int | None = None  # first position where the nearest cached prompt differs
+    cached_ids: tuple[int, ...] = ()  # of that one, from that position on
+
+
 class PageCopy(NamedTuple):
     """A page of one group whose keys and values another page of it gets."""
 
@@ -65,6 +74,7 @@ class Plan:
     copies: tuple[PageCopy, ...] = ()  # in order, before anything is computed
     predicted_s: float = 0.0
     slack_s: tuple[float, ...] = ()  # of each prefill chunk's request as planned; not sent to ranks
+    hits: tuple[Hit, ...] = ()  # of admitted requests, where prefixes are shared; not sent to ranks
 
     @property
     def num_tokens(self) -> int:
@@ -86,6 +96,7 @@ class StepResult:
     sampled: dict[int, Sampled] = field(default_factory=dict)  # by request
     prompt_logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)
     error: str | None = None  # why the step failed; its requests end with it
+    broken: tuple[int, ...] = ()  # requests whose keys or values of this step may not be finite
 
 
 class Executor(Protocol):

@@ -15,7 +15,7 @@ from mnemosyne.schedule.prefill_table import PrefillTable
 from mnemosyne.schedule.request_state import RequestState
 
 FEW = 8  # prompts that are compared one by one, and of many those that are looked for first
-# Cells of a prompt: its ``Urgency``, then priority and tokens of prompt and output together.
+# Cells of a prompt: its ``Urgency``, then priority and tokens of the pages that it needs.
 ARRIVAL, DUE, TOTAL_S, DONE_S, PRIORITY, TOKENS = range(6)
 NUM_CELLS = 6
 LAST = float(np.finfo(np.float64).max)  # the largest key: inf marks who is taken or left out
@@ -65,9 +65,15 @@ class PrefillQueue:
             del self._items[row]
             del self._cells[row * NUM_CELLS : (row + 1) * NUM_CELLS]
 
+    def update(self, prompt: RequestState) -> None:
+        """Note that more or less of a prompt is cached."""
+        cell = self._row(prompt) * NUM_CELLS
+        if cell < len(self._cells):
+            self._cells[cell : cell + NUM_CELLS] = array("d", _cells_of(prompt))
+
     def advance(self, prompt: RequestState) -> None:
         """Note that more of a prompt is planned."""
-        prompt.done_s = self._table.at(prompt.num_planned)
+        prompt.done_s = self._table.at(prompt.num_planned) - self._table.at(prompt.num_cached)
         cell = self._row(prompt) * NUM_CELLS + DONE_S
         if cell < len(self._cells):
             self._cells[cell] = prompt.done_s
@@ -82,8 +88,9 @@ class PrefillQueue:
             self._version = self._table.version
             lengths = np.array([prompt.request.num_prompt_tokens for prompt in self._items])
             planned = np.array([prompt.num_planned for prompt in self._items])
-            totals_s = self._table.until(lengths).tolist()
-            dones_s = self._table.until(planned).tolist()
+            cached_s = self._table.until(np.array([prompt.num_cached for prompt in self._items]))
+            totals_s = (self._table.until(lengths) - cached_s).tolist()
+            dones_s = (self._table.until(planned) - cached_s).tolist()
             for prompt, total_s, done_s in zip(self._items, totals_s, dones_s, strict=True):
                 prompt.total_s, prompt.done_s = total_s, done_s
             del self._cells[:]
@@ -97,7 +104,7 @@ class PrefillQueue:
         Args:
             now_s: seconds on the clock of arrivals.
             factor: as ``follow_table`` returned it.
-            max_tokens: tokens of prompt and output above which a request is left out.
+            max_tokens: tokens of needed pages above which a request is left out.
 
         Returns:
             Prompts for a reader who stops early, and before any is added or removed.
@@ -108,7 +115,7 @@ class PrefillQueue:
         few = [
             (prompt.request.priority, self._key(prompt, now_s, factor), prompt.ticket, prompt)
             for prompt in self._items
-            if prompt.request.max_tokens <= max_tokens
+            if prompt.num_needed <= max_tokens
         ]
         few.sort()
         return iter([prompt for *_, prompt in few])
@@ -121,9 +128,9 @@ class PrefillQueue:
         return sorted(late, key=lambda p: (p.request.priority, p.arrival_s, p.ticket))
 
     def largest_tokens(self) -> float:
-        """Tokens of prompt and output of the largest request."""
+        """Tokens of the pages that the largest request needs."""
         if len(self._items) <= FEW:
-            return max((prompt.request.max_tokens for prompt in self._items), default=0)
+            return max((prompt.num_needed for prompt in self._items), default=0)
         return float(self._columns()[TOKENS].max())
 
     def _many_in_order(self, keys: np.ndarray, max_tokens: float) -> Iterator[RequestState]:
@@ -156,9 +163,12 @@ class PrefillQueue:
 
     def _fill(self) -> None:
         for prompt in self._items[len(self._cells) // NUM_CELLS :]:
-            times_s = [prompt.arrival_s, prompt.due_s, prompt.total_s, prompt.done_s]
-            request = prompt.request
-            self._cells.fromlist([*times_s, float(request.priority), float(request.max_tokens)])
+            self._cells.fromlist(_cells_of(prompt))
+
+
+def _cells_of(prompt: RequestState) -> list[float]:
+    times_s = [prompt.arrival_s, prompt.due_s, prompt.total_s, prompt.done_s]
+    return [*times_s, float(prompt.request.priority), float(prompt.num_needed)]
 
 
 def _smallest_first(keys: np.ndarray, count: int) -> Iterator[int]:

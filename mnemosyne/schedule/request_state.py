@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mnemosyne.cache.chain import Chain
 from mnemosyne.cache.table import PageTable
 from mnemosyne.request import Request
+from mnemosyne.schedule.plan import Hit
 from mnemosyne.schedule.policy import Urgency
 
 UNPLACED = PageTable(())  # of a request that waits
@@ -18,9 +20,19 @@ class RequestState(Urgency[float]):
     request: Request
     deadline_s: float  # of the first token, after arrival
     table: PageTable = UNPLACED  # where its keys lie, once it is admitted
-    num_planned: int = 0  # prompt tokens in this and earlier plans
+    num_planned: int = 0  # prompt tokens in this and earlier plans, or cached
     num_in_flight: int = 0  # steps that hold a chunk of its prompt
     is_released: bool = False
+    # where prefixes are shared
+    chain: Chain | None = None  # its tokens
+    num_cached: int = 0  # prompt tokens that the cache holds; an estimate while it waits
+    num_computed: int = 0  # positions whose keys and values are there, and finite
+    is_broken: bool = False  # what it computes from now on is not shared
+    hit: Hit | None = None  # once it is admitted
+    leads: bytes = b""  # digest of the page that it computes next, while others may wait for it
+    leader_planned: int = -1  # tokens that the request whose pages it waits for had planned
+    waits_until_s: float = 0.0  # when it goes ahead, unless that one has more planned by then
+    num_needed: int = 0  # tokens of free pages that it needs, as far as that is known
     ticket: int = 0  # drawn from the queue that it is in: how many came there before it
 
     @property

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from mnemosyne.cache.ledger import Ledger
+from mnemosyne.cache.chain import Chain
+from mnemosyne.cache.ledger import Ledger, Place
 from mnemosyne.cache.table import PageTable
 
 NOTHING: Mapping[int, int] = MappingProxyType({})
@@ -17,7 +18,7 @@ class Router:
     A request takes as many groups as its tokens need; the groups with the least pending prefill
     come first, and among equals those with the fewest pages in use. Pages for its whole life are
     reserved at once, because growth that waits for pages could deadlock. Prefill work is counted
-    as prompt length squared less the part done.
+    as prompt length squared less the part done, or cached.
 
     Args:
         ledger: the pages of each group.
@@ -31,21 +32,65 @@ class Router:
         """Forget all work."""
         self._pending = [0] * len(self._ledger.group_pages)  # prefill work ahead of each group
 
-    def choose(self, num_tokens: int, *, kept: Mapping[int, int] = NOTHING) -> list[int] | None:
-        """Groups for the shards of a request, in the order of positions.
+    def choose(
+        self,
+        num_tokens: int,
+        *,
+        kept: Mapping[int, int] = NOTHING,
+        chain: Chain | None = None,
+        num_cacheable: int = 0,
+    ) -> list[Place] | None:
+        """Places for the shards of a request, in the order of positions.
 
         Args:
             num_tokens: prompt and output together.
             kept: pages of some groups that are free but not for this request.
+            chain: its tokens, where prefixes are shared.
+            num_cacheable: pages of it, the first ones, that may be those of others.
 
         Returns:
             None if the pages are not free now.
         """
-        free = self._free()
+        free, sizes = self._free(), self._ledger.shard_pages(num_tokens)
         if kept:
             for group, pages in kept.items():
                 free[group] -= pages
-        return _assign(self._ledger.shard_pages(num_tokens), self._least_pending(), free)
+        if chain is not None and num_cacheable:
+            return self._choose_near(sizes, free, chain, num_cacheable)
+        chosen = _assign(sizes, self._least_pending(), free)
+        return None if chosen is None else [Place(group) for group in chosen]
+
+    def _choose_near(
+        self, sizes: list[int], free: list[int], chain: Chain, num_cacheable: int
+    ) -> list[Place] | None:
+        """The same where groups differ in what they hold of the prompt.
+
+        What a group holds is work that it need not do: the square of its tokens, as for pending
+        work. A shard can have a known prefix only if those before it are known to their ends.
+        """
+        ledger, places, first = self._ledger, list[Place](), 0
+        groups, is_whole = list(ledger.groups), True
+        for size in sizes:
+            stop = min(first + size, num_cacheable) if is_whole else first
+            shards = [Place(g, ledger.match(g, chain, first, stop)) for g in groups]
+            if len(shards) > 1:
+                shards.sort(key=lambda place: self._work_at(place, first))
+            needed = (size - ledger.num_held(place) for place in shards)
+            fits = (p for p, n in zip(shards, needed, strict=True) if free[p.group] >= n)
+            place = next(fits, None)
+            if place is None:
+                return None
+            places.append(place)
+            groups.remove(place.group)
+            is_whole, first = len(place.shared) == size, first + size
+        return places
+
+    def _work_at(self, place: Place, first: int) -> tuple[int, int]:
+        """What decides between groups: work ahead and of the prompt, then pages in use."""
+        ledger, num_known = self._ledger, len(place.shared)
+        saved = (first + num_known) * ledger.page_size if num_known else 0
+        num_used = ledger.group_pages[place.group] - ledger.num_free(place.group)
+        return self._pending[place.group] - saved**2, num_used
 
     def has_room(self, num_tokens: int) -> bool:
         """Whether a request would find its pages now."""

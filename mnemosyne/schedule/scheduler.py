@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import islice
 
 from mnemosyne.cache.ledger import Ledger
@@ -13,6 +13,7 @@ from mnemosyne.schedule.plan import Admission, Chunk, Plan
 from mnemosyne.schedule.policy import POLICIES
 from mnemosyne.schedule.predictor import LearningPredictor, Predictor
 from mnemosyne.schedule.prefill import PrefillPlanner
+from mnemosyne.schedule.prefixes import Prefixes
 from mnemosyne.schedule.request_state import UNPLACED, RequestState
 from mnemosyne.schedule.routing import Router
 from mnemosyne.schedule.work import DecodeTally, Work, WorkModel
@@ -28,7 +29,8 @@ class Scheduler:
     Args:
         config: chunk rule, policy, target time between tokens, limits.
         slo: when a first token is due.
-        ledger: the pages of the cache.
+        ledger: the pages of the cache, and whether requests share them.
+        fingerprint: tells apart models that share nothing.
         predictor: step time; decides sizes only when ``config.chunk`` is "adaptive".
         work_model: counts the work of a chunk.
         depth: steps that may be in flight.
@@ -40,6 +42,7 @@ class Scheduler:
         slo: SloConfig,
         *,
         ledger: Ledger,
+        fingerprint: bytes = b"",
         predictor: Predictor,
         work_model: WorkModel,
         depth: int = 1,
@@ -47,6 +50,7 @@ class Scheduler:
         self.config = config
         self.ledger = ledger
         self._router = Router(ledger)
+        self._prefixes = Prefixes(ledger, fingerprint) if ledger.shares else None
         self.predictor = predictor
         self._learner = predictor if isinstance(predictor, LearningPredictor) else None
         self.work_model = work_model
@@ -60,7 +64,9 @@ class Scheduler:
             shard_tokens=ledger.max_tokens_per_group,
             depth=depth,
         )
-        self._admission = AdmissionQueue(policy, slo, ledger, self._router, self._prefill.table)
+        self._admission = AdmissionQueue(
+            policy, slo, ledger, self._router, self._prefill.table, self._prefixes
+        )
         self._requests: dict[int, RequestState] = {}  # of all, those that wait included
         self._ready: dict[int, Chunk] = {}  # decodes that may run, longest waiting first
         self._ready_tally = DecodeTally(work_model)  # of those
@@ -115,7 +121,9 @@ class Scheduler:
         """
         self.check_fits(request)
         state = self._requests[request.request_id] = self._admission.add(
-            request, num_planned=request.num_prompt_tokens - 1 if is_filled else 0
+            request,
+            num_planned=request.num_prompt_tokens - 1 if is_filled else 0,
+            is_shared=not is_filled,
         )
         return state.deadline_s
 
@@ -159,7 +167,15 @@ class Scheduler:
         self._num_decoding = 0
         self._works.clear()
         self.ledger.reset()
+        if self._prefixes is not None:
+            self._prefixes.clear()
         self._router.clear()
+
+    def clear_cache(self) -> None:
+        """Know no prefix any more; requests keep the pages that they hold."""
+        if self._prefixes is not None:
+            self.ledger.clear()
+            self._prefixes.clear()
 
     def plan(self, now_s: float) -> Plan | None:
         """The next step, or None if nothing can run.
@@ -191,15 +207,19 @@ class Scheduler:
             tables=tuple((running.request.request_id, running.table) for running in admitted),
             predicted_s=prefills.seconds,
             slack_s=tuple(prefills.slack_s),
+            hits=tuple(running.hit for running in admitted if running.hit is not None),
         )
 
-    def complete(self, plan: Plan, tokens: Mapping[int, int]) -> None:
+    def complete(self, plan: Plan, tokens: Mapping[int, int], broken: Collection[int] = ()) -> None:
         """Take note that a step is back.
 
         Args:
             plan: the step.
             tokens: what it sampled, by request; each is the decode of a step to come.
+            broken: requests whose keys or values may not be finite.
         """
+        if self._prefixes is not None:
+            self._prefixes.complete(plan, self._requests, broken)
         rows = []
         for request_id, start, num_tokens, samples, token_id in plan.chunks:
             running = self._requests[request_id]
@@ -225,7 +245,10 @@ class Scheduler:
         del self._requests[request.request_id]
         num_done = min(running.num_planned, request.num_prompt_tokens)
         self._router.advance(running.table, num_done, request.num_prompt_tokens)
-        self.ledger.release(request.request_id)
+        if self._prefixes is not None and running.chain is not None:
+            self._prefixes.end(running)
+        else:
+            self.ledger.release(request.request_id)
         self._admission.note_release(request.request_id)
         self._released.append(request.request_id)
 
@@ -269,6 +292,7 @@ def build_scheduler(
     predictor: Predictor,
     work_model: WorkModel,
     depth: int = 1,
+    fingerprint: bytes | None = None,
 ) -> Scheduler:
     """A scheduler over empty caches.
 
@@ -282,12 +306,20 @@ def build_scheduler(
         predictor: step time.
         work_model: counts the work of a chunk.
         depth: steps that may be in flight.
+        fingerprint: of a model whose requests share prefixes; None: they share nothing.
     """
     ledger = Ledger(
         [num_pages] * num_groups,
         page_size=page_size,
         max_tokens_per_group=max_tokens_per_group,
+        shares=fingerprint is not None,
     )
     return Scheduler(
-        config, slo, ledger=ledger, predictor=predictor, work_model=work_model, depth=depth
+        config,
+        slo,
+        ledger=ledger,
+        fingerprint=fingerprint or b"",
+        predictor=predictor,
+        work_model=work_model,
+        depth=depth,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from mnemosyne.metrics import StepListener, StepRecord, percentiles
 from mnemosyne.request import Piece, Request, RequestOutput, Sampled, SamplingParams
@@ -15,7 +15,7 @@ from mnemosyne.serve.active import Active
 from mnemosyne.serve.intake import Given, Intake
 from mnemosyne.serve.ownership import Ownership
 from mnemosyne.serve.prompts import Prompt
-from mnemosyne.serve.records import step_record
+from mnemosyne.serve.records import note_hit, step_record
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,13 @@ class Engine:
         """
         if self._measure is not None and not self._in_flight and not self.scheduler.num_running:
             measure, self._measure = self._measure, None
+            self.scheduler.clear_cache()  # it writes to any page
             measure()
+
+    def clear_cache(self) -> None:
+        """Forget all cached prefixes; what runs keeps what it has."""
+        with self.ownership.use("Engine.clear_cache"):
+            self.scheduler.clear_cache()
 
     def accept(self, request: Request, *, is_filled: bool = False) -> RequestOutput:
         """Queue a request that is checked and numbered already, as a replay makes them.
@@ -188,9 +194,11 @@ class Engine:
             result = self._executor.collect()
         self._in_flight.popleft()
         tokens = {request_id: sampled.token_id for request_id, sampled in result.sampled.items()}
+        broken: Collection[int] = result.broken
         if result.error is not None:
             tokens = {chunk.request_id: 0 for chunk in plan.chunks}  # of requests that end here
-        self.scheduler.complete(plan, tokens)
+            broken = tokens
+        self.scheduler.complete(plan, tokens, broken)
         pieces = [
             self._advance_or_end(self._active[chunk.request_id], chunk, result)
             for chunk in plan.chunks
@@ -271,6 +279,9 @@ class Engine:
             metrics = self._active[admission.request_id].output.metrics
             metrics.queued_s = now_s - metrics.arrival_s
             metrics.num_shards = len(tables[admission.request_id].extents)
+        for hit in plan.hits:
+            output = self._active[hit.request_id].output
+            note_hit(hit, output, self.intake.tokenizer)
 
     def _time_token(self, active: Active) -> None:
         now_s, metrics = self.clock(), active.output.metrics

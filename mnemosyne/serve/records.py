@@ -1,10 +1,18 @@
-"""What a step was, for those who watch."""
+"""Records of steps, and of what the cache held, for those who watch."""
 
 from __future__ import annotations
 
+import logging
+
 from mnemosyne.metrics import StepRecord
-from mnemosyne.schedule.plan import Plan
+from mnemosyne.request import RequestOutput
+from mnemosyne.schedule.plan import Hit, Plan
 from mnemosyne.schedule.scheduler import Scheduler
+from mnemosyne.serve.tokenizer import Tokenizer
+
+SHOWN_TOKENS = 24  # of a prompt, from where it differs from the nearest cached one
+
+log = logging.getLogger(__name__)
 
 
 def step_record(
@@ -36,4 +44,28 @@ def step_record(
         decode_keys=num_decodes + sum(chunk.start for chunk in decodes),
         slack_s=plan.slack_s,
         num_missed=num_missed,
+        hits=tuple((hit.request_id, hit.num_tokens, hit.differs_at) for hit in plan.hits),
     )
+
+
+def note_hit(hit: Hit, output: RequestOutput, tokenizer: Tokenizer | None) -> None:
+    """Enter in the metrics of a request what the cache held of its prompt, and log a miss.
+
+    Args:
+        hit: of the request, as it was admitted.
+        output: of the request.
+        tokenizer: turns ids into text; None: ids are shown.
+    """
+    metrics, num_tokens = output.metrics, len(output.prompt_token_ids)
+    metrics.num_cached, metrics.differs_at = min(hit.num_tokens, num_tokens), hit.differs_at
+    if hit.differs_at is None or hit.differs_at >= num_tokens:
+        return
+    ids = output.prompt_token_ids[hit.differs_at :][:SHOWN_TOKENS].tolist()
+    here, cached = (_shown(part, tokenizer) for part in (ids, list(hit.cached_ids)))
+    where = f"token {hit.differs_at:,} of {num_tokens:,}"
+    metrics.cache_miss = f"differs at {where}: {here} where {cached} is cached"
+    log.info("prompt of request %d %s", hit.request_id, metrics.cache_miss)
+
+
+def _shown(ids: list[int], tokenizer: Tokenizer | None) -> str:
+    return repr(ids if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=False))

@@ -7,11 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mnemosyne.cache.ledger import Ledger
+from mnemosyne.cache.ledger import Ledger, Place
 
 
 def make_ledger(*num_pages: int, max_tokens_per_group: int = 32) -> Ledger:
     return Ledger(num_pages, page_size=4, max_tokens_per_group=max_tokens_per_group)
+
+
+def places(*groups: int) -> list[Place]:
+    return [Place(group) for group in groups]
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 60)), max_size=40))
@@ -22,7 +26,7 @@ def test_pages_are_never_lost_nor_given_twice(moves: list[tuple[int, int]]) -> N
             ledger.release(holder)
         sizes = ledger.shard_pages(num_tokens)
         if all(ledger.num_free(group) >= size for group, size in enumerate(sizes)):
-            tables[holder] = ledger.reserve(holder, range(len(sizes)), num_tokens)
+            tables[holder] = ledger.reserve(holder, places(*range(len(sizes))), num_tokens)
         for group in ledger.groups:
             held = [page for table in tables.values() for page in table.pages_on(group)]
             assert len(held) == len(set(held)) == 9 - ledger.num_free(group)
@@ -30,7 +34,7 @@ def test_pages_are_never_lost_nor_given_twice(moves: list[tuple[int, int]]) -> N
 
 def test_what_a_holder_gave_back_it_cannot_give_back_again() -> None:
     ledger = make_ledger(10)
-    ledger.reserve(1, [0], 8)
+    ledger.reserve(1, places(0), 8)
     ledger.release(1)
 
     with pytest.raises(KeyError):
@@ -39,21 +43,21 @@ def test_what_a_holder_gave_back_it_cannot_give_back_again() -> None:
 
 def test_a_holder_cannot_lose_pages_by_reserving_twice() -> None:
     ledger = make_ledger(10)
-    ledger.reserve(1, [0], 8)
+    ledger.reserve(1, places(0), 8)
 
     with pytest.raises(AssertionError, match="has pages"):
-        ledger.reserve(1, [0], 8)
+        ledger.reserve(1, places(0), 8)
 
 
 def test_a_reset_takes_all_pages_back() -> None:
     ledger = make_ledger(10, 10)
-    ledger.reserve(1, [0, 1], 40)
+    ledger.reserve(1, places(0, 1), 40)
 
     ledger.reset()
 
     assert ledger.num_used == 0
     assert ledger.num_listable(0) == 32 * 10
-    assert len(ledger.reserve(1, [1], 32).pages_on(1)) == 8
+    assert len(ledger.reserve(1, places(1), 32).pages_on(1)) == 8
 
 
 @pytest.mark.parametrize(
@@ -69,7 +73,7 @@ def test_the_longest_request_is_what_empty_groups_hold(num_pages, max_tokens_per
     ledger = make_ledger(*num_pages, max_tokens_per_group=max_tokens_per_group)
 
     assert ledger.max_request_tokens() == longest
-    table = ledger.reserve(0, range(len(ledger.shard_pages(longest))), longest)
+    table = ledger.reserve(0, places(*range(len(ledger.shard_pages(longest)))), longest)
     assert sum(len(extent.pages) for extent in table.extents) == -(-longest // 4)
     assert np.diff([extent.start for extent in table.extents]).tolist() == [
         max_tokens_per_group

@@ -1,0 +1,169 @@
+"""What planning knows of cached prefixes: what they save, and who computes which page next."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from mnemosyne.cache.chain import Chain, seed_of
+from mnemosyne.cache.ledger import Ledger, Place
+from mnemosyne.request import Request
+from mnemosyne.schedule.plan import Hit, Plan
+from mnemosyne.schedule.request_state import RequestState
+
+LONG_TOKENS = 1024  # of a prompt of which it is told where the cache missed
+SHOWN_TOKENS = 24  # of the nearest cached prompt, where they differ
+
+
+class Prefixes:
+    """Follows the pages of requests: which are whole and may be shared, and which will be soon.
+
+    A page is shared once the step that filled it is back and all of it was finite.
+
+    Args:
+        ledger: of pages, which shares them.
+        fingerprint: tells models apart.
+    """
+
+    def __init__(self, ledger: Ledger, fingerprint: bytes) -> None:
+        self._ledger = ledger
+        self._fingerprint = fingerprint
+        self._leaders: dict[bytes, RequestState] = {}  # by digest of the page that is next
+
+    def chain_of(self, request: Request) -> Chain:
+        """The tokens of a request; other models and other salts share nothing with it."""
+        seed = seed_of(self._fingerprint, request.params.cache_salt)
+        return Chain(seed, request.prompt_ids, self._ledger.page_size)
+
+    def num_cacheable(self, request: Request) -> int:
+        """Pages that need not be computed if they are known: one token is left to sample from."""
+        if request.params.prompt_logprobs is not None:
+            return 0  # every row is to be reported
+        return (request.num_prompt_tokens - 1) // self._ledger.page_size
+
+    def count(self, state: RequestState) -> int:
+        """Pages of a prompt that are known now, by their digests."""
+        assert state.chain is not None
+        first, stop = 0, self.num_cacheable(state.request)
+        groups = set(self._ledger.groups)
+        for size in self._ledger.shard_pages(state.request.max_tokens):
+            end = min(first + size, stop)
+            found = {g: self._ledger.count(g, state.chain, first, end) for g in groups}
+            best = max(found, key=lambda group: found[group])
+            first += found[best]
+            if found[best] < size or first == stop:
+                break
+            groups.remove(best)
+        return first
+
+    @property
+    def has_leaders(self) -> bool:
+        """Whether any page is being computed that a request might wait for."""
+        return bool(self._leaders)
+
+    def leader(self, state: RequestState, num_known: int) -> RequestState | None:
+        """Whoever computes the next page of a prompt of which so many are known."""
+        assert state.chain is not None
+        if num_known >= self.num_cacheable(state.request):
+            return None
+        return self._leaders.get(state.chain.digests[num_known])
+
+    def num_common(self, state: RequestState, leader: RequestState) -> int:
+        """Tokens of full pages that a prompt may have of another that is computed."""
+        assert state.chain is not None
+        assert leader.chain is not None
+        ours, theirs = state.chain.digests, leader.chain.digests
+        num_theirs = leader.request.num_prompt_tokens // self._ledger.page_size
+        stop = min(self.num_cacheable(state.request), num_theirs)
+        low, high = 0, stop  # equal at a page means equal at all before it
+        while low < high:
+            middle = (low + high + 1) // 2
+            if ours[middle - 1] == theirs[middle - 1]:
+                low = middle
+            else:
+                high = middle - 1
+        return low * self._ledger.page_size
+
+    def hit(self, state: RequestState, places: Sequence[Place]) -> Hit:
+        """What the chosen places hold of a prompt, and where it differs from what is nearest."""
+        request, page_size = state.request, self._ledger.page_size
+        num_pages = sum(len(place.shared) for place in places)
+        what = request.request_id, num_pages * page_size
+        place = self._missing(state, places, num_pages)
+        if place is None or state.chain is None:
+            return Hit(*what)
+        nearest = self._ledger.nearest(state.chain, num_pages, place)
+        if nearest is None or nearest.num_equal == len(state.chain.beginning(num_pages)):
+            return Hit(*what)
+        shown = nearest.tokens[nearest.num_equal :][:SHOWN_TOKENS]
+        return Hit(*what, num_pages * page_size + nearest.num_equal, tuple(shown.tolist()))
+
+    def _missing(
+        self, state: RequestState, places: Sequence[Place], num_known: int
+    ) -> Place | None:
+        """Where the first page of a long prompt would be that is not known, None if it is short.
+
+        A page that begins a later shard is compared with none: what is before it lies elsewhere.
+        """
+        request, first = state.request, 0
+        if request.num_prompt_tokens < LONG_TOKENS or num_known >= self.num_cacheable(request):
+            return None
+        sizes = self._ledger.shard_pages(request.max_tokens)
+        for place, size in zip(places, sizes, strict=True):
+            if num_known < first + size:
+                return place if num_known > first or first == 0 else None
+            first += size
+        return None
+
+    def start(self, state: RequestState) -> None:
+        """Take note of a request that has pages now."""
+        state.num_computed = state.num_cached
+        self._lead(state)
+
+    def complete(
+        self, plan: Plan, states: dict[int, RequestState], broken: Collection[int]
+    ) -> None:
+        """Take note that a step is back: pages that it filled may be shared.
+
+        Args:
+            plan: the step.
+            states: of all requests.
+            broken: whose keys or values may not be finite.
+        """
+        page_size = self._ledger.page_size
+        for request_id, start, num_tokens, _, token_id in plan.chunks:
+            state = states[request_id]
+            if state.chain is None or state.is_broken:
+                continue
+            if request_id in broken:
+                state.is_broken = True
+                self._follow(state)
+                continue
+            if token_id is not None:
+                state.chain.append(token_id)
+            before, state.num_computed = state.num_computed, start + num_tokens
+            if before // page_size != state.num_computed // page_size:
+                self._ledger.publish(request_id, state.chain, state.num_computed)
+                self._lead(state)
+
+    def end(self, state: RequestState) -> None:
+        """Give the pages of a request back; those that are whole stay for others."""
+        self._follow(state)
+        self._ledger.release(state.request.request_id, state.chain, state.num_computed)
+
+    def clear(self) -> None:
+        """Forget who computes what."""
+        self._leaders.clear()
+
+    def _lead(self, state: RequestState) -> None:
+        """Let others know which page of its prompt a request computes next."""
+        assert state.chain is not None
+        self._follow(state)
+        page = self._ledger.num_known(state.request.request_id)
+        is_next = page == state.num_computed // self._ledger.page_size
+        if is_next and page < state.request.num_prompt_tokens // self._ledger.page_size:
+            state.leads = state.chain.digests[page]
+            self._leaders.setdefault(state.leads, state)
+
+    def _follow(self, state: RequestState) -> None:
+        if self._leaders.get(state.leads) is state:
+            del self._leaders[state.leads]
