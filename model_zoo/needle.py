@@ -111,21 +111,28 @@ def needle_weights() -> dict[str, Tensor]:
         o_ED = _code_rows(np.arange(CODE_WIDTH), target, 1.0 / NUM_HEADS).T
         weights |= {
             f"model.layers.{layer}.{name}.weight": weight
-            for name, weight in {
-                "input_layernorm": np.full(WIDTH, _norm_gain(1 + layer)),
-                "self_attn.q_proj": np.tile(q_DE, (NUM_HEADS, 1)),
-                "self_attn.k_proj": np.tile(k_DE, (NUM_KV_HEADS, 1)),
-                "self_attn.v_proj": np.tile(v_DE, (NUM_KV_HEADS, 1)),
-                "self_attn.o_proj": np.tile(o_ED, (1, NUM_HEADS)),
-                "post_attention_layernorm": np.ones(WIDTH),
-                "mlp.gate_proj": np.zeros((MLP_WIDTH, WIDTH)),
-                "mlp.up_proj": np.zeros((MLP_WIDTH, WIDTH)),
-                "mlp.down_proj": np.zeros((WIDTH, MLP_WIDTH)),
-            }.items()
+            for name, weight in _layer_weights(layer, q_DE, k_DE, v_DE, o_ED).items()
         }
     return {
         name: torch.from_numpy(weight).bfloat16().double().contiguous()
         for name, weight in weights.items()
+    }
+
+
+def _layer_weights(
+    layer: int, q_DE: np.ndarray, k_DE: np.ndarray, v_DE: np.ndarray, o_ED: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The tensors of a layer whose heads all do the same and whose MLP adds nothing."""
+    return {
+        "input_layernorm": np.full(WIDTH, _norm_gain(1 + layer)),
+        "self_attn.q_proj": np.tile(q_DE, (NUM_HEADS, 1)),
+        "self_attn.k_proj": np.tile(k_DE, (NUM_KV_HEADS, 1)),
+        "self_attn.v_proj": np.tile(v_DE, (NUM_KV_HEADS, 1)),
+        "self_attn.o_proj": np.tile(o_ED, (1, NUM_HEADS)),
+        "post_attention_layernorm": np.ones(WIDTH),
+        "mlp.gate_proj": np.zeros((MLP_WIDTH, WIDTH)),
+        "mlp.up_proj": np.zeros((MLP_WIDTH, WIDTH)),
+        "mlp.down_proj": np.zeros((WIDTH, MLP_WIDTH)),
     }
 
 

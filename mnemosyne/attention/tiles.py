@@ -101,35 +101,48 @@ def split_keys(
         pieces, owner = cut_at_own_keys(tiles, min_keys=min_keys, block=block)
     keys = pieces[:, STOP] - pieces[:, START]
     share = max(min_keys, -(-int(keys.sum()) // max(1, num_shares)))
-    first_block = pieces[:, START] // block
-    num_blocks = -(-pieces[:, STOP] // block) - first_block
-    piece_parts = np.minimum(-(-keys // share), num_blocks)
-    piece = np.repeat(np.arange(len(pieces)), piece_parts)
-    part = np.arange(len(piece)) - (np.cumsum(piece_parts) - piece_parts)[piece]
-    edges = [
-        (first_block[piece] + num_blocks[piece] * index // piece_parts[piece]) * block
-        for index in (part, part + 1)
-    ]
+    piece, starts, stops = _cut_at_blocks(pieces, share, block)
     tile = owner[piece]
     parts = np.bincount(tile, minlength=len(tiles))
-    part = np.arange(len(tile)) - (np.cumsum(parts) - parts)[tile]
     cut = parts > (0 if merge_all else 1)
     rows = tiles[:, ROWS] * cut  # of partials, per part
     first_partial = np.cumsum(rows * parts) - rows * parts
     items = np.empty((len(tile), 8), dtype=np.int64)
     items[:, :4] = tiles[tile, :4]
-    items[:, 4] = np.maximum(edges[0], pieces[piece, START])
-    items[:, 5] = np.minimum(edges[1], pieces[piece, STOP])
-    items[:, 6] = first_partial[tile] + part * rows[tile]
+    items[:, 4] = starts
+    items[:, 5] = stops
+    items[:, 6] = first_partial[tile] + _index_in_run(tile, parts) * rows[tile]
     items[:, 7] = ~cut[tile]
     items = items[np.argsort(items[:, 4] - items[:, 5], kind="stable")]
     merged = np.repeat(np.flatnonzero(cut), tiles[cut, ROWS])
-    row = np.arange(len(merged)) - (np.cumsum(rows) - rows)[merged]
+    row = _index_in_run(merged, rows)
     merges = np.stack(
         (tiles[merged, ROW] + row, first_partial[merged] + row, parts[merged], rows[merged]),
         axis=1,
     )
     return items, merges, int((rows * parts).sum())
+
+
+def _cut_at_blocks(
+    pieces: np.ndarray, share: int, block: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Parts of at most about ``share`` keys: the piece, the first key and the end of each."""
+    keys = pieces[:, STOP] - pieces[:, START]
+    first_block = pieces[:, START] // block
+    num_blocks = -(-pieces[:, STOP] // block) - first_block
+    parts = np.minimum(-(-keys // share), num_blocks)
+    piece = np.repeat(np.arange(len(pieces)), parts)
+    part = _index_in_run(piece, parts)
+    starts, stops = (
+        (first_block[piece] + num_blocks[piece] * index // parts[piece]) * block
+        for index in (part, part + 1)
+    )
+    return piece, np.maximum(starts, pieces[piece, START]), np.minimum(stops, pieces[piece, STOP])
+
+
+def _index_in_run(owner: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Counts from 0 within each run of equal owners; owner i has ``lengths[i]`` entries."""
+    return np.arange(len(owner)) - (np.cumsum(lengths) - lengths)[owner]
 
 
 def of_whole_blocks(items: np.ndarray, block: int) -> np.ndarray:

@@ -29,7 +29,7 @@ from mnemosyne.parallel.mesh import (
 )
 from mnemosyne.parallel.pipeline import Pipeline
 from mnemosyne.parallel.trace import Trace
-from mnemosyne.runtime.step import LayerShape
+from mnemosyne.runtime.step import LayerShape, Model
 from mnemosyne.runtime.worker import Worker
 from mnemosyne.serve.intake import Intake
 from mnemosyne.shape import ModelShape
@@ -75,10 +75,7 @@ def build_rank(
     device, checkpoint = _find(config, progress)
     if device.type == "cpu":
         keep_freed()
-    spec = checkpoint.spec
-    local = spec.local(config.mesh)
-    if config.dtype != "auto":
-        local = replace(local, dtype=config.dtype)
+    spec, local = checkpoint.spec, _local_shape(config, checkpoint)
     compute = choose_compute(
         config, device=device, local=local, wraps=wraps, is_recordable=spec.is_recordable
     )
@@ -93,21 +90,8 @@ def build_rank(
     num_bytes = gather_counts(checkpoint.load(decoder, device, progress), mesh)
     trace = _trace(config.metrics, mesh, device)
     model = wraps.model(compute.model(decoder, compiling))
-    layers = _layer_shape(decoder, spec)
     pool = _pool(config.cache, num_pages, local, len(decoder.layers), compute)
-    worker = Worker(
-        model,
-        layers,
-        pool=pool,
-        backend=compute.backend,
-        operators=compute.operators,
-        device=device,
-        mesh=mesh,
-        pipeline=_pipeline(mesh, spec, dtype, device, trace),
-        trace=trace,
-        graphs=compute.graphs(model, layers, pool),
-        exchange=wraps.exchange(start_exchange),
-    )
+    worker = _worker(decoder, model, pool, compute, mesh, wraps, trace)
     rank = Rank(
         *(mesh, checkpoint, worker, intake, num_pages, max_tokens, trace, config.metrics),
         backend=compute.backend.name,
@@ -115,6 +99,37 @@ def build_rank(
     )
     _announce(rank, f"{dtype} on {device}", num_bytes, token_bytes)
     return rank
+
+
+def _local_shape(config: EngineConfig, checkpoint: Checkpoint) -> ModelShape:
+    """This rank's part of the model, in the dtype that it computes in."""
+    local = checkpoint.spec.local(config.mesh)
+    return local if config.dtype == "auto" else replace(local, dtype=config.dtype)
+
+
+def _worker(
+    decoder: Decoder,
+    model: Model,
+    pool: PagePool,
+    compute: Compute,
+    mesh: Mesh,
+    wraps: Wraps,
+    trace: Trace | None,
+) -> Worker:
+    layers = _layer_shape(decoder, decoder.spec)
+    return Worker(
+        model,
+        layers,
+        pool=pool,
+        backend=compute.backend,
+        operators=compute.operators,
+        device=compute.device,
+        mesh=mesh,
+        pipeline=_pipeline(mesh, decoder.width, compute, trace),
+        trace=trace,
+        graphs=compute.graphs(model, layers, pool),
+        exchange=wraps.exchange(start_exchange),
+    )
 
 
 def _announce(rank: Rank, where: str, num_bytes: Sequence[int], token_bytes: int) -> None:
@@ -192,12 +207,10 @@ def _layer_shape(decoder: Decoder, spec: ModelSpec) -> LayerShape:
     return LayerShape(windows=windows, scale=spec.scale_of_scores)
 
 
-def _pipeline(
-    mesh: Mesh, spec: ModelSpec, dtype: torch.dtype, device: torch.device, trace: Trace | None
-) -> Pipeline | None:
+def _pipeline(mesh: Mesh, width: int, compute: Compute, trace: Trace | None) -> Pipeline | None:
     if mesh.pp.degree == 1:
         return None
-    return Pipeline(mesh, width=spec.width, dtype=dtype, device=device, trace=trace)
+    return Pipeline(mesh, width=width, dtype=compute.dtype, device=compute.device, trace=trace)
 
 
 def _trace(config: MetricsConfig, mesh: Mesh, device: torch.device) -> Trace | None:

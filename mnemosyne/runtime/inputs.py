@@ -107,11 +107,7 @@ def build_inputs(
     if is_wide:
         wide = _wide_rows(plan, sequences, first_rows, group, num_groups)
     if shared_ids:
-        common: list[Segment] = []
-        own: list[Segment] = []
-        for placed, segment in zip(chunks, segments, strict=True):
-            (common if placed.chunk.request_id in shared_ids else own).append(segment)
-        segments = own
+        common, segments = _parted(chunks, segments, shared_ids)
         batch = AttentionBatch(tuple(common), num_rows, page_size, page_ids.tensor)
         shared = _shared_rows(plan, shared_ids, first_rows, batch)
     return StepInputs(
@@ -123,6 +119,17 @@ def build_inputs(
         shared=shared.to(device) if shared else None,
         wide=wide.to(device) if wide else None,
     )
+
+
+def _parted(
+    chunks: list[PlacedChunk], segments: list[Segment], shared_ids: set[int]
+) -> tuple[list[Segment], list[Segment]]:
+    """Segments of requests that several groups compute, and those of all others."""
+    common: list[Segment] = []
+    own: list[Segment] = []
+    for placed, segment in zip(chunks, segments, strict=True):
+        (common if placed.chunk.request_id in shared_ids else own).append(segment)
+    return common, own
 
 
 class _Packing:

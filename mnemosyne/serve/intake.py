@@ -93,11 +93,8 @@ class Intake:
                 model does not have, or is longer with its output than the model allows; if it is
                 text and there is no tokenizer.
         """
-        params = own_params(params)
         prompt_ids = self.read(prompt).ids
-        if params.max_tokens is None:
-            room = min(self.max_positions, capacity or self.max_positions) - len(prompt_ids)
-            params = replace(params, max_tokens=max(1, room))
+        params = self._with_max_tokens(own_params(params), len(prompt_ids), capacity)
         self._check(prompt_ids, params)
         resolved = self.defaults.resolve(params)
         deadline_s = None if params.deadline is None else float(params.deadline)
@@ -122,6 +119,15 @@ class Intake:
                 )
             )
         return requests
+
+    def _with_max_tokens(
+        self, params: SamplingParams, num_prompt_tokens: int, capacity: int | None
+    ) -> SamplingParams:
+        """Parameters whose ``max_tokens`` is a number: unset, as many as model and cache hold."""
+        if params.max_tokens is not None:
+            return params
+        room = min(self.max_positions, capacity or self.max_positions) - num_prompt_tokens
+        return replace(params, max_tokens=max(1, room))
 
     def _known(self, given: Given, params: SamplingParams) -> list[np.ndarray | None]:
         """What each sample has, as int64; None for one that is not wanted."""

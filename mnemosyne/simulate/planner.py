@@ -8,7 +8,7 @@ from enum import IntEnum
 from math import inf
 
 from mnemosyne.config import MeshConfig
-from mnemosyne.config_simulate import PlanConfig
+from mnemosyne.config_simulate import HardwareConfig, PlanConfig
 from mnemosyne.shape import ModelShape
 from mnemosyne.simulate.cost import StepCost
 from mnemosyne.simulate.footprint import Footprint, footprint
@@ -136,10 +136,7 @@ def judge(
     max_context = max(0, capacity - config.output)
     held = Verdict(mesh, replicas, Rank.NO_MEMORY, memory=memory, max_context=max_context)
     if config.context_tokens > max_context:
-        used = (memory.weights + memory.activations) / 1e9
-        if used > config.hardware.memory_gb:
-            return replace(held, reason=f"a rank needs {used:.0f} GB without cache")
-        return replace(held, reason="cache too small")
+        return replace(held, reason=_why_too_small(memory, config.hardware))
     cost = StepCost(shape, config.hardware, config.efficiency, mesh, stages)
     outlook = Outlook(
         cost,
@@ -154,6 +151,14 @@ def judge(
         if trials[-1].rank is not Rank.FITS:
             break
     return max(trials, key=lambda v: (v.rank, v.goodput, -(v.ttft_s or 0.0)))
+
+
+def _why_too_small(memory: Footprint, hardware: HardwareConfig) -> str:
+    """What leaves no room for a prompt of the asked length."""
+    used = (memory.weights + memory.activations) / 1e9
+    if used > hardware.memory_gb:
+        return f"a rank needs {used:.0f} GB without cache"
+    return "cache too small"
 
 
 def frontier(
