@@ -34,6 +34,9 @@ class ModelShape:
     qk_norm: bool = False  # RMSNorm over each head of q and k, before the rotation
     num_experts: int = 1
     experts_per_token: int = 1
+    shared_width: int = 0  # of the MLP that every row is given to beside its experts
+    dense_layers: tuple[int, ...] = ()  # those without experts, where others have them
+    dense_mlp_width: int | None = None  # of theirs; None: mlp_width
     # per layer: w sees keys above p - w, None all up to p; empty: every layer sees everything
     windows: tuple[int | None, ...] = ()
     dtype: str = "bfloat16"  # of the weights, by its torch name
@@ -89,8 +92,19 @@ class ModelShape:
             num_heads=self.num_heads // mesh.tp,
             num_kv_heads=max(1, self.num_kv_heads // mesh.tp),
             mlp_width=self.mlp_width // mesh.ffn_degree,
+            shared_width=self.shared_width // mesh.ffn_degree,
+            dense_mlp_width=self.dense_width // mesh.ffn_degree,
             vocab_size=-(-self.vocab_size // mesh.tp),
         )
+
+    @property
+    def dense_width(self) -> int:
+        """Width of the MLP of layers without experts."""
+        return self.mlp_width if self.dense_mlp_width is None else self.dense_mlp_width
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return self.num_experts > 1 and layer not in self.dense_layers
 
     @property
     def weight_itemsize(self) -> int:
@@ -113,11 +127,12 @@ class ModelShape:
         return 3 * self.width * self.mlp_width + self.mlp_bias * (2 * self.mlp_width + self.width)
 
     def layer_params(self) -> int:
-        """Weights of a layer: projections, experts, router and norms."""
+        """Weights of a layer, with experts if any has them: projections, router, norms too."""
         router = self.width * self.num_experts if self.num_experts > 1 else 0
         norms = 2 * self.width + (2 * self.head_dim if self.qk_norm else 0)
         experts = self.num_experts * self.expert_params()
-        return self.attention_params() + experts + router + norms
+        shared = 3 * self.width * self.shared_width
+        return self.attention_params() + experts + shared + router + norms
 
     def unread_share(self) -> float:
         """Share of the experts that one row does not ask for; 1 where each row asks for all."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mnemosyne.model_zoo.layers import DecoderLayer, Embedding, Linear, RMSNorm, Unembed
+from mnemosyne.model_zoo.experts import SparseMLP
+from mnemosyne.model_zoo.layers import MLP, DecoderLayer, Embedding, Linear, RMSNorm, Unembed
 from mnemosyne.model_zoo.spec import ModelSpec
 from mnemosyne.model_zoo.stored import Source
 from mnemosyne.model_zoo.tensors import known_name, parameter_sources, tensor_shapes
@@ -62,7 +63,7 @@ class Decoder(nn.Module):
         # Keyed by the index in the whole model: parameter names are the same on every stage.
         self.layers = nn.ModuleDict(
             {
-                str(index): DecoderLayer(spec, operators, index, turns)
+                str(index): DecoderLayer(spec, operators, index, turns, self._mlp(index))
                 for index, turns in self._turns.by_layer.items()
             }
         )
@@ -73,6 +74,11 @@ class Decoder(nn.Module):
         if owns_head:
             self.head = Linear(spec.width, spec.vocab_size, operators, bias=False)
         self.unembed = Unembed(spec, operators)
+
+    def _mlp(self, layer: int) -> nn.Module:
+        if self.spec.is_sparse(layer):
+            return SparseMLP(self.spec, self.operators)
+        return MLP(self.spec, self.operators, self.spec.dense_width)
 
     def forward(self, x: Tensor, positions_T: Tensor, context: StepContext) -> Tensor:
         """Run the held layers over the packed tokens of a step.

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from mnemosyne.model_zoo.config import NOTHING, Config
 from mnemosyne.model_zoo.rope import RopeSpec
+from mnemosyne.model_zoo.router import SOFTMAX, Router
 
 # Some ten times what any published model has, so that absurd values are refused by their name.
-MAX_VOCAB, MAX_WIDTH, MAX_HEADS, MAX_LAYERS = 2**24, 2**20, 2**14, 10_000
+MAX_VOCAB, MAX_WIDTH, MAX_HEADS, MAX_LAYERS, MAX_EXPERTS = 2**24, 2**20, 2**14, 10_000, 2**14
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -50,6 +51,7 @@ class Temperature(NamedTuple):
     gain: float
     span: int
     shift: int = 0
+    only_unturned: bool = False  # whether only layers that turn nothing have it
 
 
 class Family(NamedTuple):
@@ -73,6 +75,19 @@ class Family(NamedTuple):
     activation: str | None = None  # None: as hidden_act says
     embed_scale: float = 1.0
     logit_cap: float | None = None
+    mlp_width: int | None = None  # None: as intermediate_size says
+    num_experts: int = 1
+    experts_per_token: int = 1
+    shared_width: int = 0
+    dense_layers: tuple[int, ...] = ()
+    dense_mlp_width: int | None = None
+    has_sinks: bool = False
+    chunked: bool = False
+    router: Router = SOFTMAX
+    gates_shared: bool = False
+    names: tuple[tuple[str, str], ...] = ()
+    expert_storage: str = "each"
+    num_extra_layers: int = 0
 
 
 class Reader(NamedTuple):
@@ -81,6 +96,7 @@ class Reader(NamedTuple):
     model_type: str
     read: Callable[[Config, Sizes], Family]
     defaults: Mapping[str, Any] = NOTHING  # of entries that are not there, as transformers has them
+    dtype: str = "float32"  # of the weights where the file is silent
 
 
 def read_activation(config: Config, entry: str) -> str:
@@ -96,6 +112,27 @@ def read_activation(config: Config, entry: str) -> str:
     named = config.value(entry, absent="silu")
     config.require(named in list(ACTIVATIONS), entry, f"be {' or '.join(ACTIVATIONS)}", named)
     return ACTIVATIONS[named]
+
+
+def read_experts(config: Config) -> dict[str, Any]:
+    """How many experts there are and how many a row is given to, as fields of ``Family``.
+
+    Files call them ``num_experts``, ``num_local_experts`` or ``n_routed_experts``.
+
+    Raises:
+        ValueError: for names that do not agree, or more experts per row than there are.
+    """
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    counts = {name: config.value(name) for name in names if config.value(name) is not None}
+    first = next(iter(counts), names[0])
+    num_experts = config.integer(first, least=2, most=MAX_EXPERTS)
+    for name, count in counts.items():
+        config.require(count == num_experts, name, f"agree with {first}", count)
+    per_token = config.integer("num_experts_per_tok")
+    config.require(
+        per_token <= num_experts, "num_experts_per_tok", f"be at most {num_experts}", per_token
+    )
+    return {"num_experts": num_experts, "experts_per_token": per_token}
 
 
 def turning_layers(config: Config, sizes: Sizes) -> list[bool]:

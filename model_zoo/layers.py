@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnemosyne.attention.segments import Attend
 from mnemosyne.model_zoo.spec import ModelSpec
 from mnemosyne.model_zoo.turns import Tables, Turns
 from mnemosyne.operators import Operators, Rotary, Weights, activate
@@ -113,6 +112,14 @@ class Add(nn.Module):
         return total_TE, total_TE
 
 
+class Sinks(nn.Module):
+    """A logit per query head that takes a share of attention and gives nothing."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads))
+
+
 class Attention(nn.Module):
     """Project, rotate, attend, project back."""
 
@@ -132,7 +139,8 @@ class Attention(nn.Module):
         if spec.has_qk_norm(layer):
             widths = (q_width, kv_width) if self.norms_rows else (spec.head_dim,) * 2
             self.q_norm, self.k_norm = (RMSNorm(width, spec, operators) for width in widths)
-        self.post_norm = _norm_after(spec, operators)
+        self.sinks = Sinks(spec.num_heads) if spec.has_sinks else None
+        self.post_norm = norm_after(spec, operators)
 
     def project(self, x_TE: Tensor) -> Projections:
         """``q_THD``, ``k_TKD`` and ``v_TKD``, not rotated yet."""
@@ -162,23 +170,32 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """A gated MLP: down(activation(gate(x)) * up(x)), with silu SwiGLU."""
+    """A gated MLP: down(activation(gate(x)) * up(x)), with silu SwiGLU.
 
-    def __init__(self, spec: ModelSpec, operators: Operators) -> None:
+    Args:
+        spec: switches.
+        operators: what computes it.
+        mlp_width: F.
+        is_part: whether something is added to it before the norm that may follow.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, operators: Operators, mlp_width: int, *, is_part: bool = False
+    ) -> None:
         super().__init__()
         self.operators = operators
         self.activation = spec.activation
-        self.gate = Linear(spec.width, spec.mlp_width, operators, bias=spec.mlp_bias)
-        self.up = Linear(spec.width, spec.mlp_width, operators, bias=spec.mlp_bias)
-        self.down = Linear(spec.mlp_width, spec.width, operators, bias=spec.mlp_bias)
-        self.post_norm = _norm_after(spec, operators)
+        self.gate = Linear(spec.width, mlp_width, operators, bias=spec.mlp_bias)
+        self.up = Linear(spec.width, mlp_width, operators, bias=spec.mlp_bias)
+        self.down = Linear(mlp_width, spec.width, operators, bias=spec.mlp_bias)
+        self.post_norm = None if is_part else norm_after(spec, operators)
 
     def widen(self, x_TE: Tensor) -> Tensor:
         """``activation(gate(x)) * up(x)``, [T, F]."""
         gate, up = self.gate, self.up
         if are_plain((gate, up)):
             return self.operators.gated(x_TE, gate.weights, up.weights, self.activation)
-        return activate(gate(x_TE), self.activation) * up(x_TE)
+        return activate(gate(x_TE), up(x_TE), self.activation)
 
     def narrow(self, wide_TF: Tensor) -> Tensor:
         """What ``widen`` gave, projected back: [T, E]."""
@@ -190,7 +207,7 @@ class MLP(nn.Module):
         return self.narrow(self.widen(x_TE))
 
 
-def _norm_after(spec: ModelSpec, operators: Operators) -> RMSNorm | None:
+def norm_after(spec: ModelSpec, operators: Operators) -> RMSNorm | None:
     """The norm of what attention or MLP adds to the residual stream, if there is one."""
     return None if spec.norms == "before" else RMSNorm(spec.width, spec, operators)
 
@@ -203,9 +220,12 @@ class DecoderLayer(nn.Module):
         operators: what computes it.
         layer: its index in the whole model.
         turns: which of a step's rotary tables turn its queries and its keys; None turns nothing.
+        mlp: what follows attention, of one MLP or of experts.
     """
 
-    def __init__(self, spec: ModelSpec, operators: Operators, layer: int, turns: Turns) -> None:
+    def __init__(
+        self, spec: ModelSpec, operators: Operators, layer: int, turns: Turns, mlp: nn.Module
+    ) -> None:
         super().__init__()
         self.operators = operators
         self.turns = turns
@@ -215,12 +235,22 @@ class DecoderLayer(nn.Module):
             self.attn_norm = RMSNorm(spec.width, spec, operators)
             self.mlp_norm = AddRMSNorm(spec.width, spec, operators)
         self.attn = Attention(spec, operators, layer)
-        self.mlp = MLP(spec, operators)
+        self.mlp: Any = mlp
 
     @property
     def meets_ranks(self) -> bool:
         """Whether ranks that share the rows of q and k norm them together."""
         return self.attn.norms_rows and not isinstance(self.attn.q_norm, RMSNorm)
+
+    @property
+    def sink_H(self) -> Tensor | None:
+        """Logits of its sinks, if it has any; under tp those of the local heads."""
+        return None if self.attn.sinks is None else self.attn.sinks.weight
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether its MLP is one of experts."""
+        return not isinstance(self.mlp, MLP)
 
     @property
     def kind(self) -> Turns:
@@ -231,15 +261,17 @@ class DecoderLayer(nn.Module):
         """What this layer hands to attention, not rotated yet."""
         return self.attn.project(hidden_TE if self.attn_norm is None else self.attn_norm(hidden_TE))
 
-    def turned(self, projections: Projections, tables: Tables) -> tuple[Projections, Rotary | None]:
+    def turned(
+        self, projections: Projections, tables: Tables
+    ) -> tuple[Tensor, Tensor, Tensor, Rotary | None]:
         """Projections as attention takes them, and what it is still to turn q and k by.
 
         One table for both is left to attention, which turns and stores in one call.
         """
         at_q, at_k = self.turns
         if at_q == at_k:
-            return projections, None if at_q is None else tables[at_q]
-        return self.all_turned(projections, tables), None
+            return *projections, None if at_q is None else tables[at_q]
+        return *self.all_turned(projections, tables), None
 
     def all_turned(self, projections: Projections, tables: Tables) -> Projections:
         """Projections with nothing left to turn."""
@@ -266,13 +298,11 @@ class DecoderLayer(nn.Module):
         # no names here: what attention gave lives until its projection
         return self.finish(
             hidden_TE,
-            self._attended(hidden_TE, tables, layer, context.attend),
+            context.attend(
+                layer, *self.turned(self.project(hidden_TE), tables), sink_H=self.sink_H
+            ),
             context.feed_forward,
         )
-
-    def _attended(self, hidden_TE: Tensor, tables: Tables, layer: int, attend: Attend) -> Tensor:
-        projections, rotary = self.turned(self.project(hidden_TE), tables)
-        return attend(layer, *projections, rotary)
 
 
 class Unembed(nn.Module):

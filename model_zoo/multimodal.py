@@ -17,6 +17,7 @@ class Whole(NamedTuple):
 
 WHOLES = {
     "Gemma3ForConditionalGeneration": Whole("gemma3", ("Gemma3ForCausalLM",)),
+    "Llama4ForConditionalGeneration": Whole("llama4", ("Llama4ForCausalLM",)),
     "Mistral3ForConditionalGeneration": Whole(
         "mistral3", ("MistralForCausalLM", "Ministral3ForCausalLM")
     ),

@@ -5,6 +5,7 @@ Only for meshes of more than one process: DTensor takes 0.6 s to import.
 
 from __future__ import annotations
 
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
@@ -13,6 +14,7 @@ from mnemosyne.model_zoo.layers import Attention, DecoderLayer, Embedding, RMSNo
 from mnemosyne.parallel.mesh import Axis, Mesh, head_mesh
 from mnemosyne.parallel.styles import (
     ColumnParallel,
+    ExpertsParallel,
     RowParallel,
     ShardedRMSNorm,
     VocabParallelEmbedding,
@@ -30,6 +32,7 @@ def layer_plan(mesh: Mesh) -> dict[str, dict[str, ParallelStyle]]:
         "tp": {
             "attn.wq": ColumnParallel(),  # [H*D/tp, E]
             "attn.wo": RowParallel(mesh.tp),  # [E, H*D/tp], summed on the way out
+            "attn.sinks": ColumnParallel(),  # [H/tp]
         },
         "kv_head": {
             "attn.wk": ColumnParallel(),  # [K*D/tp, E], or one head where tp exceeds them
@@ -39,8 +42,17 @@ def layer_plan(mesh: Mesh) -> dict[str, dict[str, ParallelStyle]]:
             "mlp.gate": ColumnParallel(),  # [F/ffn, E]
             "mlp.up": ColumnParallel(),  # [F/ffn, E]
             "mlp.down": RowParallel(mesh.ffn),  # [E, F/ffn], summed on the way out
+            "mlp.experts": ExpertsParallel(mesh.ffn),  # every expert [F/ffn, E], likewise
+            "mlp.shared.gate": ColumnParallel(),
+            "mlp.shared.up": ColumnParallel(),
+            "mlp.shared.down": RowParallel(mesh.ffn),
         },
     }
+
+
+def _has(layer: nn.Module, name: str) -> bool:
+    """Whether a layer has a module: some have experts, others one MLP."""
+    return any(name == own for own, _ in layer.named_modules())
 
 
 def _shard_row_norms(attention: Attention, tp: Axis, kv_mesh: DeviceMesh | None) -> None:
@@ -73,7 +85,8 @@ def parallelize(decoder: Decoder, mesh: Mesh) -> None:
     for layer in decoder.layers.values():
         for axis, plan in plans.items():
             if axes[axis] is not None:
-                parallelize_module(layer, axes[axis], plan)
+                held = {name: style for name, style in plan.items() if _has(layer, name)}
+                parallelize_module(layer, axes[axis], held)
         if isinstance(layer, DecoderLayer) and layer.attn.norms_rows:
             _shard_row_norms(layer.attn, mesh.tp, kv_mesh)
     decoder.is_sharded = tp.degree > 1 or mesh.ffn.degree > 1

@@ -46,8 +46,11 @@ def read_rope(
     share = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
     owner = rope if rope.value("partial_rotary_factor") else config
     dim = int(head_dim * share)
+    if partial and config.value("rotary_dim") is not None:  # as MiniMax says it
+        dim = config.integer("rotary_dim", most=head_dim)
+        config.require(share in (1, dim / head_dim), "rotary_dim", f"be {head_dim * share}", dim)
     owner.require(
-        share == 1 or (partial and 0 < dim < head_dim and dim % 2 == 0),
+        dim == head_dim or (partial and 0 < dim < head_dim and dim % 2 == 0),
         "partial_rotary_factor",
         "leave an even number of dims to turn" if partial else "be 1",
         share,

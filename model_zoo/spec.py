@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from mnemosyne.attention.chunked import Chunked, Reach
 from mnemosyne.config import DTYPE_BYTES
 from mnemosyne.model_zoo.config import NEUTRAL, Config, read_config
 from mnemosyne.model_zoo.families import FAMILIES
@@ -22,6 +23,7 @@ from mnemosyne.model_zoo.family import (
 from mnemosyne.model_zoo.multimodal import WHOLES, text_entries
 from mnemosyne.model_zoo.rope import RopeSpec
 from mnemosyne.model_zoo.rope_entries import read_rope
+from mnemosyne.model_zoo.router import SOFTMAX, Router
 from mnemosyne.shape import ModelShape
 
 
@@ -42,10 +44,19 @@ class ModelSpec(ModelShape):
     score_scale: float | None = None  # factor on scores; None: 1 / sqrt(head_dim)
     norms: str = "before"  # where attention and MLP are normed: before, after or around
     norm_offset: float = 0.0  # added to the weights of norms
-    qk_norm_over: str = "head"  # what q and k are normed over: each head, or a whole row
-    activation: str = "silu"  # of the MLP's gate: silu or gelu_tanh
+    # what q and k are normed over: "head", "row" or, where layers turn, "head, unweighted"
+    qk_norm_over: str = "head"
+    activation: str = "silu"  # see `operators.activate`
     embed_scale: float = 1.0  # factor on embeddings, rounded to the dtype of the weights
     logit_cap: float | None = None  # c of c * tanh(logits / c)
+    has_sinks: bool = False  # whether each head has a logit that takes attention and gives nothing
+    chunked: bool = False  # whether what `windows` holds are sizes of chunks, see `Chunked`
+    router: Router = SOFTMAX  # how experts are chosen
+    gates_shared: bool = False  # whether the shared MLP is multiplied by a gate of its own
+    # what the files call modules, where not as Llama and Qwen do; see `tensors.MODULES`
+    names: tuple[tuple[str, str], ...] = ()
+    expert_storage: str = "each"  # how files hold experts, see `tensors`
+    num_extra_layers: int = 0  # after the last, which only predict further tokens
     is_text_half: bool = False  # whether the files hold a vision or audio half as well
 
     def __post_init__(self) -> None:
@@ -60,9 +71,20 @@ class ModelSpec(ModelShape):
         assert all(rope is None or rope.dim <= self.head_dim for rope in (self.rope, *self.ropes))
 
     @property
+    def is_static(self) -> bool:
+        """Whether what is computed does not depend on what was computed before, as experts do."""
+        return self.num_experts == 1
+
+    @property
     def is_recordable(self) -> bool:
-        """Whether all of its operators are among those that the C++ kernels have."""
-        return self.activation == "silu" and self.embed_scale == 1 and self.temperature is None
+        """Whether all of its operators are calls of C++ kernels, each step the same ones."""
+        return (
+            self.is_static
+            and self.activation == "silu"
+            and self.embed_scale == 1
+            and self.temperature is None
+            and not self.has_sinks
+        )
 
     @property
     def scale_of_scores(self) -> float:
@@ -75,11 +97,21 @@ class ModelSpec(ModelShape):
 
     def has_qk_norm(self, layer: int) -> bool:
         """Whether a layer norms its queries and keys."""
-        return self.qk_norm
+        turns = self.rope_of(layer) is not None
+        return self.qk_norm and (turns or self.qk_norm_over != "head, unweighted")
 
     def is_tempered(self, layer: int) -> bool:
         """Whether a layer multiplies its queries by their temperature."""
-        return self.temperature is not None
+        if self.temperature is None:
+            return False
+        return not self.temperature.only_unturned or self.rope_of(layer) is None
+
+    @property
+    def reaches(self) -> tuple[Reach, ...]:
+        """What each layer sees."""
+        if not self.chunked:
+            return self.windows
+        return tuple(None if size is None else Chunked(size) for size in self.windows)
 
     @property
     def shape(self) -> ModelShape:
@@ -107,6 +139,7 @@ def read_spec(path: Path | str) -> ModelSpec:
     sizes = Sizes.read(config)
     family = reader.read(config, sizes)
     rope = family.rope or read_rope(config, sizes.head_dim, sizes.max_positions)
+    mlp_width = family.mlp_width or config.integer("intermediate_size", most=MAX_WIDTH)
     activation = family.activation or read_activation(config, "hidden_act")
     spec = ModelSpec(
         family=reader.model_type,
@@ -117,12 +150,11 @@ def read_spec(path: Path | str) -> ModelSpec:
         num_heads=sizes.num_heads,
         num_kv_heads=config.integer("num_key_value_heads", sizes.num_heads, most=MAX_HEADS),
         head_dim=sizes.head_dim,
-        mlp_width=config.integer("intermediate_size", most=MAX_WIDTH),
         norm_eps=config.number("rms_norm_eps", 1e-6, most=1.0),
         tied=config.flag("tie_word_embeddings", False),
         max_positions=sizes.max_positions if family.ropes else _reach(rope, sizes.max_positions),
-        dtype=_dtype(config),
-        **(family._asdict() | {"rope": rope, "activation": activation}),
+        dtype=_dtype(config, reader.dtype),
+        **(family._asdict() | {"rope": rope, "activation": activation, "mlp_width": mlp_width}),
     )
     config.refuse_rest(NEUTRAL | {"architectures", "model_type"})
     return spec
@@ -157,13 +189,18 @@ def _reader(config: Config) -> Reader:
     return reader
 
 
-def _dtype(config: Config) -> str:
-    """The dtype of the weights; float32 where the file is silent, as its readers assume."""
+def _dtype(config: Config, silent: str) -> str:
+    """The dtype of the weights.
+
+    Args:
+        config: the whole config.json.
+        silent: what it is where the file does not say it.
+    """
     new, old = config.value("dtype"), config.value("torch_dtype")
     config.require(
         not new or not old or new == old, "torch_dtype", "agree with dtype", old, "keep dtype alone"
     )
-    name = new or old or "float32"
+    name = new or old or silent
     is_known = isinstance(name, str) and name in DTYPE_BYTES
     config.require(is_known, "dtype", f"be one of {', '.join(DTYPE_BYTES)}", name)
     return str(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -12,6 +11,8 @@ from torch import Tensor
 from mnemosyne.parallel.shards import Slices
 
 Shape = tuple[int, ...]
+GROUP = 32  # numbers of 4 bits that share a scale, two in a byte, the lower bits first
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 Tensors = Callable[[str], Any]  # from a name, something that gives slices of the stored tensor
 
 
@@ -89,6 +90,80 @@ class Ones(NamedTuple):
         return torch.ones([part.stop - part.start for part in held])
 
 
-def count(held: Slices) -> int:
-    """Elements of a part of a parameter."""
-    return math.prod(part.stop - part.start for part in held)
+class Stack(NamedTuple):
+    """Stored as one tensor for each index of the first dim."""
+
+    name: str
+    parts: tuple[Source, ...]
+
+    @property
+    def shape(self) -> Shape:
+        """See ``Source``."""
+        return len(self.parts), *self.parts[0].shape
+
+    def tensors(self) -> dict[str, Shape]:
+        """See ``Source``."""
+        return {name: shape for part in self.parts for name, shape in part.tensors().items()}
+
+    def read(self, tensors: Tensors, held: Slices) -> Tensor:
+        """See ``Source``."""
+        return torch.stack([part.read(tensors, held[1:]) for part in self.parts[held[0]]])
+
+
+class Strided(NamedTuple):
+    """Every few of the last dim of a stored stack, which may hold rows where others hold columns.
+
+    Gate and up projections lie so in one tensor: as halves, or element by element in turns.
+    """
+
+    name: str
+    shape: Shape
+    stored: Shape
+    start: int = 0  # of the last stored dim
+    step: int = 1
+    is_transposed: bool = False
+
+    def tensors(self) -> dict[str, Shape]:
+        """See ``Source``."""
+        return {self.name: self.stored}
+
+    def read(self, tensors: Tensors, held: Slices) -> Tensor:
+        """See ``Source``."""
+        *others, last = (held[0], held[2], held[1]) if self.is_transposed else held
+        first = self.start + self.step * last.start
+        stop = self.start + self.step * (last.stop - 1) + 1
+        values: Tensor = tensors(self.name)[(*others, slice(first, stop))][..., :: self.step]
+        return values.transpose(1, 2) if self.is_transposed else values
+
+
+class Mxfp4(NamedTuple):
+    """Every few rows of a stored stack of 4-bit numbers, 32 of which share a power of two.
+
+    The values are exact in bfloat16. Source: OCP Microscaling Formats 1.0.
+    """
+
+    name: str
+    shape: Shape  # [X, rows, columns]
+    num_rows: int  # stored
+    start: int = 0  # of the stored rows
+    step: int = 1
+
+    def tensors(self) -> dict[str, Shape]:
+        """See ``Source``."""
+        num_experts, _, columns = self.shape
+        scales = num_experts, self.num_rows, columns // GROUP
+        return {f"{self.name}_blocks": (*scales, GROUP // 2), f"{self.name}_scales": scales}
+
+    def read(self, tensors: Tensors, held: Slices) -> Tensor:
+        """See ``Source``."""
+        experts, rows, columns = held
+        first = self.start + self.step * rows.start
+        stored_rows = slice(first, self.start + self.step * (rows.stop - 1) + 1)
+        groups = slice(columns.start // GROUP, -(-columns.stop // GROUP))
+        part = experts, stored_rows, groups
+        blocks = tensors(f"{self.name}_blocks")[part][:, :: self.step].long()
+        scales = tensors(f"{self.name}_scales")[part][:, :: self.step].int() - 127
+        numbers = torch.tensor(FP4)[torch.stack((blocks & 15, blocks >> 4), dim=-1)]
+        values = torch.ldexp(numbers.flatten(-2), scales.unsqueeze(-1)).flatten(-2)
+        before = columns.start - GROUP * groups.start
+        return values[..., before : before + columns.stop - columns.start]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from mnemosyne.model_zoo.multimodal import text_name
 from mnemosyne.model_zoo.rope import RopeSpec
 from mnemosyne.model_zoo.spec import ModelSpec
 from mnemosyne.model_zoo.stored import Ones, Reordered, Shape, Source, Whole
+from mnemosyne.model_zoo.stored_experts import stored_experts
 
 # What the Hugging Face format calls the modules of a layer, by our names.
 MODULES = {
@@ -17,9 +19,20 @@ MODULES = {
     "attn.wo": "self_attn.o_proj",
     "attn.q_norm": "self_attn.q_norm",
     "attn.k_norm": "self_attn.k_norm",
+    "attn.sinks": "self_attn.sinks",
     "mlp.gate": "mlp.gate_proj",
     "mlp.up": "mlp.up_proj",
     "mlp.down": "mlp.down_proj",
+    "mlp.router": "mlp.gate",
+    "mlp.router.correction": "mlp.gate.e_score_correction_bias",
+    "mlp.experts": "mlp.experts",
+    "mlp.experts.gate": "mlp.experts.{}.gate_proj",
+    "mlp.experts.up": "mlp.experts.{}.up_proj",
+    "mlp.experts.down": "mlp.experts.{}.down_proj",
+    "mlp.shared.gate": "mlp.shared_expert.gate_proj",
+    "mlp.shared.up": "mlp.shared_expert.up_proj",
+    "mlp.shared.down": "mlp.shared_expert.down_proj",
+    "mlp.shared_gate": "mlp.shared_expert_gate",
 }
 # And its norms, by where they stand.
 NORMS = {
@@ -71,7 +84,11 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, Shape]:
 
 def known_name(spec: ModelSpec, stored: str) -> str | None:
     """By which name a stored tensor is known here; None for one that the model does not use."""
-    return text_name(stored) if spec.is_text_half else stored
+    name = text_name(stored) if spec.is_text_half else stored
+    extra = range(spec.num_layers, spec.num_layers + spec.num_extra_layers)
+    if name is None or any(name.startswith(f"model.layers.{index}.") for index in extra):
+        return None
+    return name
 
 
 def entries_of(name: str) -> str:
@@ -85,15 +102,44 @@ def _layer(spec: ModelSpec, index: int) -> Iterator[tuple[str, Source]]:
     for module, called in NORMS[spec.norms].items():
         yield f"{module}.weight", Whole(f"{prefix}{called}.weight", (spec.width,))
     yield from _attention(spec, index, prefix)
+    if spec.is_sparse(index):
+        yield from _experts(spec, prefix)
+    else:
+        yield from _mlp(spec, prefix, "mlp", spec.dense_width)
+
+
+def _called(spec: ModelSpec, module: str) -> str:
+    """What the files call a module of a layer."""
+    return dict(spec.names).get(module, MODULES[module])
+
+
+def _mlp(spec: ModelSpec, prefix: str, mlp: str, mlp_width: int) -> Iterator[tuple[str, Source]]:
     for module, rows, columns in (
-        ("mlp.gate", spec.mlp_width, spec.width),
-        ("mlp.up", spec.mlp_width, spec.width),
-        ("mlp.down", spec.width, spec.mlp_width),
+        (f"{mlp}.gate", mlp_width, spec.width),
+        (f"{mlp}.up", mlp_width, spec.width),
+        (f"{mlp}.down", spec.width, mlp_width),
     ):
-        name = prefix + MODULES[module]
+        name = prefix + _called(spec, module)
         yield f"{module}.weight", Whole(f"{name}.weight", (rows, columns))
         if spec.mlp_bias:
             yield f"{module}.bias", Whole(f"{name}.bias", (rows,))
+
+
+def _experts(spec: ModelSpec, prefix: str) -> Iterator[tuple[str, Source]]:
+    num_experts, width = spec.num_experts, spec.width
+    router = prefix + _called(spec, "mlp.router")
+    yield "mlp.router.weight", Whole(f"{router}.weight", (num_experts, width))
+    if spec.router.is_biased:
+        yield "mlp.router.bias", Whole(f"{router}.bias", (num_experts,))
+    if spec.router.is_corrected:
+        name = prefix + _called(spec, "mlp.router.correction")
+        yield "mlp.router.correction", Whole(name, (num_experts,))
+    yield from stored_experts(spec, prefix, partial(_called, spec))
+    if spec.shared_width:
+        yield from _mlp(spec, prefix, "mlp.shared", spec.shared_width)
+    if spec.gates_shared:
+        name = prefix + _called(spec, "mlp.shared_gate")
+        yield "mlp.shared_gate.weight", Whole(f"{name}.weight", (1, width))
 
 
 def _attention(spec: ModelSpec, index: int, prefix: str) -> Iterator[tuple[str, Source]]:
@@ -109,13 +155,16 @@ def _attention(spec: ModelSpec, index: int, prefix: str) -> Iterator[tuple[str, 
         ("attn.wv", kv_width, spec.width, spec.qkv_bias, Whole),
         ("attn.wo", spec.width, q_width, spec.o_bias, Whole),
     ):
-        name = prefix + MODULES[module]
+        name = prefix + _called(spec, module)
         yield f"{module}.weight", place(f"{name}.weight", (rows, columns))
         if has_bias:
             yield f"{module}.bias", place(f"{name}.bias", (rows,))
+    if spec.has_sinks:
+        name = prefix + _called(spec, "attn.sinks")
+        yield "attn.sinks.weight", Whole(name, (spec.num_heads,))
     for module, width in (("attn.q_norm", q_width), ("attn.k_norm", kv_width)):
         shape = (width if spec.qk_norm_over == "row" else spec.head_dim,)
-        name = f"{prefix}{MODULES[module]}.weight"
+        name = f"{prefix}{_called(spec, module)}.weight"
         if spec.has_qk_norm(index):
             has_weight = spec.qk_norm_over != "head, unweighted"
             yield f"{module}.weight", turned(name, shape) if has_weight else Ones(name, shape)

@@ -188,7 +188,7 @@ class ClockedExchange:
     inner: Pending
     clocks: Clocks
 
-    def finish(self, out_THD: Tensor) -> None:
+    def finish(self, out_THD: Tensor, sink_H: Tensor | None = None) -> None:
         with _clocked(*self.clocks.values()):
             self.inner.finish(out_THD)
 

@@ -55,6 +55,14 @@ struct Write {
   int64_t num_rows, num_heads, width, num_threads;
 };
 
+struct Route {
+  const element* x;
+  int64_t x_stride;
+  const element* w;  // [X, width]
+  float* y;          // [T, X]
+  int64_t num_rows, width, num_experts, num_threads;
+};
+
 }  // namespace
 
 // Rows of a table.
@@ -135,4 +143,22 @@ extern "C" void write(const Write* call) {
       std::memcpy(call->k_pool + to, call->k + row * call->k_stride + from, width * sizeof(element));
       std::memcpy(call->v_pool + to, call->v + row * call->v_stride + from, width * sizeof(element));
     }
+}
+
+// y = x w^T in float, each sum in an order of its own row: neither the rows beside a row nor
+// their number change its bits, on which a choice among near equals may hang.
+extern "C" void route(const Route* call) {
+  const int64_t width = call->width, num_experts = call->num_experts;
+#pragma omp parallel for num_threads((int)call->num_threads)
+  for (int64_t row = 0; row < call->num_rows; row++) {
+    const element* x = call->x + row * call->x_stride;
+    for (int64_t expert = 0; expert < num_experts; expert++) {
+      const element* w = call->w + expert * width;
+      vec sums[2] = {};
+      for (int64_t i = 0; i < width; i += 2 * LANES)
+        for (int h = 0; h < 2; h++)
+          sums[h] = fma(widen(x + i + LANES * h), widen(w + i + LANES * h), sums[h]);
+      call->y[row * num_experts + expert] = sum_of(sums[0] + sums[1]);
+    }
+  }
 }

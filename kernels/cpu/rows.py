@@ -60,6 +60,13 @@ class _Write(ctypes.Structure):
     )
 
 
+class _Route(ctypes.Structure):
+    _fields_ = _numbers(
+        *("x", "x_stride", "weight", "y"),
+        *("num_rows", "width", "num_experts", "num_threads"),
+    )
+
+
 def _num_threads(num_elements: int) -> int:
     return 1 if num_elements <= FEW_ELEMENTS else torch.get_num_threads()
 
@@ -270,11 +277,43 @@ def write(
     launch(compile_rows(instructions, k_TKD.dtype).write, arguments)
 
 
+def route(x_TE: Tensor, weight_XE: Tensor, instructions: InstructionSet) -> Tensor:
+    """``x W^T`` in float32, the bits of a row independent of all other rows.
+
+    Args:
+        x_TE: a dtype of the set, E a multiple of 32, the elements of a row contiguous.
+        weight_XE: contiguous, in the same dtype.
+        instructions: a set that runs here.
+
+    Returns:
+        ``y_TX`` float32, contiguous.
+    """
+    width = x_TE.shape[1]
+    assert x_TE.dtype == weight_XE.dtype
+    assert x_TE.stride(1) == 1
+    assert weight_XE.is_contiguous()
+    assert width == weight_XE.shape[1]
+    assert width % 32 == 0
+    y_TX = x_TE.new_empty((len(x_TE), len(weight_XE)), dtype=torch.float32)
+    arguments = _Route(
+        x_TE.data_ptr(),
+        x_TE.stride(0),
+        weight_XE.data_ptr(),
+        y_TX.data_ptr(),
+        len(x_TE),
+        width,
+        len(weight_XE),
+        _num_threads(y_TX.numel() * width // ANGLE_ELEMENTS),
+    )
+    launch(compile_rows(instructions, x_TE.dtype).route, arguments)
+    return y_TX
+
+
 @cache
 def compile_rows(instructions: InstructionSet, dtype: torch.dtype) -> Any:
     """The C functions of a set for one dtype; compiled if they never were on this machine."""
     library = instructions.load(instructions.rows, dtype)
-    for name in ("look_up", "angles", "rms_norm", "rotate", "add", "write"):
+    for name in ("look_up", "angles", "rms_norm", "rotate", "add", "write", "route"):
         kernel = getattr(library, name)
         kernel.argtypes, kernel.restype = [ctypes.c_void_p], None
     return library

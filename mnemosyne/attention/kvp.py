@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mnemosyne.attention.lse import merge_partials
+from mnemosyne.attention.lse import merge_partials, with_sink
 from mnemosyne.attention.shared_rows import SharedRows
 from mnemosyne.parallel.collectives import Gather, start_all_gather
 from mnemosyne.parallel.mesh import Axis
@@ -40,7 +40,7 @@ def pack_partials(out_THD: Tensor, lse_TH: Tensor, shared: SharedRows) -> Tensor
 
 def merge_packed(
     packed_RTHX: Tensor, shared: SharedRows, head_dim: int, wide: torch.dtype
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Attention of this rank's shared rows over the keys of all groups.
 
     Args:
@@ -50,17 +50,17 @@ def merge_packed(
         wide: dtype of the LSE.
 
     Returns:
-        ``[local rows, H, D]`` in the dtype of the packed outputs.
+        ``[local rows, H, D]`` in the dtype of the packed outputs, and their LSE.
     """
     mine = packed_RTHX[:, shared.exchange_rows]
     lse = mine[..., head_dim:].contiguous().view(wide).squeeze(-1)
-    return merge_partials(mine[..., :head_dim], lse)[0]
+    return merge_partials(mine[..., :head_dim], lse)
 
 
 class Pending(Protocol):
     """An exchange that was started."""
 
-    def finish(self, out_THD: Tensor) -> None:
+    def finish(self, out_THD: Tensor, sink_H: Tensor | None = None) -> None:
         """See ``Exchange.finish``."""
 
 
@@ -76,14 +76,17 @@ class Exchange:
     head_dim: int
     wide: torch.dtype  # of the LSE
 
-    def finish(self, out_THD: Tensor) -> None:
+    def finish(self, out_THD: Tensor, sink_H: Tensor | None = None) -> None:
         """Write attention of the shared rows over all their keys, once the partials have come.
 
         Args:
             out_THD: the outputs of the step; shared rows are overwritten.
+            sink_H: see ``with_sink``.
         """
-        merged = merge_packed(self.gather.wait(), self.shared, self.head_dim, self.wide)
-        out_THD[self.shared.local_rows] = merged
+        merged, lse = merge_packed(self.gather.wait(), self.shared, self.head_dim, self.wide)
+        out_THD[self.shared.local_rows] = (
+            merged if sink_H is None else with_sink(merged, lse, sink_H)
+        )
 
 
 def start_exchange(out_THD: Tensor, lse_TH: Tensor, shared: SharedRows, axis: Axis) -> Exchange:

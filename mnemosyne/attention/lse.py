@@ -50,6 +50,26 @@ def merge_partials(out_RTHD: Tensor, lse_RTH: Tensor) -> tuple[Tensor, Tensor]:
     return out_THD.to(out_RTHD.dtype), lse_TH
 
 
+def with_sink(out_THD: Tensor, lse_TH: Tensor, sink_H: Tensor) -> Tensor:
+    """Attention among whose keys is one per head that takes a share and gives nothing.
+
+    Its logit s turns the denominator e^lse into e^lse + e^s, and so the result into
+    out * e^lse / (e^lse + e^s).
+
+    Args:
+        out_THD: attention over all other keys; once partials are merged.
+        lse_TH: their natural-log LSE, float32 or wider.
+        sink_H: logits, any floating dtype.
+
+    Returns:
+        ``[T, H, D]`` in the dtype of ``out_THD``.
+
+    Source: Xiao et al. 2023, arXiv:2309.17453, with a learned logit in place of a token.
+    """
+    share_TH1 = torch.sigmoid(lse_TH - sink_H.to(lse_TH.dtype)).unsqueeze(-1)
+    return (out_THD * share_TH1).to(out_THD.dtype)
+
+
 def merge_into(out_THD: Tensor, lse_TH: Tensor, more_THD: Tensor, more_lse_TH: Tensor) -> None:
     """Fold one more partial into a running result, in place.
 

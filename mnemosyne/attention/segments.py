@@ -129,6 +129,7 @@ class Attend(Protocol):
         k_TKD: Tensor,
         v_TKD: Tensor,
         rotary: tuple[Tensor, Tensor] | None = None,
+        sink_H: Tensor | None = None,
     ) -> Tensor:
         """Return ``out_THD`` in the dtype of ``q_THD``.
 
@@ -138,6 +139,7 @@ class Attend(Protocol):
             k_TKD: keys.
             v_TKD: values.
             rotary: cos and sin that queries and keys are still to be rotated by, both [T, D/2].
+            sink_H: logits of keys that take a share of each row's attention and give nothing.
         """
 
 

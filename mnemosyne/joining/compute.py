@@ -87,6 +87,7 @@ def choose_compute(
     local: ModelShape,
     wraps: Wraps,
     is_recordable: bool = True,
+    is_static: bool = True,
 ) -> Compute:
     """What the config asks for; a choice that cannot be had is refused, never replaced.
 
@@ -96,6 +97,7 @@ def choose_compute(
         local: this rank's part of the model, in the dtype that it computes in.
         wraps: what to put around backend and operators.
         is_recordable: whether the operators are all that a tape has to repeat.
+        is_static: whether each step of as many rows launches the same.
 
     Raises:
         ValueError: if attention, operators or what is compiled cannot be as asked for.
@@ -105,7 +107,7 @@ def choose_compute(
     widths = {"width": local.width, "head_dim": local.head_dim, "mlp_width": local.mlp_width}
     operators = choose_operators(config.operators, device=device, dtype=dtype, widths=widths)
     compiles, records = _how_steps_run(
-        config, device, backend, operators, is_recordable=is_recordable
+        config, device, backend, operators, is_recordable=is_recordable, is_static=is_static
     )
     return Compute(
         device=device,
@@ -124,17 +126,19 @@ def _how_steps_run(
     operators: Operators,
     *,
     is_recordable: bool,
+    is_static: bool,
 ) -> tuple[bool, bool]:
     """Whether all but attention is compiled, and whether decodes are recorded."""
     num_ranks = config.mesh.world_size
     is_gpu, can_record = device.type == "cuda", backend.can_record and num_ranks == 1
     if not is_gpu:
         can_record &= operators.can_record and is_recordable
+    can_record &= is_static
     if config.compile == "none":
         return False, False
     if config.compile == "auto":
         return False, can_record and not is_gpu
-    if is_gpu and num_ranks == 1 and not can_record:
+    if is_gpu and num_ranks == 1 and not backend.can_record:
         raise ValueError(
             f"attention must be triton for compile=step on a GPU, got {backend.name}; "
             "write attention=triton, or compile=none"

@@ -77,7 +77,12 @@ def build_rank(
         keep_freed()
     spec, local = checkpoint.spec, _local_shape(config, checkpoint)
     compute = choose_compute(
-        config, device=device, local=local, wraps=wraps, is_recordable=spec.is_recordable
+        config,
+        device=device,
+        local=local,
+        wraps=wraps,
+        is_recordable=spec.is_recordable,
+        is_static=spec.is_static,
     )
     dtype = compute.dtype
     mesh = init_mesh(config.mesh, device.type)
@@ -161,9 +166,20 @@ def _find(config: EngineConfig, progress: Progress | None) -> tuple[torch.device
     check_world_size(config.mesh, num_processes)
     checkpoint = find_checkpoint(config.model, progress)
     check_mesh(config.mesh, checkpoint.spec)
+    _check_chunks(checkpoint.spec, config.cache.page_size)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # Triton launches on the current one
     return device, checkpoint
+
+
+def _check_chunks(spec: ModelSpec, page_size: int) -> None:
+    """Refuse pages that do not begin where chunks of attention do."""
+    for size in filter(None, spec.windows if spec.chunked else ()):
+        if size % page_size:
+            raise ValueError(
+                f"cache.page_size must divide the {size} positions of a chunk that the model "
+                f"attends to, got {page_size}; use a smaller power of two"
+            )
 
 
 def _pool(
@@ -203,7 +219,7 @@ def _intake(checkpoint: Checkpoint) -> Intake:
 
 
 def _layer_shape(decoder: Decoder, spec: ModelSpec) -> LayerShape:
-    windows = [spec.windows[int(index)] for index in decoder.layers]
+    windows = [spec.reaches[int(index)] for index in decoder.layers]
     return LayerShape(windows=windows, scale=spec.scale_of_scores)
 
 

@@ -18,12 +18,15 @@ import torch
 
 from mnemosyne.config import OPERATORS
 from mnemosyne.kernels.cpu.processor import INSTRUCTION_SETS, InstructionSet
-from mnemosyne.operators.contract import Operators, Rotary, Weights
+from mnemosyne.operators.contract import ExpertWeights, Operators, Rotary, Weights
 from mnemosyne.operators.native import VECTOR, NativeOperators
-from mnemosyne.operators.of_torch import TORCH, TorchOperators, activate
+from mnemosyne.operators.of_torch import CLAMP, SWISH, TORCH, TorchOperators, activate
 
 __all__ = [
+    "CLAMP",
+    "SWISH",
     "TORCH",
+    "ExpertWeights",
     "NativeOperators",
     "Operators",
     "Rotary",

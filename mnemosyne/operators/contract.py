@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 Weights = tuple[Tensor, Tensor | None]  # of a linear layer: [N, E], and the bias [N] if it has one
 Rotary = tuple[Tensor, Tensor]  # cos and sin of the rows of a step, both [T, D/2]
+
+
+class ExpertWeights(NamedTuple):
+    """The weights of X experts, each a gated MLP."""
+
+    gate_XFE: Tensor
+    up_XFE: Tensor
+    down_XEF: Tensor
+    gate_bias_XF: Tensor | None = None
+    up_bias_XF: Tensor | None = None
+    down_bias_XE: Tensor | None = None
+
+    def of(self, expert: int) -> tuple[Weights, Weights, Weights]:
+        """Gate, up and down of one expert."""
+        gate, up, down = (
+            (stack[expert], None if bias is None else bias[expert])
+            for stack, bias in zip(self[:3], self[3:], strict=True)
+        )
+        return gate, up, down
 
 
 class Operators(Protocol):
@@ -50,6 +69,30 @@ class Operators(Protocol):
 
     def gated(self, x_TE: Tensor, gate: Weights, up: Weights, activation: str = "silu") -> Tensor:
         """``activation(gate(x)) * up(x)``, see ``activate``."""
+
+    def route(self, x_TE: Tensor, weight_XE: Tensor, bias_X: Tensor | None) -> Tensor:
+        """``x W^T + b`` in float32 or wider, [T, X]; rows do not depend on their company."""
+
+    def experts(
+        self,
+        x_TE: Tensor,
+        experts_TC: Tensor,
+        weights_TC: Tensor,
+        weights: ExpertWeights,
+        *,
+        activation: str,
+        weighs_input: bool,
+    ) -> Tensor:
+        """The weighted sum over the experts of each row, [T, E].
+
+        Args:
+            x_TE: rows.
+            experts_TC: int64, the experts that each row is given to.
+            weights_TC: by how much each counts, float32 or wider.
+            weights: of all experts, or the same part of each.
+            activation: of their gates.
+            weighs_input: whether weights multiply what experts are given, not what they give.
+        """
 
     def angles(
         self, positions_T: Tensor, radians_D: Tensor, *, gain: float, dtype: torch.dtype

@@ -61,8 +61,15 @@ class NativeOperators(TorchOperators):
             return super().gated(x_TE, gate, up, activation)
         if activation != "silu":
             opened_TF, raised_TF = self.linear(x_TE, (gate, up))
-            return activate(opened_TF, activation) * raised_TF
+            return activate(opened_TF, raised_TF, activation)
         return linear.gated(x_TE, gate, up, self._instructions)
+
+    def route(self, x_TE: Tensor, weight_XE: Tensor, bias_X: Tensor | None) -> Tensor:
+        """See ``Operators``."""
+        if not _has_whole_rows(x_TE):
+            return super().route(x_TE, weight_XE, bias_X)
+        logits_TX = rows.route(x_TE, weight_XE, self._instructions)
+        return logits_TX if bias_X is None else logits_TX + bias_X.float()
 
     def angles(
         self, positions_T: Tensor, radians_D: Tensor, *, gain: float, dtype: torch.dtype

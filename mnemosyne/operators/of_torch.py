@@ -8,12 +8,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnemosyne.operators.contract import Rotary, Weights
+from mnemosyne.operators.contract import ExpertWeights, Rotary, Weights
+
+CLAMP, SWISH = 7.0, 1.702  # of the clamped activation
 
 
-def activate(x: Tensor, activation: str) -> Tensor:
-    """Silu, or gelu by its tanh approximation, which models that are trained with it define."""
-    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
+def activate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """What a gated MLP makes of its gate and of what it lets pass, of the same shape.
+
+    Args:
+        gate: before it is activated.
+        up: what passes.
+        activation: ``silu``; ``gelu_tanh``, gelu by its approximation, which models that are
+            trained with it define; or ``clamped``, gpt-oss's swish of a bounded gate times one more
+            than what passes, bounded too.
+    """
+    if activation == "silu":
+        return F.silu(gate) * up
+    if activation == "gelu_tanh":
+        return F.gelu(gate, approximate="tanh") * up
+    assert activation == "clamped"
+    gate = gate.clamp(max=CLAMP)
+    return (up.clamp(-CLAMP, CLAMP) + 1) * (gate * torch.sigmoid(SWISH * gate))
 
 
 class TorchOperators:
@@ -57,8 +73,57 @@ class TorchOperators:
 
     def gated(self, x_TE: Tensor, gate: Weights, up: Weights, activation: str = "silu") -> Tensor:
         """See ``Operators``."""
+        if activation != "silu":
+            return activate(F.linear(x_TE, *gate), F.linear(x_TE, *up), activation)
         # no name: what the gate gave is freed at once
-        return activate(F.linear(x_TE, *gate), activation) * F.linear(x_TE, *up)
+        return F.silu(F.linear(x_TE, *gate)) * F.linear(x_TE, *up)
+
+    def route(self, x_TE: Tensor, weight_XE: Tensor, bias_X: Tensor | None) -> Tensor:
+        """See ``Operators``."""
+        # What float64 rounds by the order of its sums is lost in float32.
+        logits_TX = x_TE.double() @ weight_XE.double().t()
+        if bias_X is not None:
+            logits_TX = logits_TX + bias_X.double()
+        return logits_TX.to(torch.promote_types(x_TE.dtype, torch.float32))
+
+    def experts(
+        self,
+        x_TE: Tensor,
+        experts_TC: Tensor,
+        weights_TC: Tensor,
+        weights: ExpertWeights,
+        *,
+        activation: str,
+        weighs_input: bool,
+    ) -> Tensor:
+        """See ``Operators``."""
+        num_chosen = experts_TC.shape[1]
+        # Rows sorted by expert: each weight is read once, for all of its rows.
+        order_R = experts_TC.flatten().argsort(stable=True)
+        counts_X = experts_TC.flatten().bincount(minlength=len(weights.gate_XFE))
+        sorted_RE = x_TE[order_R // num_chosen]
+        if weighs_input:
+            sorted_RE = (sorted_RE * weights_TC.flatten()[order_R, None]).to(x_TE.dtype)
+        given_RE = torch.empty_like(sorted_RE)
+        start = 0
+        for expert, count in enumerate(counts_X.tolist()):
+            if count:
+                rows = slice(start, start + count)
+                gate, up, down = weights.of(expert)
+                wide_RF = self.gated(sorted_RE[rows], gate, up, activation)
+                (given_RE[rows],) = self.linear(wide_RF, (down,))
+                start += count
+        # Each row's own experts are summed in the order of its choice, in float32 or wider.
+        total_TE = torch.zeros_like(x_TE, dtype=weights_TC.dtype)
+        places_TC = (
+            torch.empty_like(order_R)
+            .scatter_(0, order_R, torch.arange(len(order_R), device=x_TE.device))
+            .view_as(experts_TC)
+        )
+        for place_T, weight_T in zip(places_TC.unbind(1), weights_TC.unbind(1), strict=True):
+            taken_TE = given_RE[place_T].to(total_TE.dtype)
+            total_TE += taken_TE if weighs_input else taken_TE * weight_T[:, None]
+        return total_TE.to(x_TE.dtype)
 
     def angles(
         self, positions_T: Tensor, radians_D: Tensor, *, gain: float, dtype: torch.dtype

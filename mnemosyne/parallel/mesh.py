@@ -185,11 +185,12 @@ def check_mesh(config: MeshConfig, shape: ModelShape) -> None:
             f"heads or be a multiple of them, got {tp}; use one of {', '.join(fitting)}"
         )
     axes, degree = "mesh.tp" if config.ffn == "tp" else "kvp x tp", config.ffn_degree
-    if shape.mlp_width % degree:
-        raise ValueError(
-            f"{axes} must divide the MLP width, {shape.mlp_width}, with mesh.ffn={config.ffn}, "
-            f"got {degree}; lower the degrees"
-        )
+    for width in (shape.mlp_width, shape.dense_width, shape.shared_width):
+        if width % degree:
+            raise ValueError(
+                f"{axes} must divide the MLP width, {width}, with mesh.ffn={config.ffn}, "
+                f"got {degree}; lower the degrees"
+            )
     if (tp - 1) * shape.local(config).vocab_size >= shape.vocab_size:
         raise ValueError(
             f"mesh.tp must leave every rank some of the {shape.vocab_size} words of the "

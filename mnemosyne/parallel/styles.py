@@ -53,6 +53,33 @@ class RowParallel(ParallelStyle):
         return module
 
 
+class ExpertsParallel(ParallelStyle):
+    """Stacked experts of which each rank holds neighbouring inner widths; outputs are summed.
+
+    Args:
+        axis: the ranks.
+    """
+
+    def __init__(self, axis: Axis) -> None:
+        super().__init__()
+        self._axis = axis
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        axis = self._axis
+        dims = {"gate": 1, "up": 1, "down": 2, "gate_bias": 1, "up_bias": 1}
+        for name, _ in list(module.named_parameters()):
+            if name in dims:
+                _shard(module, name, device_mesh, dim=dims[name])
+        if axis.index > 0:
+            setattr(module, "down_bias", None)  # noqa: B010  # the sum takes it from the first rank
+
+        def complete(module: nn.Module, args: tuple[Tensor, ...], out_TE: Tensor) -> Tensor:
+            return all_reduce_sum(out_TE, axis)
+
+        module.register_forward_hook(complete)
+        return module
+
+
 class VocabParallelEmbedding(nn.Module):
     """An embedding of which each rank holds the rows of neighbouring words.
 

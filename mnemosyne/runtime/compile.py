@@ -67,7 +67,7 @@ class CompiledModel:
         numbers = [kinds.index(kind) for kind in kinds]
         self._device = device
         self._run: Callable[..., Tensor] = self._run_whole
-        if model.is_sharded:
+        if model.is_sharded or any(layer.is_sparse for layer in self._layers):
             self._run = self._run_cut
         self._one, self._many = _Graphs(numbers), _Graphs(numbers)
 
@@ -130,12 +130,12 @@ class CompiledModel:
         """All between two attentions is one graph."""
         layers = self._layers
         for index, (layer, following) in enumerate(pairwise(layers)):
-            out_THD = context.attend(index, *projections)
+            out_THD = context.attend(index, *projections, sink_H=layer.sink_H)
             hidden_TE, projections = graph(_between, index, index + 1)(
                 layer, following, hidden_TE, out_THD, tables
             )
         last = len(layers) - 1
-        out_THD = context.attend(last, *projections)
+        out_THD = context.attend(last, *projections, sink_H=layers[-1].sink_H)
         return graph(_end, last)(self._model, layers[-1], hidden_TE, out_THD)
 
     def _run_cut(
@@ -149,7 +149,7 @@ class CompiledModel:
         """Products whose results are summed over ranks are called as they are, hooks and all."""
         layers = self._layers
         for index, layer in enumerate(layers):
-            delta_TE = layer.attn(context.attend(index, *projections))
+            delta_TE = layer.attn(context.attend(index, *projections, sink_H=layer.sink_H))
             hidden_TE, x_TE = graph(_add_norm, index)(layer, hidden_TE, delta_TE)
             delta_TE = context.feed_forward(partial(self._feed_forward, index), x_TE)
             if index + 1 < len(layers):
@@ -162,6 +162,8 @@ class CompiledModel:
     def _feed_forward(self, index: int, x_TE: Tensor) -> Tensor:
         """The MLP of a layer held, over rows that may be those of all groups."""
         layer = self._layers[index]
+        if layer.is_sparse:  # which products there are depends on what rows ask for
+            return layer.mlp(x_TE)
         return layer.mlp.narrow(self._graphs(len(x_TE))(_widen, index)(layer, x_TE))
 
 
@@ -171,6 +173,7 @@ def _no_attention(
     k_TKD: Tensor,
     v_TKD: Tensor,
     rotary: Rotary | None = None,
+    sink_H: Tensor | None = None,
 ) -> Tensor:
     """Stands in for attention while pieces are compiled: it gives the shape alone."""
     return q_THD.contiguous()

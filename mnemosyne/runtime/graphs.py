@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mnemosyne.attention.chunked import prepare
 from mnemosyne.attention.segments import AttentionBackend, AttentionBatch, RecordableBackend
 from mnemosyne.cache.pages import PagePool
 from mnemosyne.kernels.cpu.tape import Memory, Tape
@@ -132,7 +133,7 @@ class DecodeGraphs:
         captured.inputs.positions_T.copy_(inputs.positions_T)
         captured.inputs.slots_T.copy_(inputs.slots_T)
         for window in set(self._layers.windows):
-            captured.backend.prepare(inputs.batch, window, inputs.slots_T.device)
+            prepare(captured.backend, inputs.batch, window, inputs.slots_T.device)
         captured.graph.replay()
         return captured.hidden_TE
 

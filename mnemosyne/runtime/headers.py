@@ -14,7 +14,9 @@ from safetensors import SafetensorError, safe_open
 from mnemosyne.files import is_there, parse_object, printable, read_object, shown
 from mnemosyne.parallel.shards import Slices
 
+PACKED = "U8"  # of numbers that are narrower than a byte, and of their scales
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of files, with bytes per element
+PACKED_ENDS = ("_blocks", "_scales")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 MAX_HEADER_BYTES = 32 << 20  # 200,000 tensors have such a one
 NAMES_SHOWN = 20  # per kind of mismatch; the rest is counted
@@ -34,7 +36,7 @@ class Header(NamedTuple):
 
     def num_bytes(self, held: Slices) -> int:
         """Bytes in the file of a part of the tensor."""
-        return math.prod(part.stop - part.start for part in held) * DTYPES[self.dtype]
+        return math.prod(part.stop - part.start for part in held) * DTYPES.get(self.dtype, 1)
 
 
 def read_headers(path: Path, known_name: Callable[[str], str | None] = str) -> dict[str, Header]:
@@ -130,7 +132,10 @@ def check_tensors(
             if headers[name].shape != shapes[name]
         ],
         "not floating point": [
-            f"{name} {headers[name].dtype}" for name in present if headers[name].dtype not in DTYPES
+            f"{name} {headers[name].dtype}"
+            for name in present
+            if headers[name].dtype not in DTYPES
+            and not (headers[name].dtype == PACKED and name.endswith(PACKED_ENDS))
         ],
     }
     found = [f"{kind}: {_listed(names)}" for kind, names in problems.items() if names]

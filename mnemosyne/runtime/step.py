@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from mnemosyne.attention.chunked import Reach, prepare
 from mnemosyne.attention.kvp import StartExchange, start_exchange
+from mnemosyne.attention.lse import with_sink
 from mnemosyne.attention.segments import AttentionBackend, AttentionBatch
 from mnemosyne.cache.pages import PagePool
 from mnemosyne.operators import Operators, Rotary
@@ -27,7 +29,7 @@ Tables = tuple[Rotary, ...]
 class LayerShape:
     """What the attention of the local layers needs to know of the model."""
 
-    windows: Sequence[int | None]  # per local layer
+    windows: Sequence[Reach]  # per local layer
     scale: float
 
 
@@ -49,6 +51,9 @@ class MLP(Protocol):
 
     def widen(self, x_TE: Tensor) -> Tensor:
         """The input of the last product."""
+
+    def __call__(self, x_TE: Tensor) -> Tensor:
+        """All of it."""
 
 
 class Layer(Protocol):
@@ -76,6 +81,14 @@ class Layer(Protocol):
     @property
     def meets_ranks(self) -> bool:
         """Whether it meets other ranks on the way to attention."""
+
+    @property
+    def sink_H(self) -> Tensor | None:
+        """Logits of its sinks; see ``Attend``."""
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether its MLP is one of experts, which is called as a whole."""
 
     @property
     def kind(self) -> Hashable:
@@ -155,6 +168,7 @@ class PagedAttention:
         k_TKD: Tensor,
         v_TKD: Tensor,
         rotary: Rotary | None = None,
+        sink_H: Tensor | None = None,
     ) -> Tensor:
         where = self._inputs.slots_T, self._pool.k[layer], self._pool.v[layer]
         if rotary is None:
@@ -163,27 +177,35 @@ class PagedAttention:
             q_THD = self._operators.rotate_and_write(q_THD, k_TKD, v_TKD, rotary, *where)
         shared = self._inputs.shared
         if shared is None:
-            return self._attend(layer, q_THD, self._prepared)[0]
+            return self._attend_own(layer, q_THD, sink_H)
         # Shared rows first: their partials travel while the other rows are computed.
         out_THD, lse_TH = self._attend(layer, q_THD, self._prepared_shared, return_lse=True)
         assert lse_TH is not None, "partials come with their LSE"
         exchange = self._start_exchange(out_THD, lse_TH, shared, self._kvp)
         if self._inputs.batch.segments:
-            out_THD, _ = self._attend(layer, q_THD, self._prepared)
-        exchange.finish(out_THD)
+            out_THD = self._attend_own(layer, q_THD, sink_H)
+        exchange.finish(out_THD, sink_H)
         return out_THD
 
-    def _prepare(self, batch: AttentionBatch) -> dict[int | None, Any]:
-        """What the backend needs of a batch, by window."""
-        device = self._inputs.slots_T.device
-        windows = set(self._layers.windows)
-        return {window: self._backend.prepare(batch, window, device) for window in windows}
+    def _attend_own(self, layer: int, q_THD: Tensor, sink_H: Tensor | None) -> Tensor:
+        """Attention of the rows that no other group shares."""
+        has_sink = sink_H is not None
+        out_THD, lse_TH = self._attend(layer, q_THD, self._prepared, return_lse=has_sink)
+        if sink_H is None or lse_TH is None:
+            return out_THD
+        return with_sink(out_THD, lse_TH, sink_H)
+
+    def _prepare(self, batch: AttentionBatch) -> dict[Reach, Any]:
+        """What the backend needs of a batch, by what layers see."""
+        device, backend = self._inputs.slots_T.device, self._backend
+        reaches = set(self._layers.windows)
+        return {reach: prepare(backend, batch, reach, device) for reach in reaches}
 
     def _attend(
         self,
         layer: int,
         q_THD: Tensor,
-        prepared: dict[int | None, Any],
+        prepared: dict[Reach, Any],
         *,
         return_lse: bool = False,
     ) -> tuple[Tensor, Tensor | None]:

@@ -148,7 +148,7 @@ def _place(source: Source, headers: dict[str, Header]) -> Path:
 
 def _num_bytes(source: Source, headers: dict[str, Header], held: Slices) -> int:
     """Bytes in the files of a part of a parameter."""
-    itemsizes = {DTYPES[headers[name].dtype] for name in source.tensors()}
+    itemsizes = {DTYPES.get(headers[name].dtype, 1) for name in source.tensors()}
     return math.prod(part.stop - part.start for part in held) * max(itemsizes, default=0)
 
 

@@ -37,6 +37,19 @@ def test_the_norm_is_no_worse_than_torch(by: Kernels, shape: tuple[int, ...]) ->
     assert_no_worse_than_eager(y, F.rms_norm(x, (width,), weight, 1e-5), exact)
 
 
+def test_logits_of_a_router_depend_on_their_row_alone(by: Kernels) -> None:
+    x_TE, weight_XE = randn(by, 33, 256), randn(by, 7, 256)
+
+    together = rows.route(x_TE, weight_XE, by.instructions)
+
+    exact = x_TE.double() @ weight_XE.double().t()
+    assert together.dtype == torch.float32
+    assert (together - exact).abs().max() < 1e-4
+    for start, stop in ((0, 1), (3, 8), (32, 33)):
+        alone = rows.route(x_TE[start:stop], weight_XE, by.instructions)
+        assert torch.equal(alone, together[start:stop])
+
+
 def test_an_offset_is_added_to_the_weight_before_it_is_rounded(by: Kernels) -> None:
     x, weight = 3 * randn(by, 7, 96), 1e-3 * randn(by, 96)
 

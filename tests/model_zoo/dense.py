@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mnemosyne.attention.chunked import Chunked, Reach
 from mnemosyne.operators import TORCH, Rotary
 from mnemosyne.parallel.feed_forward import own_rows
 from mnemosyne.step_context import StepContext
@@ -20,7 +21,7 @@ class DenseAttend:
         scale: factor on scores; unset: 1/sqrt(D).
     """
 
-    def __init__(self, windows: Sequence[int | None], scale: float | None = None) -> None:
+    def __init__(self, windows: Sequence[Reach], scale: float | None = None) -> None:
         self.windows = windows
         self.scale = scale
         self.past: dict[int, tuple[Tensor, Tensor]] = {}
@@ -32,6 +33,7 @@ class DenseAttend:
         k_TKD: Tensor,
         v_TKD: Tensor,
         rotary: Rotary | None = None,
+        sink_H: Tensor | None = None,
     ) -> Tensor:
         if rotary is not None:
             q_THD, k_TKD = TORCH.rotate(q_THD, *rotary), TORCH.rotate(k_TKD, *rotary)
@@ -44,14 +46,21 @@ class DenseAttend:
         keys = torch.arange(len(k_SHD))
         rows = keys[-len(q_THD) :, None]
         seen_TS = keys <= rows
-        if (window := self.windows[layer]) is not None:
-            seen_TS &= keys > rows - window
+        reach = self.windows[layer]
+        if isinstance(reach, Chunked):
+            seen_TS &= keys // reach.size == rows // reach.size
+        elif reach is not None:
+            seen_TS &= keys > rows - reach
         scores_HTS = torch.einsum("thd,shd->hts", q_THD, k_SHD)
         scores_HTS *= q_THD.shape[-1] ** -0.5 if self.scale is None else self.scale
-        weights_HTS = scores_HTS.masked_fill(~seen_TS, float("-inf")).softmax(dim=-1)
+        scores_HTS = scores_HTS.masked_fill(~seen_TS, float("-inf"))
+        if sink_H is not None:
+            sinks_HT1 = sink_H[:, None, None].expand(-1, len(q_THD), 1)
+            scores_HTS = torch.cat((scores_HTS, sinks_HT1), dim=-1)
+        weights_HTS = scores_HTS.softmax(dim=-1)[..., : len(k_SHD)]
         return torch.einsum("hts,shd->thd", weights_HTS, v_SHD)
 
 
-def dense_context(windows: Sequence[int | None], scale: float | None = None) -> StepContext:
+def dense_context(windows: Sequence[Reach], scale: float | None = None) -> StepContext:
     """What the layers of a decoder meet where there is no engine."""
     return StepContext(DenseAttend(windows, scale), own_rows)

@@ -86,6 +86,76 @@ FAMILIES: dict[str, Tiny] = {
     ),
     "mistral3-half": Tiny("Mistral", {"sliding_window": None}, whole="Mistral3"),
 }
+EXPERTS: dict[str, Any] = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+}
+FAMILIES |= {
+    "qwen3_moe": Tiny("Qwen3Moe", EXPERTS),
+    "qwen3_moe-between": Tiny(
+        "Qwen3Moe", EXPERTS | {"norm_topk_prob": False, "decoder_sparse_step": 2}
+    ),
+    "qwen2_moe": Tiny(
+        "Qwen2Moe",
+        EXPERTS
+        | {
+            "norm_topk_prob": False,
+            "mlp_only_layers": [1],
+            "shared_expert_intermediate_size": 32,
+        },
+    ),
+    "mixtral": Tiny("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "mixtral-window": Tiny(
+        "Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 1, "sliding_window": 24}
+    ),
+}
+GLM: dict[str, Any] = {
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "num_mtp_layers": 1,
+}
+LLAMA_4: dict[str, Any] = {
+    "intermediate_size": 24,
+    "intermediate_size_mlp": 40,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "attention_chunk_size": 32,
+    "floor_scale": 16,
+    "attn_scale": 0.4,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 10_000.0,
+        "factor": 16.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 1.0,
+        "original_max_position_embeddings": 128,
+    },
+}
+FAMILIES |= {
+    "gpt_oss": Tiny(
+        "GptOss", {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 24}
+    ),
+    "glm4_moe": Tiny("Glm4Moe", GLM | {"attention_bias": True, "use_qk_norm": True}),
+    "glm4_moe-groups": Tiny("Glm4Moe", GLM | {"n_group": 4, "topk_group": 2}),
+    "minimax_m2": Tiny("MiniMaxM2", {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    "minimax_m2-partial": Tiny(
+        "MiniMaxM2", {"num_local_experts": 5, "num_experts_per_tok": 3, "rotary_dim": 8}
+    ),
+    "llama4": Tiny("Llama4Text", LLAMA_4),
+    "llama4-between": Tiny(
+        "Llama4Text",
+        LLAMA_4
+        | {"interleave_moe_layer_step": 2, "use_qk_norm": False, "no_rope_layers": [1, 0, 1, 1]},
+    ),
+    "llama4-half": Tiny("Llama4Text", LLAMA_4, whole="Llama4"),
+}
 VISION: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -110,7 +180,7 @@ def tiny_family(path: Path, name: str, seed: int = 0, **changes: Any) -> Path:
     """
     tiny = FAMILIES[name]
     fields = SIZES | tiny.fields | changes
-    if tiny.name in ("SmolLM3", "Olmo3"):  # they have no entry of that name
+    if tiny.name in ("SmolLM3", "Olmo3", "Qwen2Moe"):  # they have no entry of that name
         del fields["head_dim"]
     config = getattr(transformers, f"{tiny.name}Config")(**fields)
     model_class = f"{tiny.name.removesuffix('Text')}ForCausalLM"
@@ -124,7 +194,8 @@ def tiny_family(path: Path, name: str, seed: int = 0, **changes: Any) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = getattr(transformers, model_class)(config).double()
-        for parameter_name, parameter in model.named_parameters():
+        correction = [entry for entry in model.named_buffers() if "correction" in entry[0]]
+        for parameter_name, parameter in (*model.named_parameters(), *correction):
             torch.nn.init.normal_(parameter, mean=float("norm" in parameter_name), std=0.3)
     model.config.dtype = torch.float64
     model.save_pretrained(path)

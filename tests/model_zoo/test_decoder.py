@@ -37,7 +37,7 @@ def prompt(length: int) -> list[int]:
 
 
 def dense_logits(decoder: Decoder, token_ids: list[int], *, chunk: int | None = None) -> Tensor:
-    context = dense_context(decoder.spec.windows, decoder.spec.scale_of_scores)
+    context = dense_context(decoder.spec.reaches, decoder.spec.scale_of_scores)
     ids, positions = torch.tensor(token_ids), torch.arange(len(token_ids))
     size = chunk or len(token_ids)
     parts = zip(ids.split(size), positions.split(size), strict=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from mnemosyne.model_zoo.rope import RopeSpec, inverse_frequencies, rotary_cos_sin
-from mnemosyne.model_zoo.stored import Ones, Reordered, Whole
+from mnemosyne.model_zoo.stored import Mxfp4, Ones, Reordered, Strided, Whole
 from mnemosyne.model_zoo.tensors import row_order
 from mnemosyne.operators import TORCH
 
@@ -65,3 +66,33 @@ def test_ones_are_read_from_nowhere() -> None:
 
     assert ones.tensors() == {}
     assert torch.equal(ones.read(lambda name: None, (slice(1, 3),)), torch.ones(2))
+
+
+@pytest.mark.parametrize("part", [(slice(0, 3), slice(0, 4), slice(0, 6)), (slice(1, 2),) * 3])
+@pytest.mark.parametrize(("start", "step"), [(0, 1), (4, 1), (0, 2), (1, 2)])
+def test_gate_and_up_are_told_apart_in_a_stack_of_both(
+    part: tuple[slice, slice, slice], start: int, step: int
+) -> None:
+    stored_XEF = torch.arange(3 * 6 * 8.0).view(3, 6, 8)
+    source = Strided("w", (3, 4, 6), (3, 6, 8), start=start, step=step, is_transposed=True)
+
+    values = source.read(lambda name: stored_XEF, part)
+
+    whole = stored_XEF[..., start::step][..., :4].transpose(1, 2)
+    assert torch.equal(values, whole[part])
+
+
+@pytest.mark.parametrize(("start", "step"), [(0, 1), (0, 2), (1, 2)])
+def test_packed_numbers_are_those_of_transformers(start: int, step: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(256, (2, 8, 3, 16), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(110, 140, (2, 8, 3), generator=generator, dtype=torch.uint8)
+    stored = {"w_blocks": blocks, "w_scales": scales}
+    source = Mxfp4("w", (2, 8 // step, 96), 8, start, step)
+
+    values = source.read(lambda name: stored[name], (slice(0, 2), slice(1, 4), slice(5, 70)))
+
+    theirs = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).transpose(1, 2)
+    assert torch.equal(values, theirs[:, start::step][:, 1:4, 5:70])
+    assert torch.equal(values, values.bfloat16().float())
+    assert source.tensors() == {name: tuple(t.shape) for name, t in stored.items()}

@@ -49,16 +49,15 @@ def wide_oracle(path: Path) -> transformers.PreTrainedModel:
     """A checkpoint in transformers, attention and experts written out; run it in ``Wide()``."""
     architecture = json.loads((path / "config.json").read_text())["architectures"][0]
     with Wide():
-        return (
-            getattr(transformers, architecture)
-            .from_pretrained(
-                path,
-                dtype=torch.float64,
-                attn_implementation="eager",
-                experts_implementation="eager",
-            )
-            .eval()
+        model = getattr(transformers, architecture).from_pretrained(
+            path,
+            dtype=torch.float64,
+            attn_implementation="eager",
+            experts_implementation="eager",
         )
+    # the whole of Llama 4 asks its text half for what only a picture gives
+    half = model.language_model if architecture == "Llama4ForConditionalGeneration" else model
+    return half.eval()
 
 
 @torch.inference_mode()
