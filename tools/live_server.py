@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ class Live:
 
     port: int
     service: Service
+    loop: asyncio.AbstractEventLoop
+
+    def num_tasks(self) -> int:
+        """Tasks on the server's loop."""
+        return len(asyncio.all_tasks(self.loop))
 
     @property
     def url(self) -> str:
@@ -50,7 +56,7 @@ def serving(backend: Engine | Backend, **config: object) -> Iterator[Live]:
             thread.join(0.01)
             assert thread.is_alive(), "the server ended at its start"
         port = server.servers[0].sockets[0].getsockname()[1]
-        live = Live(port, app.state.service)
+        live = Live(port, app.state.service, app.state.service.loop)
         with httpx.Client(base_url=live.url, timeout=READY_S) as client:
             while client.get("/ready").status_code != 200:
                 thread.join(0.01)

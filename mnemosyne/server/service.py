@@ -57,6 +57,7 @@ class Service:
 
     def start(self) -> None:
         """Start the readers, and wait for the engine to be known."""
+        self.loop = asyncio.get_running_loop()
         self._readers.start()
         self._knowing = asyncio.ensure_future(self._know())
 
