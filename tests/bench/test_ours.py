@@ -78,3 +78,17 @@ def test_of_a_filled_prompt_the_last_token_alone_is_computed(checkpoint: Path) -
     assert sizes == [[1], [1], [1, 7], [1, 7], [1, 6], [1, 1], *[[1]] * 4]
     assert (plans[0].chunks[0].start, plans[0].chunks[0].is_decode) == (899, False)
     assert [len(answer["token_ids"]) for answer in answers] == [6, 6]
+
+
+def test_a_run_finds_nothing_that_the_run_before_computed(checkpoint: Path) -> None:
+    engine = engine_on(checkpoint, fills=False, chunk=64)
+    plans: list[Plan] = []
+    submit = engine.executor.submit
+    engine.executor.submit = lambda plan: (plans.append(plan), submit(plan))[1]  # type: ignore[method-assign]
+    (prompt,) = random_prompts([50])
+
+    for _ in range(2):
+        serve(engine, [request(prompt)])
+
+    starts = [chunk.start for plan in plans for chunk in plan.chunks if not chunk.is_decode]
+    assert starts == [0, 0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -75,13 +75,15 @@ def fill_randomly(pool: PagePool) -> None:
 
 
 def _engine_config(values: dict[str, Any]) -> EngineConfig:
+    """The config of the engine; every run computes its prompts, as those of the peers do."""
     kinds = get_type_hints(EngineConfig)
-    return EngineConfig(
+    config = EngineConfig(
         **{
             name: kinds[name](**value) if is_dataclass(kinds[name]) else value
             for name, value in values.items()
         }
     )
+    return replace(config, cache=replace(config.cache, prefix="off"))
 
 
 def open_engine(settings: dict[str, Any]) -> Ours:
