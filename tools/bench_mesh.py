@@ -190,7 +190,7 @@ class ClockedExchange:
 
     def finish(self, out_THD: Tensor, sink_H: Tensor | None = None) -> None:
         with _clocked(*self.clocks.values()):
-            self.inner.finish(out_THD)
+            self.inner.finish(out_THD, sink_H)
 
 
 def _exchange(case: Case, start: StartExchange, clocks: Clocks) -> StartExchange:

@@ -60,7 +60,7 @@ class RecordedExchange:
 
     def finish(self, out_THD: Tensor, sink_H: Tensor | None = None) -> None:
         self.events.append("finish")
-        self.inner.finish(out_THD)
+        self.inner.finish(out_THD, sink_H)
 
 
 def attention_of(inputs: StepInputs, events: list[str]) -> Tensor:
