@@ -126,13 +126,22 @@ class ModelShape:
         """Weights of one expert, or of the MLP, biases included."""
         return 3 * self.width * self.mlp_width + self.mlp_bias * (2 * self.mlp_width + self.width)
 
+    @property
+    def expert_share(self) -> float:
+        """Share of the layers that have experts; 1 where each has one MLP, its only expert."""
+        return 1 - len(self.dense_layers) / self.num_layers
+
+    def plain_params(self) -> float:
+        """Weights of the MLPs beside experts and instead of them, of an average layer."""
+        shared = self.expert_share * self.shared_width
+        return 3 * self.width * (shared + (1 - self.expert_share) * self.dense_width)
+
     def layer_params(self) -> int:
-        """Weights of a layer, with experts if any has them: projections, router, norms too."""
+        """Weights of an average layer: projections, experts, other MLPs, router and norms."""
         router = self.width * self.num_experts if self.num_experts > 1 else 0
         norms = 2 * self.width + (2 * self.head_dim if self.qk_norm else 0)
-        experts = self.num_experts * self.expert_params()
-        shared = 3 * self.width * self.shared_width
-        return self.attention_params() + experts + shared + router + norms
+        experts = self.expert_share * (self.num_experts * self.expert_params() + router)
+        return round(self.attention_params() + experts + self.plain_params() + norms)
 
     def unread_share(self) -> float:
         """Share of the experts that one row does not ask for; 1 where each row asks for all."""

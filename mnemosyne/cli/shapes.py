@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from importlib import resources
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +40,7 @@ def find_shape(model: str) -> ModelShape:
     if model in names:
         text = (resources.files("mnemosyne.conf") / "shape" / f"{model}.yaml").read_text("utf-8")
         sizes: Any = OmegaConf.to_container(OmegaConf.create(text))
-        return ModelShape(**sizes)
+        return _shape(sizes)
     path = Path(model).expanduser()
     if not path.is_dir():
         raise ValueError(
@@ -50,6 +51,15 @@ def find_shape(model: str) -> ModelShape:
     from mnemosyne.model_zoo.spec import read_spec
 
     return read_spec(path)
+
+
+def _shape(sizes: dict[str, Any]) -> ModelShape:
+    """A shape of a file, whose windows are those of its first layers, over and over."""
+    windows = sizes.pop("windows", [])
+    if windows:
+        sizes["windows"] = tuple(islice(cycle(windows), sizes["num_layers"]))
+    dense_layers = tuple(sizes.pop("dense_layers", ()))
+    return ModelShape(**sizes, dense_layers=dense_layers)
 
 
 def calibrated(config: Config, shape: ModelShape) -> Config:

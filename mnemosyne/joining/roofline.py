@@ -53,7 +53,7 @@ def expected_rates(shape: ModelShape, mesh: MeshConfig, peaks: Peaks) -> tuple[f
     flop_s, byte_s = 1 / peaks.flops_per_s / REACHED, 1 / peaks.bytes_per_s / REACHED
     local, layers = shape.local(mesh), shape.num_layers
     params = layers * local.layer_params()
-    experts = layers * local.num_experts * local.expert_params()
+    experts = layers * shape.expert_share * local.num_experts * local.expert_params()
     unread_share = shape.unread_share()
     chosen = experts if unread_share < 1 else 0  # weights that are read as rows ask for them
     heads = layers * local.num_heads

@@ -122,7 +122,9 @@ class StepCost:
         self._machine = machine = Machine.of(hardware, mesh)
         local, element = shape.local(mesh), shape.weight_itemsize
         flop, byte = 1 / machine.flops_per_s, 1 / machine.bytes_per_s
-        projections, expert = local.attention_params(), local.expert_params()
+        # what every row is multiplied by, and what rows ask for one by one; of an average layer
+        projections = local.attention_params() + local.plain_params()
+        expert = shape.expert_share * local.expert_params()
         # seconds at the peaks, per row or once per step
         self._projection_row = 2 * projections * flop
         self._projection_read = projections * element * byte

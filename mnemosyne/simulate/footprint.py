@@ -45,7 +45,8 @@ def activation_bytes(
         num_sampled: rows that get logits.
     """
     local = shape.local(mesh)
-    in_mlp = 3 * shape.width + 3 * local.mlp_width * shape.experts_per_token
+    widest = max(local.mlp_width * shape.experts_per_token, local.dense_width, local.shared_width)
+    in_mlp = 3 * shape.width + 3 * widest
     heads = 3 * local.num_heads + 4 * local.num_kv_heads
     in_attention = 2 * shape.width + shape.head_dim * heads
     logits = num_sampled * shape.vocab_size * LOGIT_BYTES
