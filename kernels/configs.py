@@ -42,12 +42,12 @@ INTERPRETED = TileConfig(16, 32, 4, 2)
 
 
 def is_interpreted() -> bool:
-    """Whether this process runs kernels in Triton's interpreter, on CPU tensors."""
+    """Return whether this process runs kernels in Triton's interpreter, on CPU tensors."""
     return bool(triton.knobs.runtime.interpret)
 
 
 def shape_key(kind: str, head_dim: int, page_size: int) -> str:
-    """What the fastest candidate is noted by: ``decode D128 N128``."""
+    """The key under which the fastest candidate is noted: ``decode D128 N128``."""
     return f"{kind} D{head_dim} N{page_size}"
 
 

@@ -1,4 +1,4 @@
-"""What both attention kernels do with a tile of queries: load, visit keys block by block, store.
+"""The parts that both attention kernels share: load queries, visit keys block by block, store.
 
 A tile holds all query heads of one KV head for some consecutive rows of one sequence: query m of
 it is row ``m // GROUP`` and head ``m % GROUP``. Keys are counted within the local shard.
@@ -287,7 +287,7 @@ def store_result(
 
 @cache  # asked at every launch
 def launches_early(device: torch.device) -> bool:
-    """Whether a kernel may be launched while the one before still runs; Hopper and newer."""
+    """Return whether a kernel may be launched while the one before still runs; Hopper and newer."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 

@@ -190,7 +190,7 @@ class CacheConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ScheduleConfig:
-    """What a step may hold."""
+    """Limits of a step, and the order of prompts."""
 
     chunk: int | str = "adaptive"  # or a fixed number of prefill tokens per step
     # between tokens of running decodes: a step is cut to it; seconds, or text such as 200ms

@@ -43,7 +43,7 @@ class HardwareConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EfficiencyConfig:
-    """What is reached of the peaks: one set for all experiments, in ``conf/efficiency``."""
+    """Shares of the peaks that are reached: one set for all experiments, in ``conf/efficiency``."""
 
     gemm: float  # share of the peak that large matrix products reach
     attention: float  # share of the peak that attention over a chunk reaches
@@ -160,7 +160,7 @@ class SimulateConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PlanSloConfig:
-    """What requests must see; seconds, or text such as 30ms."""
+    """Targets of a plan; seconds, or text such as 30ms."""
 
     tbt: Duration = "30ms"  # time between tokens, while a prompt is prefilled beside them
     ttft: Duration = "60s"  # time to the first token of a prompt of the asked length

@@ -36,7 +36,7 @@ def printable(text: object, limit: int = 4 * SHOWN_CHARS) -> str:
 
 
 def is_there(file: Path) -> bool:
-    """Whether there is such a file.
+    """Return whether there is such a file.
 
     Raises:
         ValueError: if something else than a file has its name, or a link that leads nowhere.

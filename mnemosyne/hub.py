@@ -10,7 +10,7 @@ _NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name may be that of a repository, such as ``meta-llama/Llama-3.2-1B``."""
+    """Return whether a name may be that of a repository, such as ``meta-llama/Llama-3.2-1B``."""
     return re.fullmatch(rf"{_NAME}/{_NAME}", name) is not None
 
 

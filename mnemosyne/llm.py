@@ -122,7 +122,7 @@ class LLM:
 
     @property
     def is_driver(self) -> bool:
-        """Whether this is rank 0 or the only one, which prints, writes and steps the engine."""
+        """Return whether this is rank 0 or the only one: it prints, writes and steps the engine."""
         return self._session.follower is None
 
     @property

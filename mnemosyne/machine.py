@@ -52,7 +52,7 @@ def cache_folder(name: str = "") -> Path:
 
 
 def is_private(path: Path) -> bool:
-    """Whether a file or folder is this user's, or root's, and nobody else can write to it."""
+    """Return whether a file or folder is this user's or root's, and no one else can write to it."""
     status = path.stat()
     return status.st_uid in (0, os.geteuid()) and not status.st_mode & _SHARED
 

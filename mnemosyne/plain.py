@@ -159,7 +159,7 @@ def plain_text(name: str, value: object, *, limit: int, remedy: str) -> str:
 
 
 class Refusal(ValueError):
-    """What ``refusal`` makes: a value of a client that is not accepted."""
+    """A client's value that is not accepted, as ``refusal`` makes it."""
 
 
 def refusal(name: str, rule: str, value: object, remedy: str) -> Refusal:

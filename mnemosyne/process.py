@@ -22,7 +22,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class Termination:
-    """Whether SIGTERM came while ``terminable`` lasted."""
+    """Return whether SIGTERM came while ``terminable`` lasted."""
 
     def __init__(self) -> None:
         self.came = False

@@ -1,4 +1,4 @@
-"""What a client asks for and what it gets back: parameters, requests, outputs, pieces."""
+"""The words between client and engine: parameters, requests, outputs, pieces."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ class Logprobs:
 
 
 class Sampled(NamedTuple):
-    """What one sampled row gave. ``error`` is set when its logits were not finite."""
+    """The token of one sampled row. ``error`` is set when its logits were not finite."""
 
     token_id: int
     logprobs: Logprobs | None = None
@@ -246,7 +246,7 @@ class RequestMetrics:
 
 @dataclass(kw_only=True, slots=True)
 class RequestOutput:
-    """What a request got.
+    """The output of a request.
 
     ``finish_reason`` is ``"stop"`` (end token or stop string), ``"length"``, ``"cancelled"``,
     ``"error"`` (then ``error`` says why) or None while it still runs.
@@ -266,7 +266,7 @@ class RequestOutput:
 
 
 class Piece(NamedTuple):
-    """What one step added to one request, as streams yield it.
+    """The addition of one step to one request, as streams yield it.
 
     A tuple, as ``Chunk`` is: every decode of a step brings one, and it is made in half the time.
     """
@@ -287,7 +287,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """What a client sent, checked and resolved: every sampling default is filled in."""
+    """A client's request, checked and resolved: every sampling default is filled in."""
 
     request_id: int
     # int64 [num_prompt_tokens], what is prefilled: the prompt, then tokens of the output that are

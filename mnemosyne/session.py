@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """What an ``LLM`` holds from its opening to its end.
+    """The state of an ``LLM`` from its opening to its end.
 
     Args:
         config: all choices, the same on every rank.
@@ -95,7 +95,7 @@ class Session:
 
     @property
     def is_here(self) -> bool:
-        """Whether this process opened it: a fork has a copy that it must not use."""
+        """Return whether this process opened it: a fork has a copy that it must not use."""
         return self._ownership.is_here
 
     def claim(self, name: str, *, ends_alone: bool = True) -> AbstractContextManager[Claim]:

@@ -103,7 +103,7 @@ class ModelShape:
         return self.mlp_width if self.dense_mlp_width is None else self.dense_mlp_width
 
     def is_sparse(self, layer: int) -> bool:
-        """Whether a layer has experts."""
+        """Return whether a layer has experts."""
         return self.num_experts > 1 and layer not in self.dense_layers
 
     @property

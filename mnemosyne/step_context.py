@@ -1,4 +1,4 @@
-"""What a layer meets in a step besides its own weights: the cache, and the rows of other groups."""
+"""The world of a layer in a step besides its weights: the cache, and the rows of other groups."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ class Config:
         return Config(value, section=f"{self._section}{name}.") if value else None
 
     def same_entries(self, other: Config) -> bool:
-        """Whether both hold the same names and values."""
+        """Return whether both hold the same names and values."""
         return self._entries == other._entries
 
     def require(self, holds: bool, name: str, rule: str, value: object, remedy: str = "") -> None:

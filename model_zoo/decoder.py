@@ -102,7 +102,7 @@ class Decoder(nn.Module):
         return [layer for layer in self.layers.values() if isinstance(layer, DecoderLayer)]
 
     def enter(self, x: Tensor) -> Tensor:
-        """What the first layer held begins with: embeddings, on the first stage."""
+        """The input of the first layer held: embeddings, on the first stage."""
         return x if self.embed is None else self.embed(x)
 
     def rotary(self, positions_T: Tensor) -> Tables:
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
         return self._turns.tables(positions_T, self.dtype, self.operators)
 
     def leave(self, hidden_TE: Tensor) -> Tensor:
-        """What comes after the last layer held: the final norm, on the last stage."""
+        """The output of the last layer held: normed, on the last stage."""
         return hidden_TE if self.norm is None else self.norm(hidden_TE)
 
     def logits(self, hidden_BE: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What families of models differ in, as data; each has a small file that reads its own entries."""
+"""Differences of families of models, as data; each has a small file that reads its entries."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Temperature(NamedTuple):
 
 
 class Family(NamedTuple):
-    """What a family of models decides beyond the sizes that all of them name alike.
+    """The choices of a family of models beyond the sizes that all of them name alike.
 
     Each field is one of ``ModelSpec``; the defaults are what Llama does.
     """
@@ -100,7 +100,7 @@ class Reader(NamedTuple):
 
 
 def read_activation(config: Config, entry: str) -> str:
-    """What turns the gate of the MLP, as ``ModelSpec`` calls it.
+    """The activation of the MLP's gate, as ``ModelSpec`` calls it.
 
     Args:
         config: the whole config.json.

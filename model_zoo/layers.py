@@ -68,7 +68,7 @@ class Linear(nn.Linear):
 
 
 def are_plain(layers: Sequence[nn.Module]) -> bool:
-    """Whether layers do what their weights say: nothing is attached to them or in their place."""
+    """Return whether layers do what their weights say: nothing is attached or in their place."""
     return all(type(layer) is Linear and not layer.is_hooked for layer in layers)
 
 
@@ -100,7 +100,7 @@ class AddRMSNorm(_Norm):
 
 
 class Add(nn.Module):
-    """What stands for ``AddRMSNorm`` where nothing is normed."""
+    """A stand-in for ``AddRMSNorm`` where nothing is normed."""
 
     def __init__(self, operators: Operators) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class Attention(nn.Module):
         return self.q_norm(q), self.k_norm(k)
 
     def forward(self, out_THD: Tensor) -> Tensor:
-        """What attention found, projected back: [T, E]."""
+        """Project back what attention found: [T, E]."""
         delta_TE = self.wo(out_THD.flatten(1))
         return delta_TE if self.post_norm is None else self.post_norm(delta_TE)
 
@@ -198,7 +198,7 @@ class MLP(nn.Module):
         return activate(gate(x_TE), up(x_TE), self.activation)
 
     def narrow(self, wide_TF: Tensor) -> Tensor:
-        """What ``widen`` gave, projected back: [T, E]."""
+        """Project back what ``widen`` gave: [T, E]."""
         delta_TE = self.down(wide_TF)
         return delta_TE if self.post_norm is None else self.post_norm(delta_TE)
 
@@ -239,7 +239,7 @@ class DecoderLayer(nn.Module):
 
     @property
     def meets_ranks(self) -> bool:
-        """Whether ranks that share the rows of q and k norm them together."""
+        """Return whether ranks that share the rows of q and k norm them together."""
         return self.attn.norms_rows and not isinstance(self.attn.q_norm, RMSNorm)
 
     @property
@@ -249,16 +249,16 @@ class DecoderLayer(nn.Module):
 
     @property
     def is_sparse(self) -> bool:
-        """Whether its MLP is one of experts."""
+        """Return whether its MLP is one of experts."""
         return not isinstance(self.mlp, MLP)
 
     @property
     def kind(self) -> Turns:
-        """What tells its graph from those of layers whose parameters have the same shapes."""
+        """The parts of its graph that are not told by the shapes of its parameters."""
         return self.turns
 
     def project(self, hidden_TE: Tensor) -> Projections:
-        """What this layer hands to attention, not rotated yet."""
+        """The projections that this layer hands to attention, not rotated yet."""
         return self.attn.project(hidden_TE if self.attn_norm is None else self.attn_norm(hidden_TE))
 
     def turned(

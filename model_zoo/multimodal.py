@@ -86,7 +86,7 @@ def text_entries(entries: Mapping[str, Any], model_types: Mapping[str, str]) -> 
 
 
 def text_name(stored: str) -> str | None:
-    """What a file of the text half alone calls a tensor; None for one of the other half."""
+    """The name of a tensor in a file of the text half alone; None for one of the other half."""
     if stored.startswith(OTHER_PREFIXES):
         return None
     for theirs, ours in TEXT_PREFIXES.items():

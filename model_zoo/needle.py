@@ -239,7 +239,7 @@ def _json(value: Mapping[str, object]) -> bytes:
 
 
 def _holds(path: Path, files: dict[str, bytes]) -> bool:
-    """Whether the folder holds exactly these contents."""
+    """Return whether the folder holds exactly these contents."""
     return all(
         (path / name).is_file() and (path / name).read_bytes() == content
         for name, content in files.items()

@@ -51,7 +51,7 @@ def layer_plan(mesh: Mesh) -> dict[str, dict[str, ParallelStyle]]:
 
 
 def _has(layer: nn.Module, name: str) -> bool:
-    """Whether a layer has a module: some have experts, others one MLP."""
+    """Return whether a layer has a module: some have experts, others one MLP."""
     return any(name == own for own, _ in layer.named_modules())
 
 

@@ -29,7 +29,7 @@ SOFTMAX = Router()
 
 
 class Choice(NamedTuple):
-    """What a router decided, best expert first."""
+    """The decision of a router, best expert first."""
 
     experts_TC: Tensor  # int64, C experts per row
     weights_TC: Tensor  # in the dtype of the logits
@@ -72,7 +72,7 @@ def choose(
 
 
 def _of_kept_groups(wanted_TX: Tensor, router: Router) -> Tensor:
-    """What is wanted, -inf outside the best groups."""
+    """The scores that count, -inf outside the best groups."""
     grouped_TGX = wanted_TX.unflatten(1, (router.num_groups, -1))
     best_TG = grouped_TGX.topk(2, dim=-1).values.sum(dim=-1)
     groups_TG = best_TG.sort(dim=-1, descending=True, stable=True).indices

@@ -110,7 +110,7 @@ def _make(path: Path, progress: Callable[[int, int], None] | None) -> None:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the folder holds every file, each with its digest."""
+    """Return whether the folder holds every file, each with its digest."""
     files = {name: path / name for name in DIGESTS}
     return all(file.is_file() for file in files.values()) and all(
         digest(files[name]) == sha256 for name, sha256 in DIGESTS.items()

@@ -1,4 +1,4 @@
-"""What a decoder is: the numbers that fix its mathematics, read from config.json."""
+"""The specification of a decoder: the numbers that fix its mathematics, read from config.json."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ class ModelSpec(ModelShape):
 
     @property
     def is_static(self) -> bool:
-        """Whether what is computed does not depend on what was computed before, as experts do."""
+        """Return whether no operator depends on earlier results, as those of experts do."""
         return self.num_experts == 1
 
     @property
     def is_recordable(self) -> bool:
-        """Whether all of its operators are calls of C++ kernels, each step the same ones."""
+        """Return whether all of its operators are calls of C++ kernels, each step the same ones."""
         return (
             self.is_static
             and self.activation == "silu"
@@ -96,19 +96,19 @@ class ModelSpec(ModelShape):
         return self.ropes[layer] if self.ropes else self.rope
 
     def has_qk_norm(self, layer: int) -> bool:
-        """Whether a layer norms its queries and keys."""
+        """Return whether a layer norms its queries and keys."""
         turns = self.rope_of(layer) is not None
         return self.qk_norm and (turns or self.qk_norm_over != "head, unweighted")
 
     def is_tempered(self, layer: int) -> bool:
-        """Whether a layer multiplies its queries by their temperature."""
+        """Return whether a layer multiplies its queries by their temperature."""
         if self.temperature is None:
             return False
         return not self.temperature.only_unturned or self.rope_of(layer) is None
 
     @property
     def reaches(self) -> tuple[Reach, ...]:
-        """What each layer sees."""
+        """The reach of each layer."""
         if not self.chunked:
             return self.windows
         return tuple(None if size is None else Chunked(size) for size in self.windows)

@@ -21,7 +21,7 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """What a checkpoint calls it; of one that is stored in parts, what the parts share."""
+        """The name in a checkpoint; of one that is stored in parts, what the parts share."""
 
     @property
     def shape(self) -> Shape:

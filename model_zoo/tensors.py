@@ -92,7 +92,7 @@ def known_name(spec: ModelSpec, stored: str) -> str | None:
 
 
 def entries_of(name: str) -> str:
-    """What config.json calls the sizes of a tensor."""
+    """The names of a tensor's sizes in config.json."""
     module = name.rpartition(".")[0].rpartition(".")[2]
     return ENTRIES.get(module, "head_dim" if module in ("q_norm", "k_norm") else "hidden_size")
 
@@ -109,7 +109,7 @@ def _layer(spec: ModelSpec, index: int) -> Iterator[tuple[str, Source]]:
 
 
 def _called(spec: ModelSpec, module: str) -> str:
-    """What the files call a module of a layer."""
+    """The name of a layer's module in the files."""
     return dict(spec.names).get(module, MODULES[module])
 
 

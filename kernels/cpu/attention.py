@@ -19,7 +19,7 @@ _NUMBERS = (
 
 
 class _Call(ctypes.Structure):
-    """What the kernel takes."""
+    """The argument of the kernel."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in _NUMBERS),

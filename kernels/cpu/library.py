@@ -131,7 +131,7 @@ def processor_flags() -> frozenset[str]:
 
 
 def flags_of(info: str) -> frozenset[str]:
-    """What a processor can do, as the text of ``/proc/cpuinfo`` lists it."""
+    """The abilities of a processor, as the text of ``/proc/cpuinfo`` lists them."""
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", info, re.MULTILINE)  # of x86, of ARM
     return frozenset(found[1].split()) if found else frozenset()
 
@@ -188,6 +188,6 @@ def _temporary() -> Path:
 
 
 def _is_private(path: Path) -> bool:
-    """Whether a file or folder is this user's, or root's, and nobody else can write to it."""
+    """Return whether a file or folder is this user's or root's, and no one else can write to it."""
     status = path.stat()
     return status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022

@@ -17,7 +17,7 @@ Layer = tuple[Tensor, Tensor | None]  # weight and bias
 
 
 class _Call(ctypes.Structure):
-    """What the kernels take."""
+    """The argument of the kernels."""
 
     _fields_ = tuple(
         (name, ctypes.c_int64)

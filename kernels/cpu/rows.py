@@ -1,4 +1,4 @@
-"""What happens to rows between products, each in one call of C++.
+"""Operators on rows between products, each in one call of C++.
 
 The torch originals are those of ``TorchOperators``. The bits of a row depend on that row alone.
 """

@@ -1,4 +1,4 @@
-"""What a function does to tensors on a CPU, recorded once and done again without its Python.
+"""The tensor work of a function on a CPU, recorded once and repeated without its Python.
 
 The counterpart of a CUDA graph. Kernels in C++ report themselves, a call of C++ repeats all that
 follow one another; operators of torch are called again by Python.

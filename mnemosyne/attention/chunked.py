@@ -23,7 +23,7 @@ Reach = int | None | Chunked  # what a layer sees: a window, everything, or its 
 def prepare(
     backend: AttentionBackend, batch: AttentionBatch, reach: Reach, device: torch.device
 ) -> Any:
-    """What a backend needs of a batch, for layers of one reach; see ``AttentionBackend``."""
+    """A batch as a backend prepares it for layers of one reach; see ``AttentionBackend``."""
     if isinstance(reach, Chunked):
         return backend.prepare(cut(batch, reach.size), None, device)
     return backend.prepare(batch, reach, device)

@@ -1,4 +1,4 @@
-"""What was measured to be the faster, by GPU: a table that the GPU suite writes."""
+"""The faster backend by GPU, as measured: a table that the GPU suite writes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KINDS = ("decode", "chunk")
 
 
 def measured_on(device: torch.device) -> dict[str, Any] | None:
-    """What was measured on GPUs of this kind, or None.
+    """The measurements on GPUs of this kind, or None.
 
     Returns:
         By ``decode`` and ``chunk`` the faster backend, where they were compared; by ``configs``
@@ -26,7 +26,7 @@ def measured_on(device: torch.device) -> dict[str, Any] | None:
 
 
 def read_table() -> dict[str, Any]:
-    """What was measured, by compute capability, such as ``9.0``."""
+    """Measurements by compute capability, such as ``9.0``."""
     table = json.loads((files("mnemosyne") / "conf" / "attention_cuda.json").read_text())
     assert isinstance(table, dict)
     return table

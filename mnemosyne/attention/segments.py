@@ -1,4 +1,4 @@
-"""What each query row of a step may see: the contract between the runtime and every backend."""
+"""The keys that each query row of a step may see: the contract of runtime and backends."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class RecordableBackend(AttentionBackend, Protocol):
 
 
 class Attend(Protocol):
-    """What a model layer calls: store this step's K and V, then attend.
+    """The call of a model layer: store this step's K and V, then attend.
 
     The layer hands over its index and its projections; pages, masks and the rest of the
     batch stay on this side.

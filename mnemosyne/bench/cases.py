@@ -1,4 +1,4 @@
-"""What is measured: requests served together, and the numbers that come of their times."""
+"""The cases of a bench: requests served together, and the numbers that come of their times."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Case:
         return found
 
     def numbers(self, answers: Answers) -> Numbers:
-        """What one run measured: seconds, milliseconds and tokens per second.
+        """The numbers of one run: seconds, milliseconds and tokens per second.
 
         Raises:
             ValueError: if a request did not get the tokens it asked for.

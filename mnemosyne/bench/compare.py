@@ -77,7 +77,7 @@ def _run(engine: EngineProcess, case: Case, asked: Any, result: Result) -> None:
 
 
 def can_run(about: dict[str, Any], case: Case) -> bool:
-    """Whether an engine can do what a case needs."""
+    """Return whether an engine can do what a case needs."""
     return (about["fills"] or not case.is_filled) and (about["batches"] or not case.is_batch)
 
 

@@ -172,7 +172,7 @@ def _write_rope(writer: Any, rope: RopeSpec) -> None:
 
 
 def _is_usual_gain(rope: RopeSpec) -> bool:
-    """Whether cos and sin are multiplied by what llama.cpp makes of the factor."""
+    """Return whether cos and sin are multiplied by what llama.cpp makes of the factor."""
     gain = 0.1 * np.log(max(rope.factor, 1.0)) + 1.0 if rope.kind == "yarn" else 1.0
     return abs(rope.attention_factor - gain) < 1e-6
 

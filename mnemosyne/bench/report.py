@@ -81,7 +81,7 @@ def write(path: Path, settings: dict[str, Any], results: Sequence[Result]) -> No
 
 
 def machine() -> dict[str, Any]:
-    """What a reader of the numbers wants to know of the processor."""
+    """A description of the processor for a reader of the numbers."""
     return {"processor": processor_name(), "cores": num_cores()}
 
 

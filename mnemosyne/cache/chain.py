@@ -10,7 +10,7 @@ ID_DTYPE = np.dtype("<i4")  # as tokens are hashed and kept
 
 
 def seed_of(fingerprint: bytes, salt: str | None) -> bytes:
-    """What the chains of one model and one salt begin with; no salt differs from an empty one."""
+    """The beginning of the chains of one model and one salt; no salt differs from an empty one."""
     marked = b"" if salt is None else b"salt" + salt.encode()
     return sha256(sha256(fingerprint).digest() + marked).digest()
 

@@ -150,7 +150,7 @@ class Ledger:
         return self._indexes[place.group].num_held(place.shared) if len(place.shared) else 0
 
     def nearest(self, chain: Chain, page: int, place: Place) -> Nearest | None:
-        """What a group knows in place of a page of a chain (see ``PrefixIndex.nearest``)."""
+        """A cached page in place of a page of a chain (see ``PrefixIndex.nearest``)."""
         before = int(place.shared[-1]) if len(place.shared) else None
         return self._indexes[place.group].nearest(chain, page, before)
 

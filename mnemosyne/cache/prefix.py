@@ -84,7 +84,7 @@ class PrefixIndex:
         return pages if is_equal.all() else pages[: int(is_equal.argmin())]
 
     def nearest(self, chain: Chain, page: int, before: int | None) -> Nearest | None:
-        """What is cached in place of a page of a chain that is not.
+        """The cached page nearest to a page of a chain that is not cached.
 
         Args:
             chain: of a request.
@@ -226,7 +226,7 @@ class PrefixIndex:
             heapify(self._ends)
 
     def _is_idle_end(self, page: int, used: int) -> bool:
-        """Whether a page that was last let go at some time can be forgotten now."""
+        """Return whether a page that was last let go at some time can be forgotten now."""
         if page < 0 or not (self._is_found[page] and self._is_end[page]):
             return False
         return bool(self._holders[page] == 0 and self._used[page] == used)

@@ -97,7 +97,7 @@ class PageTable:
         return range(start, max(start, stop))
 
     def held_by(self, group: int, stop: int) -> Held | None:
-        """What a group holds once the positions below ``stop`` are computed, None if nothing."""
+        """The part that a group holds once the positions below ``stop`` are computed, or None."""
         for index, extent in enumerate(self.extents):
             if extent.group == group:
                 held = Held(extent, self.positions(index, stop))

@@ -89,7 +89,7 @@ def _run(words: Sequence[str]) -> int:
 
 
 def usage() -> str:
-    """What ``mnemosyne --help`` prints."""
+    """The text of ``mnemosyne --help``."""
     lines = [f"  {name:<12}{command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         (

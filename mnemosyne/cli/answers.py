@@ -1,4 +1,4 @@
-"""What became of each prompt, as text for people and as JSON lines for programs."""
+"""The outcome of each prompt, as text for people and as JSON lines for programs."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def _engines(
 
 
 def engine_programs(config: BenchConfig) -> list[Program]:
-    """What to start, ours first."""
+    """The engines to start, ours first."""
     ours = [Program(report.OURS, "ours.py", sys.executable)] if config.ours else []
     return ours + [
         Program(peer, f"with_{peer}.py", getattr(config, f"{peer}_python") or sys.executable)

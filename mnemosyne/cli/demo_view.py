@@ -1,4 +1,4 @@
-"""What the demo shows while it runs, and the table it ends with."""
+"""The view of a running demo, and the table it ends with."""
 
 from __future__ import annotations
 

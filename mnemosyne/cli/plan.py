@@ -173,7 +173,7 @@ def _layout(mesh: MeshConfig) -> str:
 
 
 def _numbers(verdict: Verdict) -> str:
-    """What a layout that falls short does."""
+    """The shortfall of a layout that does not fit."""
     if verdict.tbt_s is not None and verdict.ttft_s is not None:
         return f"TBT {_ms(verdict.tbt_s)} ms and TTFT {verdict.ttft_s:.1f} s"
     if verdict.max_context is not None:

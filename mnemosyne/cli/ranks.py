@@ -106,7 +106,7 @@ def command_of_run(name: str, flags: Sequence[str]) -> list[str]:
 
 
 def label_of(rank: int, mesh: MeshConfig) -> str:
-    """What a rank is called before it has joined the mesh; tp is the innermost axis."""
+    """The label of a rank before it has joined the mesh; tp is the innermost axis."""
     outer, tp = divmod(rank, mesh.tp)
     pp, kvp = divmod(outer, mesh.kvp)
     return f"pp{pp}/kvp{kvp}/tp{tp}"

@@ -1,4 +1,4 @@
-"""What a simulation is of: a shape from conf/shape or a checkpoint, fitted to a record or not."""
+"""The subject of a simulation: a shape of conf/shape or a checkpoint, fitted to a record or not."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What ``model=`` names; no weight is read yet."""
+    """A model as ``model=`` names it; no weight is read yet."""
 
     name: str
     spec: ModelSpec

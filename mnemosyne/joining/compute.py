@@ -34,7 +34,7 @@ def as_it_is(part: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wraps:
-    """What a bench puts around the parts of an engine, such as clocks; each keeps its contract."""
+    """Wrappers around the parts of an engine, such as a bench's clocks; each keeps its contract."""
 
     operators: Callable[[Operators], Operators] = as_it_is
     backend: Callable[[AttentionBackend], AttentionBackend] = as_it_is
@@ -89,7 +89,7 @@ def choose_compute(
     is_recordable: bool = True,
     is_static: bool = True,
 ) -> Compute:
-    """What the config asks for; a choice that cannot be had is refused, never replaced.
+    """Choose as the config asks; a choice that cannot be had is refused, never replaced.
 
     Args:
         config: all choices.
@@ -128,7 +128,7 @@ def _how_steps_run(
     is_recordable: bool,
     is_static: bool,
 ) -> tuple[bool, bool]:
-    """Whether all but attention is compiled, and whether decodes are recorded."""
+    """Return whether all but attention is compiled, and whether decodes are recorded."""
     num_ranks = config.mesh.world_size
     is_gpu, can_record = device.type == "cuda", backend.can_record and num_ranks == 1
     if not is_gpu:

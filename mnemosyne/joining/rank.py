@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """What this process holds of a model that is ready to serve."""
+    """The part of a model, ready to serve, that this process holds."""
 
     mesh: Mesh
     checkpoint: Checkpoint

@@ -98,7 +98,7 @@ def _sweep(
 
 
 def _prior(config: EngineConfig, rank: Rank) -> tuple[float, ...]:
-    """What steps should take, before any is measured."""
+    """Seconds that steps should take, before any is measured."""
     keys, spec = rank.worker.pool.k[0], rank.checkpoint.spec
     shape = replace(spec, dtype=str(keys.dtype).removeprefix("torch."))
     return expected_rates(shape, config.mesh, measure_peaks(keys.device, keys.dtype))

@@ -66,7 +66,7 @@ def fit_step_times(
 
 
 def still_holds(predictor: LinearPredictor, probes: Sequence[Sample]) -> bool:
-    """Whether a fit is right within a factor of two, which is what online correction is for."""
+    """Return whether a fit is right within a factor of two; online correction does the rest."""
     errors = [seconds / predictor.predict(work) for work, seconds in probes]
     return all(0.5 <= error <= 2.0 for error in errors)
 

@@ -94,13 +94,13 @@ class NativeOperators(TorchOperators):
         rows.write(k_TKD, v_TKD, slots_T, k_KSD, v_KSD, self._instructions)
 
     def _multiplies(self, x_TE: Tensor) -> bool:
-        """Whether a product is one of the kernels'."""
+        """Return whether a product is one of the kernels'."""
         num_rows, num_columns = x_TE.shape
         is_few = self._most_rows is None or num_rows <= self._most_rows
         return is_few and num_columns % VECTOR == 0
 
 
 def _has_whole_rows(x: Tensor) -> bool:
-    """Whether the kernels can take rows ``[T, E]`` or heads ``[T, H, D]``."""
+    """Return whether the kernels can take rows ``[T, E]`` or heads ``[T, H, D]``."""
     shape = x.shape
     return shape[-1] % VECTOR == 0 and x.stride()[1:] == (*shape[2:], 1)

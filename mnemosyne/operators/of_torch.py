@@ -14,7 +14,7 @@ CLAMP, SWISH = 7.0, 1.702  # of the clamped activation
 
 
 def activate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """What a gated MLP makes of its gate and of what it lets pass, of the same shape.
+    """Gate times what it lets pass, as in a gated MLP; both of the same shape.
 
     Args:
         gate: before it is activated.

@@ -22,7 +22,7 @@ MAX_HOST = 255  # characters
 
 
 class Store(Protocol):
-    """What is used of ``torch.distributed.Store``."""
+    """The methods that are used of ``torch.distributed.Store``."""
 
     def set(self, key: str, value: str) -> None:
         """Write a value."""
@@ -50,7 +50,7 @@ class Address:
 
 
 def is_on_one_host(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether all ranks share this host, as whoever started them says.
+    """Return whether all ranks share this host, as whoever started them says.
 
     Args:
         environment: as torchrun, or whoever started the ranks, has set it.
@@ -86,7 +86,7 @@ def listening_host(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a numeric address never leaves the host; names are not resolved."""
+    """Return whether a numeric address never leaves the host; names are not resolved."""
     try:
         return ip_address(host).is_loopback
     except ValueError:

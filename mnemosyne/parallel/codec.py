@@ -27,7 +27,7 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Interrupted:
-    """What rank 0 was asked for ended early; the other ranks raise what it raises."""
+    """The early end of a call on rank 0; the other ranks raise what it raises."""
 
     kind: str  # the name of the exception
     text: str = ""
@@ -35,7 +35,7 @@ class Interrupted:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outputs:
-    """What requests got: the end of a call that every rank made."""
+    """The outputs of requests: the end of a call that every rank made."""
 
     outputs: list[RequestOutput]
 
@@ -141,7 +141,7 @@ def decode(data: bytes) -> Message:
 
 
 def encode_result(result: StepResult) -> bytes:
-    """What a group sends back for a step."""
+    """The answer of a group to a step."""
     wire = _Result(result.index, result.sampled, result.prompt_logprobs, result.broken)
     return _ENCODER.encode(wire)
 

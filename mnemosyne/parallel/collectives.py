@@ -106,7 +106,7 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
 
 
 def gather_counts(value: int, mesh: Mesh) -> list[int]:
-    """What each rank of a mesh brings, by rank; every rank calls it at once."""
+    """The counts of all ranks of a mesh, by rank; every rank calls it at once."""
     if mesh.world_size == 1:
         return [value]
     counts = torch.zeros(mesh.world_size, dtype=torch.int64)  # on CPU: gloo is there on every mesh

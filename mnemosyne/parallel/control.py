@@ -176,7 +176,7 @@ class FollowerChannel:
         return decode(self._socket.recv())
 
     def has_message(self) -> bool:
-        """Whether ``recv`` would not wait."""
+        """Return whether ``recv`` would not wait."""
         return bool(self._socket.poll(0))
 
     def send_result(self, result: StepResult) -> None:
@@ -234,7 +234,7 @@ def _curve_keys(key: MeshKey, rank: int) -> tuple[bytes, bytes]:
 
 
 def _verdict(request: list[bytes], allowed: set[bytes]) -> list[bytes]:
-    """Whether a peer is let in, by the public key that it has proved to be its own; RFC 27."""
+    """Return whether a peer is let in, by the public key that it proved to be its own; RFC 27."""
     version, number, _, _, _, mechanism, *credentials = request
     is_ours = mechanism == b"CURVE" and z85.encode(credentials[0]) in allowed
     status = (b"200", b"OK") if is_ours else (b"400", b"not a rank of this mesh")

@@ -198,7 +198,7 @@ def started_ranks(
 
 @contextmanager
 def _ctrl_c_blocked(*, is_blocked: bool) -> Iterator[None]:
-    """What is started meanwhile inherits it, and hears a Ctrl-C once it is ready to."""
+    """Hold Ctrl-C back from processes started meanwhile, until they are ready for it."""
     if not is_blocked:
         yield
         return
@@ -210,7 +210,7 @@ def _ctrl_c_blocked(*, is_blocked: bool) -> Iterator[None]:
 
 
 def _environment(world_size: int, port: int) -> dict[str, str]:
-    """What every rank finds, as under torchrun; threads are shared unless the user has a number."""
+    """The environment of a rank, as under torchrun; threads are shared unless the user set them."""
     environment = {name: value for name, value in os.environ.items() if "TORCHELASTIC" not in name}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // world_size)))
     return environment | {

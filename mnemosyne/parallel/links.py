@@ -93,7 +93,7 @@ class Links:
                 continue
 
     def receive(self, others: Sequence[Any], timeout_s: float) -> Iterable[tuple[int, Word | str]]:
-        """What peers say.
+        """The messages of peers.
 
         Args:
             others: files to wait for as well.
@@ -268,7 +268,7 @@ class _Door:
                     self.arrivals.put(arrival)
 
     def _forget(self, opened: socket.socket) -> bool:
-        """Whether a connection was not cut off; from here on it is not."""
+        """Return whether a connection was not cut off; from here on it is not."""
         with self._lock:
             return opened in self._greeted and self._greeted.pop(opened) is None
 

@@ -44,12 +44,12 @@ class Mesh:
 
     @property
     def is_wide(self) -> bool:
-        """Whether the MLP is sharded over the groups as well."""
+        """Return whether the MLP is sharded over the groups as well."""
         return self.ffn.degree > self.tp.degree
 
     @property
     def label(self) -> str:
-        """What this rank is called in logs and errors."""
+        """The name of this rank in logs and errors."""
         return "/".join(f"{axis.name}{axis.index}" for axis in (self.pp, self.kvp, self.tp))
 
 

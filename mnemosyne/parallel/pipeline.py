@@ -218,7 +218,7 @@ class Pipeline:
                 raise self._link_error("send", len(sent.output_TE), sent.step) from error
 
     def _check_output(self, output_TE: Tensor, num_rows: int, received: _Receive | None) -> None:
-        """What the next stage counts on: nothing else would notice but the transport, by dying."""
+        """Check what the next stage counts on: else the transport alone would notice, by dying."""
         assert output_TE.shape == (num_rows, self._width), f"got {tuple(output_TE.shape)}"
         assert output_TE.dtype == self._dtype, f"got {output_TE.dtype}"
         if received is not None:

@@ -47,7 +47,7 @@ class Signals:
 
     @property
     def can_pass_on(self) -> bool:
-        """Whether the program of rank 0 wants to hear of SIGTERM."""
+        """Return whether the program of rank 0 wants to hear of SIGTERM."""
         return self._is_driver and self._has_handlers and callable(self._on_term)
 
     def pass_on(self) -> None:
@@ -63,7 +63,7 @@ class Signals:
             self._writer.send(b"\0")
 
     def read(self) -> tuple[bool, int]:
-        """What came since the last call: whether a SIGTERM, and how many times Ctrl-C."""
+        """Signals since the last call: whether a SIGTERM, and how many times Ctrl-C."""
         try:
             received = self.reader.recv(4096)
         except BlockingIOError:

@@ -65,7 +65,7 @@ def _watch(reader: socket.socket, is_over: threading.Event) -> None:
 
 
 def _has_store() -> bool:
-    """Whether torchrun, which serves the store of its ranks before it starts them, is still there.
+    """Return whether torchrun, which serves its ranks their store, is still there.
 
     It may have been killed before this process could ask who its parent is.
     """

@@ -9,7 +9,7 @@ from mnemosyne.parallel.trouble import Trouble
 
 
 class Termination:
-    """What was heard, and when: a rank that is lost makes a launcher send SIGTERM as well."""
+    """Signals heard, and when: a rank that is lost makes a launcher send SIGTERM as well."""
 
     def __init__(self) -> None:
         self.trouble: Trouble | None = None  # of the rank that heard it first
@@ -29,5 +29,5 @@ class Termination:
         return True
 
     def is_overdue(self, limit_s: float) -> bool:
-        """Whether it has not brought the end in time."""
+        """Return whether it has not brought the end in time."""
         return time.monotonic() - self._asked_s > limit_s

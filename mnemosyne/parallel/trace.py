@@ -16,7 +16,7 @@ PIECE_BYTES = 2**22  # torch's TCPStore refuses a value of 8 MiB
 
 
 class Store(Protocol):
-    """What gathering needs of a ``torch.distributed`` store."""
+    """The methods of a ``torch.distributed`` store that gathering needs."""
 
     def set(self, key: str, value: str) -> None: ...
 

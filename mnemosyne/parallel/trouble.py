@@ -1,4 +1,4 @@
-"""What goes wrong on ranks, and which of many complaints is the cause of the others."""
+"""Troubles of ranks, and which of many complaints is the cause of the others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CAUSES = (Kind.FAILED, Kind.PAUSED, Kind.LOST, Kind.LEFT)
 
 
 class Trouble(Struct, array_like=True, frozen=True, tag="trouble"):
-    """What one rank reports, of itself or of another."""
+    """A report of one rank, about itself or another."""
 
     rank: int  # that is in trouble
     kind: Kind

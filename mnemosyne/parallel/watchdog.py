@@ -191,7 +191,7 @@ class Watchdog:
         self.close(getattr(sys, "last_value", None))  # set where an exception ends the program
 
     def _is_busy(self, thread: int) -> bool:
-        """Whether a thread must not be interrupted."""
+        """Return whether a thread must not be interrupted."""
         task = self._task
         is_in_task = task is not None and task.is_fatal and task.thread == thread
         return is_in_task or self._is_shielded

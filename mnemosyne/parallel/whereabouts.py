@@ -1,4 +1,4 @@
-"""What a thread is at: which task, which collective it waits in, which line."""
+"""The whereabouts of a thread: its task, the collective it waits in, its line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Task:
 
 
 class Whereabouts(Struct, array_like=True, frozen=True):
-    """What a rank was at."""
+    """The whereabouts of a rank."""
 
     task: str | None = None  # None: nothing that others wait for
     seconds: float = 0.0  # since it began
@@ -55,7 +55,7 @@ class Whereabouts(Struct, array_like=True, frozen=True):
 
 
 def whereabouts(task: Task | None, stack: Stack) -> Whereabouts:
-    """What a thread was at.
+    """The whereabouts of a thread.
 
     Args:
         task: that it is in.

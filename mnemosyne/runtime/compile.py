@@ -221,7 +221,7 @@ def _logits(model: LayeredModel, hidden_BE: Tensor) -> Tensor:
 
 
 def _project(layer: Layer, hidden_TE: Tensor, tables: Tables) -> Projections:
-    """What attention takes, rotated in the graph."""
+    """Projections as attention takes them, rotated in the graph."""
     return layer.all_turned(layer.project(hidden_TE), tables)
 
 

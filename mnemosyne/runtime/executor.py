@@ -1,4 +1,4 @@
-"""What the engine hands its plans to: the worker of this process, or all ranks of a mesh."""
+"""Executors of an engine's plans: the worker of this process, or all ranks of a mesh."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class LocalExecutor:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or a CPU; torch has no type for the latter."""
+    """Return whether an allocation failed, on a GPU or a CPU; torch has no type for the latter."""
     is_ours = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return is_ours or "can't allocate memory" in str(error)
 

@@ -1,4 +1,4 @@
-"""What every rank but the driver does: take plans, compute its part, report."""
+"""The life of every rank but the driver: take plans, compute its part, report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Inbox(Protocol):
         """The next plan, or whatever ends this call."""
 
     def has_message(self) -> bool:
-        """Whether ``recv`` would not wait."""
+        """Return whether ``recv`` would not wait."""
 
     def send_result(self, result: StepResult) -> None:
         """Report what this rank's group made of a step."""

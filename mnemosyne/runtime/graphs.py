@@ -121,7 +121,7 @@ class DecodeGraphs:
         self._captured = {n: self._capture(n) for n in sorted(rows, reverse=True)}
 
     def holds(self, inputs: StepInputs) -> bool:
-        """Whether a graph was captured for such a step."""
+        """Return whether a graph was captured for such a step."""
         alone = inputs.shared is None and inputs.wide is None
         decodes = all(segment.num_rows == 1 for segment in inputs.batch.segments)
         return alone and decodes and inputs.batch.num_rows in self._captured

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class Header(NamedTuple):
-    """What a file says about one tensor."""
+    """The entry of one tensor in a file's header."""
 
     file: Path
     name: str  # in the file
@@ -147,7 +147,7 @@ def check_tensors(
 
 
 def head_differs(headers: dict[str, Header]) -> bool:
-    """Whether a head is stored that is not the embedding over again, as a tied one is."""
+    """Return whether a head is stored that is not the embedding over again, as a tied one is."""
     head, table = headers.get(HEAD), headers.get(EMBEDDING)
     if head is None or table is None or head.shape != table.shape or len(head.shape) != 2:
         return head is not None
@@ -166,7 +166,7 @@ def head_differs(headers: dict[str, Header]) -> bool:
 
 
 def _repeats(name: str) -> bool:
-    """Whether a tensor may be left out: a tied head, or angles that old files keep."""
+    """Return whether a tensor may be left out: a tied head, or angles that old files keep."""
     return name == HEAD or name.endswith("rotary_emb.inv_freq")
 
 

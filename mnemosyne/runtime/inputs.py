@@ -261,7 +261,7 @@ def _joined(parts: list[np.ndarray]) -> Tensor:
 
 
 class _LocalView(NamedTuple):
-    """What one group has to do with a chunk."""
+    """The part of one group in a chunk."""
 
     chunk: Chunk
     sequence: SequenceState

@@ -26,7 +26,7 @@ NOTHING_LEFT = (
 
 
 class SamplerState:
-    """What sampling needs to know of one request.
+    """The state of one request that sampling needs.
 
     Args:
         params: sampling values that are None count as off, and the temperature as 0.
@@ -71,12 +71,12 @@ class SamplerState:
 
     @property
     def adjusts(self) -> bool:
-        """Whether the next token is chosen from other logits than the model's."""
+        """Return whether the next token is chosen from other logits than the model's."""
         return self._always_adjusts or self._bans_end
 
     @property
     def is_plain(self) -> bool:
-        """Whether the next token is simply the argmax of the model's logits."""
+        """Return whether the next token is simply the argmax of the model's logits."""
         return not self.temperature and not (self._may_adjust and self.adjusts)
 
     def append(self, token_id: int) -> None:
@@ -247,7 +247,7 @@ def token_logprobs(logits_BV: Tensor, next_ids_B: Tensor, k: int) -> list[Logpro
 
 @torch.inference_mode()
 def probabilities(logits_BV: Tensor, states: Sequence[SamplerState]) -> Tensor:
-    """What each row draws from: temperature, then top-k, top-p and min-p, over adjusted logits.
+    """Distributions to draw from: temperature, then top-k, top-p and min-p, over adjusted logits.
 
     Each cut sees what the one before it left. Of equally likely tokens the lower id counts first.
 

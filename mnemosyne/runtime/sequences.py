@@ -1,4 +1,4 @@
-"""What a rank knows of each admitted request: its tokens, where its cache lives, how it samples."""
+"""Admitted requests as a rank knows them: tokens, where the cache lives, how each samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNPLACED = PageTable(())  # of a sequence that has no pages yet
 
 @dataclass(slots=True, eq=False)
 class SequenceState:
-    """What a rank knows of one admitted request."""
+    """One admitted request as a rank knows it."""
 
     tokens: np.ndarray  # int64 [prompt + max_tokens], filled up to num_tokens
     num_prompt_tokens: int

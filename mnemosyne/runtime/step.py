@@ -1,4 +1,4 @@
-"""What the layers of a model call in one step, and what the runtime needs of the model."""
+"""The contract of runtime and model, and the attention that its layers call in one step."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Tables = tuple[Rotary, ...]
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """What the attention of the local layers needs to know of the model."""
+    """The numbers of a model that the attention of the local layers needs."""
 
     windows: Sequence[Reach]  # per local layer
     scale: float
 
 
 class Model(Protocol):
-    """What the runtime needs of a decoder; it arrives as an argument."""
+    """The methods of a decoder that the runtime needs; it arrives as an argument."""
 
     def __call__(self, x: Tensor, positions_T: Tensor, context: StepContext) -> Tensor:
         """Hidden states ``[T, E]`` of the packed rows."""
@@ -61,7 +61,7 @@ class Layer(Protocol):
 
     @property
     def operators(self) -> Operators:
-        """What computes it."""
+        """The operators that compute it."""
 
     @property
     def attn(self) -> Callable[[Tensor], Tensor]:
@@ -76,11 +76,11 @@ class Layer(Protocol):
         """Takes the normed sum."""
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
-        """What it holds, by name."""
+        """Its parameters, by name."""
 
     @property
     def meets_ranks(self) -> bool:
-        """Whether it meets other ranks on the way to attention."""
+        """Return whether it meets other ranks on the way to attention."""
 
     @property
     def sink_H(self) -> Tensor | None:
@@ -88,11 +88,11 @@ class Layer(Protocol):
 
     @property
     def is_sparse(self) -> bool:
-        """Whether its MLP is one of experts, which is called as a whole."""
+        """Return whether its MLP is one of experts, which is called as a whole."""
 
     @property
     def kind(self) -> Hashable:
-        """What the layer's graph depends on besides the shapes of its parameters."""
+        """The parts of a layer's graph that are not told by the shapes of its parameters."""
 
     def project(self, hidden_TE: Tensor) -> Projections:
         """``q_THD``, ``k_TKD`` and ``v_TKD`` of the residual stream, not rotated yet."""
@@ -118,13 +118,13 @@ class LayeredModel(Model, Protocol):
         """The layers held here."""
 
     def enter(self, x: Tensor) -> Tensor:
-        """What the first layer begins with."""
+        """The input of the first layer."""
 
     def rotary(self, positions_T: Tensor) -> Tables:
         """Cosines and sines of a step's positions, one pair for each way that layers turn."""
 
     def leave(self, hidden_TE: Tensor) -> Tensor:
-        """What comes after the last layer."""
+        """The output of the last layer, normed."""
 
 
 class PagedAttention:
@@ -196,7 +196,7 @@ class PagedAttention:
         return with_sink(out_THD, lse_TH, sink_H)
 
     def _prepare(self, batch: AttentionBatch) -> dict[Reach, Any]:
-        """What the backend needs of a batch, by what layers see."""
+        """A batch as the backend prepares it, by what layers see."""
         device, backend = self._inputs.slots_T.device, self._backend
         reaches = set(self._layers.windows)
         return {reach: prepare(backend, batch, reach, device) for reach in reaches}

@@ -39,7 +39,7 @@ class Source(Protocol):
 
 
 class Model(Protocol):
-    """What loading needs of a decoder; it arrives as an argument."""
+    """The methods of a decoder that loading needs; it arrives as an argument."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters held here, by our name."""
@@ -124,7 +124,7 @@ class _Files:
         self._stack.close()
 
     def tensor(self, name: str) -> Any:
-        """What gives slices of a tensor."""
+        """A source of slices of a tensor."""
         file = self.headers[name].file
         if file != self._file:
             self._stack.close()  # what is mapped of a file counts as memory of this process

@@ -169,7 +169,7 @@ class Worker:
         return last_TE, inputs, is_finite[0] if is_finite else None
 
     def _forward_pass(self, inputs: StepInputs) -> Callable[[Tensor], Tensor]:
-        """What computes the step, its tables ready before its input arrives."""
+        """The forward pass of a step, its tables ready before its input arrives."""
         graphs = self._graphs
         if graphs is not None and graphs.holds(inputs):
             return lambda x: graphs.run(inputs)
@@ -222,7 +222,7 @@ class Worker:
                 self._pool.clear(extent.pages[first:])
 
     def _reports(self, placed: PlacedChunk) -> bool:
-        """Whether this group speaks for a chunk: several may compute it, the first of them does."""
+        """Return whether this group speaks for a chunk: the first of several does."""
         table = self._sequences[placed.chunk.request_id].table
         return table.reporter == self._mesh.kvp.index
 

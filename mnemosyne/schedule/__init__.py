@@ -1,1 +1,1 @@
-"""What runs next and how much of it: plans, chunk sizes, policies. No torch in here."""
+"""The choice of what runs next: plans, chunk sizes, policies. No torch in here."""

@@ -220,7 +220,7 @@ class AdmissionQueue:
         return places
 
     def _waits_for_pages(self, prompt: RequestState, now_s: float) -> bool:
-        """Whether another request computes pages that this one would have to compute.
+        """Return whether another request computes pages that this one would have to compute.
 
         It waits for a request of its class or a more urgent one, which is ahead of it, and so done
         with them sooner; but not for one that gets no chunks for as long as all should take.

@@ -27,7 +27,7 @@ PROBE = (((0, 128, False),), ((512, 1, True),) * 4)  # steps that tell whether a
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a synthetic step may use."""
+    """Limits of a synthetic step."""
 
     num_pages: int
     page_size: int

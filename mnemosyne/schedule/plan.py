@@ -1,4 +1,4 @@
-"""What a step will do, as frozen values: they travel to every rank and to the simulator alike."""
+"""Plans of steps, as frozen values: they travel to every rank and to the simulator alike."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Admission(NamedTuple):
 
 
 class Hit(NamedTuple):
-    """What the cache held of the prompt of an admitted request."""
+    """The cached part of the prompt of an admitted request."""
 
     request_id: int
     num_tokens: int  # that need not be computed
@@ -90,7 +90,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What came of a plan."""
+    """The result of a plan."""
 
     index: int
     sampled: dict[int, Sampled] = field(default_factory=dict)  # by request

@@ -20,7 +20,7 @@ MIN_S = 1e-200  # makes a difference to no predicted time but zero, by which not
 
 @dataclass(slots=True, eq=False)
 class Urgency(Generic[Number]):
-    """What a policy may know of one request, or of many at once: floats or float64 ``[B]``."""
+    """The urgency of one request, or of many at once: floats or float64 ``[B]``."""
 
     arrival_s: Number
     due_s: Number  # arrival and deadline together
@@ -29,7 +29,7 @@ class Urgency(Generic[Number]):
 
 
 def slack_s(urgency: Urgency[Number], now_s: float, factor: float) -> Number:
-    """What is to spare before it is due, if it were prefilled alone from now on.
+    """Seconds to spare before it is due, if it were prefilled alone from now on.
 
     Args:
         urgency: of one request or many.
@@ -59,7 +59,7 @@ def relative_slack(urgency: Urgency[Number], now_s: float, factor: float) -> Num
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Who is prefilled next, and who is let in first.
+    """An order in which requests are let in and prefilled.
 
     Args:
         key: from urgency, seconds now and the table's factor to a sort key, for one request or

@@ -76,7 +76,7 @@ class LinearPredictor:
 
     @property
     def samples(self) -> np.ndarray:
-        """What the next fit is made from: float64 ``[steps, features + 1]``, newest last."""
+        """Rows that the next fit is made from: float64 ``[steps, features + 1]``, newest last."""
         return np.concatenate([self._calibration, self._recent[self._places(MAX_SAMPLES)]])
 
     def fit(self, samples: Sequence[tuple[StepWork, float]]) -> None:

@@ -187,7 +187,7 @@ class PrefillPlanner:
                 break
 
     def _given_up_s(self, rho: float, left_s: float) -> float:
-        """What a long prefill of this relative slack leaves, of the time the step still has."""
+        """The part of a step's time left that a long prefill of this relative slack gives up."""
         return min(max(rho, 0.0), self.config.max_relative_slack) * max(0.0, left_s)
 
     def _solve(self, candidate: ChunkCandidate, num_left: int, budget_s: float) -> int:

@@ -148,7 +148,7 @@ class PrefillTable:
         return self._predict(self._work(start, num_tokens))
 
     def _is_stale(self) -> bool:
-        """Whether it was made before the predictor knew anything, or a far chunk has changed."""
+        """Return whether it is older than what the predictor knows, or a far chunk has changed."""
         if self._first_s <= 0:
             return len(self._ends) > 1
         first_s, last_s = self._predict(self._first), self._predict(self._last)

@@ -1,4 +1,4 @@
-"""What planning knows of cached prefixes: what they save, and who computes which page next."""
+"""Cached prefixes in planning: what they save, and which request computes which page next."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Prefixes:
 
     @property
     def has_leaders(self) -> bool:
-        """Whether any page is being computed that a request might wait for."""
+        """Return whether any page is being computed that a request might wait for."""
         return bool(self._leaders)
 
     def leader(self, state: RequestState, num_known: int) -> RequestState | None:
@@ -84,7 +84,7 @@ class Prefixes:
         return low * self._ledger.page_size
 
     def hit(self, state: RequestState, places: Sequence[Place]) -> Hit:
-        """What the chosen places hold of a prompt, and where it differs from what is nearest."""
+        """The part of a prompt that the chosen places hold, and where the nearest differs."""
         request, page_size = state.request, self._ledger.page_size
         num_pages = sum(len(place.shared) for place in places)
         what = request.request_id, num_pages * page_size

@@ -1,4 +1,4 @@
-"""What planning knows of one request, from its arrival to the release of its pages."""
+"""The state of one request in planning, from its arrival to the release of its pages."""
 
 from __future__ import annotations
 

@@ -86,14 +86,14 @@ class Router:
         return places
 
     def _work_at(self, place: Place, first: int) -> tuple[int, int]:
-        """What decides between groups: work ahead and of the prompt, then pages in use."""
+        """The key that decides between groups: work ahead and of the prompt, then pages in use."""
         ledger, num_known = self._ledger, len(place.shared)
         saved = (first + num_known) * ledger.page_size if num_known else 0
         num_used = ledger.group_pages[place.group] - ledger.num_free(place.group)
         return self._pending[place.group] - saved**2, num_used
 
     def has_room(self, num_tokens: int) -> bool:
-        """Whether a request would find its pages now."""
+        """Return whether a request would find its pages now."""
         free = self._free()
         sizes = self._ledger.shard_pages(num_tokens)
         return _assign(sizes, range(len(free)), free) is not None

@@ -11,7 +11,7 @@ from mnemosyne.schedule.plan import Chunk
 
 @dataclass(slots=True)
 class StepWork:
-    """What one group has to do in a step; its time is linear in this.
+    """The work of one group in a step; its time is linear in this.
 
     Attributes:
         num_tokens: rows through the linear layers.

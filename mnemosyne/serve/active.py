@@ -96,7 +96,7 @@ class Active:
         text: str = "",
         logprobs: tuple[Logprobs, ...] = (),
     ) -> Piece:
-        """What a step brought for it, as streams yield it."""
+        """The addition of a step, as streams yield it."""
         output, request = self.output, self.request
         return Piece(
             request.request_id,

@@ -172,7 +172,7 @@ class AsyncEngine:
 
     @property
     def failure(self) -> BaseException | None:
-        """What ended the engine before its time, if anything did."""
+        """The error that ended the engine before its time, if any did."""
         return self._failure
 
     async def _read(self, prompt: Prompt) -> PromptIds:
@@ -282,7 +282,7 @@ class AsyncEngine:
         stream.mailbox.put(piece)
 
     def _run(self, started: asyncio.Future[int]) -> None:
-        """What the thread does: claim the engine, serve, give it back."""
+        """Run the thread: claim the engine, serve, give it back."""
         try:
             with self._engine.ownership.claim(
                 "AsyncEngine", ends_alone=False, remedy="leave its `async with` first, or submit"

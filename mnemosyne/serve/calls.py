@@ -18,7 +18,7 @@ def read_call(
     prompts: Prompt | Sequence[Prompt],
     params: SamplingParams | Sequence[SamplingParams] | None,
 ) -> list[Asked]:
-    """What a call asks for, prompts as ids; no engine is needed for it.
+    """The request of a call, prompts as ids; no engine is needed for it.
 
     Args:
         intake: reads the prompts.

@@ -1,4 +1,4 @@
-"""What a checkpoint says about generation: end tokens and sampling defaults."""
+"""The generation defaults of a checkpoint: end tokens and sampling."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class Engine:
 
     @property
     def on_step(self) -> StepListener | None:
-        """What is called with the record of each step."""
+        """The callback for the record of each step."""
         return self._on_step
 
     @on_step.setter

@@ -33,7 +33,7 @@ Given = Sequence[Sequence[int] | None]
 
 @dataclass(kw_only=True, slots=True)
 class Intake:
-    """What is known of the model at the door.
+    """Checks prompts and parameters against a model's vocabulary, lengths and defaults.
 
     Args:
         vocab_size: ids must be below it.
@@ -130,7 +130,7 @@ class Intake:
         return replace(params, max_tokens=max(1, room))
 
     def _known(self, given: Given, params: SamplingParams) -> list[np.ndarray | None]:
-        """What each sample has, as int64; None for one that is not wanted."""
+        """The known tokens of each sample, int64; None for one that is not wanted."""
         if not len(given):
             return [np.empty(0, dtype=np.int64)] * params.n
         if len(given) != params.n:

@@ -10,7 +10,7 @@ from mnemosyne.request import Logprobs, Piece
 
 
 class Mailbox:
-    """What a reader has not read yet.
+    """Pieces that a reader has not read yet.
 
     What comes for a request while its reader is elsewhere is joined to one piece. So a reader
     that stops holds at most one piece per request, of what that request may say at most.

@@ -1,4 +1,4 @@
-"""Who uses an engine: one user at a time, known by name, in the process that made the engine."""
+"""The use of an engine: one user at a time, by name, in the process that made the engine."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Ownership:
 
     @property
     def is_here(self) -> bool:
-        """Whether this is the process that made the engine."""
+        """Return whether this is the process that made the engine."""
         return os.getpid() == self._pid
 
     def check_process(self) -> None:

@@ -201,7 +201,7 @@ def _bounded(prompts: Iterable[Prompt]) -> list[Prompt]:
 
 
 def _is_flat(items: Iterable[object]) -> bool:
-    """Whether the first items are token ids, not prompts."""
+    """Return whether the first items are token ids, not prompts."""
     head = list(items)
     return bool(head) and all(isinstance(item, Integral) for item in head)
 

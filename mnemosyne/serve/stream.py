@@ -159,7 +159,7 @@ class StopStrings:
         return self._release(self._held, held="")
 
     def _release(self, text: str, held: str) -> str:
-        """What is shown of a text; the rest waits."""
+        """The part of a text that is shown; the rest waits."""
         marks, self._marks = self._marks[: len(text)], self._marks[len(text) :]
         self._held = held
         if "-" not in marks:

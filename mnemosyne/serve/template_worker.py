@@ -78,7 +78,7 @@ def to_json(
 
 
 def raise_exception(message: str) -> NoReturn:
-    """What a template calls to refuse messages."""
+    """Refuse messages, as a template may."""
     raise jinja2.TemplateError(message)
 
 

@@ -148,7 +148,7 @@ class Tokenizer:
         return bytes(BYTE_OF[c] for c in token) if is_spelt else text.encode()
 
     def is_text(self, token_id: int, *, skip_special_tokens: bool = True) -> bool:
-        """Whether a token has any part in the decoded text."""
+        """Return whether a token has any part in the decoded text."""
         if skip_special_tokens and token_id in self.special_ids:
             return False
         return self._backend.id_to_token(token_id) is not None

@@ -68,7 +68,7 @@ class SimulatedCluster:
         return result
 
     def loads(self, plan: Plan) -> list[GroupLoad]:
-        """What each group has to do in a step."""
+        """The load of each group in a step."""
         if self.cost.mesh.kvp == 1:
             load = GroupLoad()
             for chunk in plan.chunks:

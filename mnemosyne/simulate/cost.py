@@ -1,4 +1,4 @@
-"""What a step costs: a roofline of each part of a layer at stated efficiencies.
+"""The cost of a step: a roofline of each part of a layer at stated efficiencies.
 
 A step takes as long as its slowest group. Within a stage nothing overlaps: products, attention
 and collectives follow each other, as they do in eager execution and in a CUDA graph of one stream.
@@ -20,7 +20,7 @@ LSE_BYTES = 4  # float32, beside the partial output of each head
 
 @dataclass(slots=True)
 class GroupLoad:
-    """What one group has to do in a step.
+    """The load of one group in a step.
 
     Attributes:
         rows: through the linear layers.

@@ -30,7 +30,7 @@ TIMES = {
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What a fit found.
+    """The result of a fit.
 
     Attributes:
         efficiency: the constants; those that the steps say nothing about are as before.
@@ -93,7 +93,7 @@ def fit_efficiency(
 
 
 def _load(cost: StepCost, record: StepRecord) -> GroupLoad:
-    """What the only group had to do in a measured step."""
+    """The load of the only group in a measured step."""
     chunks = tuple(Chunk(request, start, count, False) for request, start, count in record.chunks)
     (load,) = SimulatedCluster(cost).loads(Plan(index=0, chunks=chunks))
     load.rows += record.num_decodes

@@ -55,7 +55,7 @@ def activation_bytes(
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What the memory of one rank is used for, in bytes; the rank that holds most.
+    """The use of the memory of one rank, in bytes; the rank that holds most.
 
     Attributes:
         weights: of its layers.

@@ -21,7 +21,7 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 class Outlook:
-    """What a request of ``context`` tokens sees beside decodes of the same length.
+    """The times of a request of ``context`` tokens beside decodes of the same length.
 
     Its cache lies evenly on all groups. Steps hold ``decodes / pp`` decodes each, as the scheduler
     deals them out, and the largest chunk that keeps a whole pass within the budget.

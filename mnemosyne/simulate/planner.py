@@ -30,7 +30,7 @@ class Rank(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What becomes of a layout. Times are seconds; of what was not worked out, None.
+    """The verdict on a layout. Times are seconds; of what was not worked out, None.
 
     Attributes:
         mesh: the layout of one replica.
@@ -106,7 +106,7 @@ def judge(
     *,
     only_rank: bool = False,
 ) -> Verdict:
-    """What becomes of one layout.
+    """Judge one layout.
 
     More decodes make every pass longer: once a number of them is too many, so are all larger ones.
 
@@ -154,7 +154,7 @@ def judge(
 
 
 def _why_too_small(memory: Footprint, hardware: HardwareConfig) -> str:
-    """What leaves no room for a prompt of the asked length."""
+    """The reason that there is no room for a prompt of the asked length."""
     used = (memory.weights + memory.activations) / 1e9
     if used > hardware.memory_gb:
         return f"a rank needs {used:.0f} GB without cache"
@@ -250,7 +250,7 @@ def _why_behind(verdict: Verdict, best: Verdict) -> str:
 def _fits_somewhere(
     config: PlanConfig, shape: ModelShape, cut: CutStages, *, but_on: int = 0
 ) -> bool:
-    """Whether a layout fits, those left out whose replicas fill ``but_on`` GPUs as well."""
+    """Return whether a layout fits, those left out whose replicas fill ``but_on`` GPUs as well."""
     return any(
         judge(config, shape, mesh, cut, only_rank=True).rank is Rank.FITS
         for mesh in layouts(config.gpus)

@@ -1,4 +1,4 @@
-"""What a simulated workload came to: times by kind of request, deadlines, throughput."""
+"""The report of a simulated workload: times by kind of request, deadlines, throughput."""
 
 from __future__ import annotations
 

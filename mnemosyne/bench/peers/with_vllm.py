@@ -68,7 +68,7 @@ class Vllm:
 
 
 def _environment(settings: dict[str, Any]) -> dict[str, str]:
-    """What lets vLLM use every core: by default it keeps one of two for itself."""
+    """A setting that lets vLLM use every core: by default it keeps one of two for itself."""
     cache_gib = settings["max_tokens"] * settings["token_bytes"] / 2**30
     return {
         "VLLM_CPU_KVCACHE_SPACE": str(math.ceil(1.1 * cache_gib) or 1),
