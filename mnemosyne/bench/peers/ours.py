@@ -75,7 +75,7 @@ def fill_randomly(pool: PagePool) -> None:
 
 
 def _engine_config(values: dict[str, Any]) -> EngineConfig:
-    """The config of the engine; every run computes its prompts, as those of the peers do."""
+    """The config of the engine; every prompt is computed, as it is by the peers."""
     kinds = get_type_hints(EngineConfig)
     config = EngineConfig(
         **{
