@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from types import TracebackType
 from typing import IO, Any, Self
@@ -20,10 +21,11 @@ class Body:
 
     Args:
         limit_bytes: of it.
+        wait_s: for its next part.
     """
 
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit = limit_bytes
+    def __init__(self, limit_bytes: int, wait_s: float | None = None) -> None:
+        self._limit, self._wait_s = limit_bytes, wait_s
         self._parts: list[bytes] = []
         self.file: IO[bytes] | None = None  # where it is large
         self.num_bytes = 0
@@ -36,18 +38,30 @@ class Body:
             announced: bytes that the client says will come.
 
         Raises:
-            ApiError: 413, as soon as it is known to be too large.
+            ApiError: 413, as soon as it is known to be too large; 408, if its rest does not come.
             Gone: if the client left.
         """
         if announced is not None and announced > self._limit:
             raise self._too_large(announced)
         while True:
-            message = await receive()
+            message = await self._next(receive)
             if message["type"] == "http.disconnect":
                 raise Gone
             self._add(message.get("body", b""))
             if not message.get("more_body"):
                 return
+
+    async def _next(self, receive: Any) -> Any:
+        try:
+            async with asyncio.timeout(self._wait_s):
+                return await receive()
+        except TimeoutError as error:
+            raise ApiError(
+                408,
+                f"body must come without a pause of {self._wait_s:g} s, got {self.num_bytes:,} "
+                "bytes of it; send it again",
+                headers={"Connection": "close"},
+            ) from error
 
     def _add(self, part: bytes) -> None:
         self.num_bytes += len(part)

@@ -231,6 +231,7 @@ ERRORS = {
     401: "No key that is known",
     403: "Not from here",
     404: "No such model",
+    408: "The rest of the body did not come",
     413: "Too large a body",
     429: "Too many requests; see Retry-After",
     500: "The engine failed",
@@ -245,7 +246,7 @@ def responses(name: str, *statuses: int, **media: Schema) -> dict[int | str, dic
     return {200: good, **{status: said("Error", ERRORS[status]) for status in statuses}}
 
 
-_ASKED = (400, 401, 404, 413, 429, 500, 503)
+_ASKED = (400, 401, 404, 408, 413, 429, 500, 503)
 EVENTS = {"text/event-stream": record({"data": TEXT}, "data")}  # one event
 RESPONSES: dict[str, dict[int | str, dict[str, Any]]] = {
     "chat": responses("ChatCompletion", *_ASKED, **EVENTS),

@@ -126,7 +126,8 @@ class Service:
             Gone: if the client left meanwhile.
         """
         announced = request.headers.get("content-length", "")
-        with Body(int(self.config.max_body)) as body:
+        wait_s = float(self.config.write_timeout)
+        with Body(int(self.config.max_body), wait_s) as body:
             size = int(announced) if announced.isdecimal() else None
             await body.receive(request.receive, size)
             return await while_present(request.receive, self._readers.read(kind, body))

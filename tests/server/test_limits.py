@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from pathlib import Path
 
@@ -73,6 +74,19 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read() -> None:
 
     assert [known.status_code, chunked.status_code] == [413, 413]
     assert "body must hold at most 1,000 bytes" in known.json()["error"]["message"]
+
+
+def test_a_body_whose_rest_does_not_come_is_given_up() -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
+    with open_needle() as llm, serving(llm.engine, write_timeout=0.3) as live:
+        with socket.create_connection(("127.0.0.1", live.port), timeout=WAIT_S) as made:
+            made.sendall(head)
+
+            said = b"".join(iter(lambda: made.recv(1 << 16), b"")).decode()
+
+        until(lambda: live.service.gate.num_taken == 0)
+    assert said.startswith("HTTP/1.1 408 ")
+    assert "body must come without a pause of 0.3 s, got 1 bytes of it" in said
 
 
 def test_too_many_requests_are_told_when_to_come_again() -> None:
