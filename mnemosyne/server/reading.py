@@ -152,6 +152,11 @@ class Reader:
             ValueError: naming field, rule and value.
         """
         params, capacity = checked(inquiry.params), self.rules.max_request_tokens
+        if params.n > 1 and len(prompts) * params.n > self.rules.max_prompts:
+            raise ValueError(
+                f"n must ask for at most {self.rules.max_prompts} samples in all, got {params.n} "
+                f"of {len(prompts)} prompts; lower it"
+            )
         for ids in prompts:
             request = self._intake.requests(PromptIds(ids), params, 0.0, capacity)[0]
             if request.max_tokens > capacity:

@@ -165,6 +165,7 @@ def test_an_unknown_model_is_told_which_there_are(client: openai.OpenAI) -> None
         ("best_of", 3, "best_of must be left out, got 3; ask for n samples instead"),
         ("response_format", {"type": "json_object"}, "response_format.type must be text"),
         ("prompt", [], "prompt must hold 1 to 256 prompts, got 0"),
+        ("n", 128, "n must ask for at most 256 samples in all, got 128 of 3 prompts"),
         ("prompt", [1, 1.5], "prompt must be text or a flat list of token ids"),
         ("prompt", [1, 10**6], "prompt ids must lie in [0, "),
         ("prompt", "", "prompt must hold at least one token"),
@@ -175,7 +176,8 @@ def test_an_unknown_model_is_told_which_there_are(client: openai.OpenAI) -> None
 def test_a_wrong_field_is_named_with_its_rule(
     http: httpx.Client, field: str, value: object, said: str
 ) -> None:
-    response = http.post("/v1/completions", json={"prompt": PROMPT, field: value})
+    prompt = [[5], [6], [7]] if value == 128 else PROMPT
+    response = http.post("/v1/completions", json={"prompt": prompt, field: value})
 
     error = response.json()["error"]
     assert response.status_code == 400, response.text
