@@ -202,6 +202,7 @@ class ScheduleConfig:
     long_tokens: int | str = "32K"  # a prefill beyond this context is long: one of them per step
     max_relative_slack: float = 0.4  # share of a step that a long prefill with slack gives up
     saved_fit: bool = True  # start from the step times that an earlier start measured
+    expected_tokens: int | str = "1K"  # of an output whose max_tokens is not set
 
     def __post_init__(self) -> None:
         check_types(self, "schedule.")
@@ -230,6 +231,11 @@ class ScheduleConfig:
                 "lars is usual"
             )
         self.long_tokens = parse_size(self.long_tokens, "schedule.long_tokens")
+        self.expected_tokens = parse_size(self.expected_tokens, "schedule.expected_tokens")
+        if self.expected_tokens < 1:
+            raise ValueError(
+                f"schedule.expected_tokens must be >= 1, got {self.expected_tokens}; 1K is usual"
+            )
         if not 0 <= self.max_relative_slack < 1:
             raise ValueError(
                 "schedule.max_relative_slack must lie in [0, 1), got "

@@ -92,8 +92,8 @@ class SamplingParams:
     when a prompt is accepted with them, so that what a client changes afterwards changes nothing.
     """
 
-    # None: as many as the model and an empty cache hold after the prompt; they are all reserved,
-    # so such a request shares the cache with few others
+    # None: as many as the model and an empty cache hold after the prompt; room for
+    # schedule.expected_tokens is reserved, and more is found as the output grows
     max_tokens: int | None = 16
     min_tokens: int = 0  # no end token or stop string before this many tokens
     temperature: float | None = None  # 0 is greedy; unset: the model's default, else 0
@@ -237,6 +237,7 @@ class RequestMetrics:
     num_shards: int | None = None  # groups that hold its cache
     tbt_s: list[float] = field(default_factory=list)  # gaps between consecutive tokens
     chunks: list[int] = field(default_factory=list)  # tokens per prefill chunk
+    num_set_back: int = 0  # how often it gave its pages up, to compute all of them again
     num_cached: int = 0  # prompt tokens that the cache held, and that were not computed again
     differs_at: int | None = None  # first position where a long prompt differs from the nearest
     # cached one, if there is one that goes on there; and both texts from there on
@@ -283,6 +284,7 @@ class Piece(NamedTuple):
     stop_reason: int | str | None = None  # the end token or stop string that ended it
     # of the whole prompt, once, with its end; None for the first position
     prompt_logprobs: tuple[Logprobs | None, ...] | None = None
+    num_cached: int = 0  # prompt tokens that the cache held
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -301,6 +303,7 @@ class Request:
     deadline_s: float | None = None  # for the first token, after arrival; unset: by the slo config
     sample: int = 0  # which of the n
     num_given: int = 0  # of the ids, those at the end that are output
+    is_open: bool = False  # max_tokens was not set: it is what fits, and no end to expect
     # kept, not counted each time: a scheduling decision asks dozens of times
     num_prompt_tokens: int = field(init=False)
     max_tokens: int = field(init=False)  # of prompt and output together

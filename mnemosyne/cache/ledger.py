@@ -60,6 +60,7 @@ class Ledger:
         ]
         self._listed = [0] * len(self.group_pages)  # pages in tables, shared ones each time
         self._tables: dict[int, PageTable] = {}  # by holder
+        self._grown: set[int] = set()  # holders whose pages are not in the order of their ids
         self._known: dict[int, int] = {}  # of each holder, pages from the first on that are known
 
     @property
@@ -173,6 +174,30 @@ class Ledger:
             self._known[holder] = sum(len(place.shared) for place in places)
         return table
 
+    def grow(self, holder: int) -> PageTable | None:
+        """Take one page more, where the last keys lie or on another group if that is full.
+
+        Returns:
+            The table from now on; None if no page is free there.
+        """
+        table, last = self._tables[holder], self._tables[holder].extents[-1]
+        group, start, before = last.group, last.start, last.pages
+        others = list(table.extents[:-1])
+        if len(before) * self.page_size == self.max_tokens_per_group:
+            used = {extent.group for extent in table.extents}
+            left = [g for g in self.groups if g not in used]
+            if not left:
+                return None
+            others.append(last)
+            group, start = max(left, key=self.num_free), start + self.max_tokens_per_group
+            before = NO_PAGES
+        if min(self.num_free(group), self.num_listable(group)) < 1:
+            return None
+        pages = np.concatenate([before, self._take(Place(group), 1)])
+        table = self._tables[holder] = PageTable((*others, Extent(group, start, pages)))
+        self._grown.add(holder)
+        return table
+
     def release(self, holder: int, chain: Chain | None = None, num_computed: int = 0) -> None:
         """Take back whatever a holder has.
 
@@ -188,8 +213,11 @@ class Ledger:
             pages = extent.pages
             self._listed[extent.group] -= len(pages)
             if self.shares:
-                pages = np.sort(self._indexes[extent.group].let_go(pages))
+                pages = self._indexes[extent.group].let_go(pages)
+            if self.shares or holder in self._grown:
+                pages = np.sort(pages)
             self._allocators[extent.group].release(pages)
+        self._grown.discard(holder)
 
     def publish(self, holder: int, chain: Chain, num_computed: int) -> None:
         """Make the full pages of a holder known, as far as no other pages hold the same.

@@ -80,25 +80,36 @@ class AdmissionQueue:
         return len(self._queue)
 
     def add(
-        self, request: Request, *, num_planned: int = 0, is_shared: bool = False
+        self,
+        request: Request,
+        *,
+        num_planned: int = 0,
+        num_reserved: int | None = None,
+        is_shared: bool = False,
+        due_s: float | None = None,
     ) -> RequestState:
         """Queue a request, of whose prompt so many tokens need no planning any more.
 
         Args:
             request: of any kind.
             num_planned: tokens that are said to be cached.
+            num_reserved: tokens that it needs pages for; unset: all that it may have.
+            due_s: when its first token is due or was, if it has waited before.
             is_shared: whether its pages may be those of others, and others may have its own.
         """
         self._table.extend(request.num_prompt_tokens)
         prompt = RequestState(request.arrival_s, 0.0, 0.0, 0.0, request, 0.0)
-        prompt.num_planned, prompt.num_needed = num_planned, request.max_tokens
+        prompt.num_planned, prompt.num_reserved = num_planned, num_reserved or request.max_tokens
+        prompt.num_needed = prompt.num_reserved
         if is_shared and self._prefixes is not None:
             prompt.chain = self._prefixes.chain_of(request)
             self._note_cached(prompt, self._prefixes.count(prompt) * self._ledger.page_size)
             prompt.num_needed -= prompt.num_cached
         else:
             self._look_up(prompt)
-        if request.deadline_s is not None:
+        if due_s is not None:
+            prompt.deadline_s = due_s - request.arrival_s
+        elif request.deadline_s is not None:
             prompt.deadline_s = request.deadline_s
         else:
             alone_s = self._table.seconds(prompt.num_planned, request.num_prompt_tokens)
@@ -193,7 +204,7 @@ class AdmissionQueue:
         if places is None:
             return None
         taken = {place.group: -self._ledger.num_free(place.group) for place in places}
-        table = self._ledger.reserve(request.request_id, places, request.max_tokens)
+        table = self._ledger.reserve(request.request_id, places, prompt.num_reserved)
         self._router.start(table, request.num_prompt_tokens)
         if is_holder:
             self._reservation = None
@@ -207,13 +218,13 @@ class AdmissionQueue:
         """Places for a request, if it can have them now; and what they hold of its prompt."""
         request, prefixes = prompt.request, self._prefixes
         if prompt.chain is None or prefixes is None:
-            return self._router.choose(request.max_tokens, kept=kept)
+            return self._router.choose(prompt.num_reserved, kept=kept)
         num_cacheable = prefixes.num_cacheable(request)
         places = self._router.choose(
-            request.max_tokens, kept=kept, chain=prompt.chain, num_cacheable=num_cacheable
+            prompt.num_reserved, kept=kept, chain=prompt.chain, num_cacheable=num_cacheable
         )
         if places is None:
-            self._note_needed(prompt, request.max_tokens)
+            self._note_needed(prompt, prompt.num_reserved)
             return None
         prompt.hit = prefixes.hit(prompt, places)
         self._note_cached(prompt, prompt.hit.num_tokens)
@@ -236,7 +247,7 @@ class AdmissionQueue:
             prompt.leader_planned = leader.num_planned
             left_s = self._table.seconds(min(leader.num_planned, num_common), num_common)
             prompt.waits_until_s = now_s + PATIENCE * left_s + PATIENCE_S
-        self._note_needed(prompt, prompt.request.max_tokens - num_common)
+        self._note_needed(prompt, prompt.num_reserved - num_common)
         return now_s < prompt.waits_until_s
 
     def _note_needed(self, prompt: RequestState, num_needed: int) -> None:
@@ -268,7 +279,7 @@ class AdmissionQueue:
     def _new_reservation(self, overdue: list[RequestState]) -> Reservation | None:
         """That of the first request for which there is no room, if there is one."""
         for prompt in overdue:
-            num_tokens = prompt.request.max_tokens
+            num_tokens = prompt.num_reserved
             if not self._router.has_room(num_tokens):
                 return Reservation(prompt, self._router.best_groups(num_tokens))
         return None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 
 from mnemosyne.cache.table import PageTable
-from mnemosyne.request import Logprobs, Sampled, SamplingParams
+from mnemosyne.request import Logprobs, Request, Sampled, SamplingParams
 
 
 class Admission(NamedTuple):
@@ -20,6 +20,12 @@ class Admission(NamedTuple):
     seed: int
     end_token_ids: tuple[int, ...]
     num_given: int = 0  # of the ids, those at the end that are output
+
+    @classmethod
+    def of(cls, request: Request) -> Self:
+        """What ranks need to know of a request."""
+        what = request.request_id, request.prompt_ids, request.params
+        return cls(*what, request.seed, request.end_token_ids, request.num_given)
 
 
 class Hit(NamedTuple):
@@ -74,6 +80,7 @@ class Plan:
     copies: tuple[PageCopy, ...] = ()  # in order, before anything is computed
     predicted_s: float = 0.0
     slack_s: tuple[float, ...] = ()  # of each prefill chunk's request as planned; not sent to ranks
+    set_back: tuple[int, ...] = ()  # requests that gave their pages up; not sent to ranks
     hits: tuple[Hit, ...] = ()  # of admitted requests, where prefixes are shared; not sent to ranks
 
     @property

@@ -45,7 +45,7 @@ class Prefixes:
         assert state.chain is not None
         first, stop = 0, self.num_cacheable(state.request)
         groups = set(self._ledger.groups)
-        for size in self._ledger.shard_pages(state.request.max_tokens):
+        for size in self._ledger.shard_pages(state.num_reserved):
             end = min(first + size, stop)
             found = {g: self._ledger.count(g, state.chain, first, end) for g in groups}
             best = max(found, key=lambda group: found[group])
@@ -107,7 +107,7 @@ class Prefixes:
         request, first = state.request, 0
         if request.num_prompt_tokens < LONG_TOKENS or num_known >= self.num_cacheable(request):
             return None
-        sizes = self._ledger.shard_pages(request.max_tokens)
+        sizes = self._ledger.shard_pages(state.num_reserved)
         for place, size in zip(places, sizes, strict=True):
             if num_known < first + size:
                 return place if num_known > first or first == 0 else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mnemosyne.cache.chain import Chain
 from mnemosyne.cache.table import PageTable
@@ -21,6 +21,9 @@ class RequestState(Urgency[float]):
     deadline_s: float  # of the first token, after arrival
     table: PageTable = UNPLACED  # where its keys lie, once it is admitted
     num_planned: int = 0  # prompt tokens in this and earlier plans, or cached
+    num_reserved: int = 0  # tokens that it asks pages for when it is admitted
+    num_set_back: int = 0  # how often it gave its pages up
+    outputs: list[int] = field(default_factory=list)  # tokens sampled, if its end is not known
     num_in_flight: int = 0  # steps that hold a chunk of its prompt
     is_released: bool = False
     # where prefixes are shared

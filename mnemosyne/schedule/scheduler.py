@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from itertools import islice
 
 from mnemosyne.cache.ledger import Ledger
+from mnemosyne.cache.table import PageTable
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request
 from mnemosyne.schedule.admission import AdmissionQueue
+from mnemosyne.schedule.growth import Growth
 from mnemosyne.schedule.plan import Admission, Chunk, Plan
 from mnemosyne.schedule.policy import POLICIES
 from mnemosyne.schedule.predictor import LearningPredictor, Predictor
 from mnemosyne.schedule.prefill import PrefillPlanner
 from mnemosyne.schedule.prefixes import Prefixes
+from mnemosyne.schedule.ready import ReadyDecodes
 from mnemosyne.schedule.request_state import UNPLACED, RequestState
 from mnemosyne.schedule.routing import Router
-from mnemosyne.schedule.work import DecodeTally, Work, WorkModel
+from mnemosyne.schedule.work import Work, WorkModel
 
 
 class Scheduler:
     """Continuous batching: decodes first, then chunks of prefill within the predicted time.
 
-    Pages for prompt and ``max_tokens`` are reserved when a request is admitted, so an admitted
-    request always finishes. What a step costs to plan depends on the step, not on how many
-    requests there are.
+    Pages for prompt and ``max_tokens`` are reserved when a request is admitted; one whose end is
+    not known grows, and may be set back (see ``growth``). What a step costs to plan depends on
+    the step, not on how many requests there are.
 
     Args:
         config: chunk rule, policy, target time between tokens, limits.
@@ -67,9 +69,9 @@ class Scheduler:
         self._admission = AdmissionQueue(
             policy, slo, ledger, self._router, self._prefill.table, self._prefixes
         )
+        self._growth = Growth(ledger, int(config.expected_tokens))
         self._requests: dict[int, RequestState] = {}  # of all, those that wait included
-        self._ready: dict[int, Chunk] = {}  # decodes that may run, longest waiting first
-        self._ready_tally = DecodeTally(work_model)  # of those
+        self._ready = ReadyDecodes(work_model)
         self._num_decoding = 0  # of the running ones, past their prompts
         self._released: list[int] = []
         self._works: dict[int, Work] = {}  # of plans not yet learned from
@@ -123,6 +125,7 @@ class Scheduler:
         state = self._requests[request.request_id] = self._admission.add(
             request,
             num_planned=request.num_prompt_tokens - 1 if is_filled else 0,
+            num_reserved=self._growth.num_reserved(request),
             is_shared=not is_filled,
         )
         return state.deadline_s
@@ -142,13 +145,17 @@ class Scheduler:
             self._prefill.discard(running)
             is_in_flight = running.num_in_flight > 0
         else:
-            self._num_decoding -= 1
-            decode = self._ready.pop(request_id, None)
-            is_in_flight = decode is None
-            if decode is not None:
-                self._ready_tally.add([(decode.start, running.table)], sign=-1)
+            is_in_flight = not self._withdraw(running)
         if not is_in_flight:
             self._forget(running)
+
+    def _withdraw(self, running: RequestState) -> bool:
+        """Have a request decode no more; whether it was in no step."""
+        request_id = running.request.request_id
+        self._num_decoding -= 1
+        if self._growth.stalled.pop(request_id, None) is not None:
+            return True
+        return self._ready.discard(request_id, running.table)
 
     def reset(self, lost: Iterable[Plan] = ()) -> None:
         """Forget every request, in whatever state an interruption left them; all pages are free.
@@ -163,7 +170,7 @@ class Scheduler:
         self._prefill.clear()
         self._requests.clear()
         self._ready.clear()
-        self._ready_tally.clear()
+        self._growth.stalled.clear()
         self._num_decoding = 0
         self._works.clear()
         self.ledger.reset()
@@ -183,11 +190,14 @@ class Scheduler:
         Args:
             now_s: seconds on the clock of the requests' arrivals.
         """
+        tables, set_back = self._grow() if self._growth.stalled else ({}, [])
         num_places = self.config.max_sequences - self.num_running
         admitted = self._admission.admit(num_places, now_s)
         for running in admitted:
             self._prefill.add(running)
-        chunks, work = self._decode()
+        # decodes that gathered in one of several steps in flight would all wait for each other
+        share = -(-self._num_decoding // self.depth)
+        chunks, work = self._ready.take(share, self._requests)
         prefills = self._prefill.plan(work, now_s, delays_decodes=self._num_decoding > 0)
         for running, chunk in zip(prefills.prompts, prefills.chunks, strict=True):
             self._router.advance(running.table, chunk.start, chunk.stop)
@@ -202,9 +212,10 @@ class Scheduler:
         return Plan(
             index=self._num_plans - 1,
             chunks=tuple(chunks),
-            admitted=tuple(map(_admission, admitted)),
+            admitted=tuple(Admission.of(running.request) for running in admitted),
             released=released,
-            tables=tuple((running.request.request_id, running.table) for running in admitted),
+            tables=(*tables.items(), *((s.request.request_id, s.table) for s in admitted)),
+            set_back=tuple(set_back),
             predicted_s=prefills.seconds,
             slack_s=tuple(prefills.slack_s),
             hits=tuple(running.hit for running in admitted if running.hit is not None),
@@ -220,7 +231,7 @@ class Scheduler:
         """
         if self._prefixes is not None:
             self._prefixes.complete(plan, self._requests, broken)
-        rows = []
+        rows = list[tuple[Chunk, PageTable]]()
         for request_id, start, num_tokens, samples, token_id in plan.chunks:
             running = self._requests[request_id]
             if token_id is None:
@@ -230,15 +241,55 @@ class Scheduler:
                     self._forget(running)
             elif samples:
                 stop = start + num_tokens
-                self._ready[request_id] = Chunk(request_id, stop, 1, True, tokens[request_id])
-                rows.append((stop, running.table))
-        self._ready_tally.add(rows)
+                decode = Chunk(request_id, stop, 1, True, tokens[request_id])
+                if running.request.is_open:
+                    running.outputs.append(tokens[request_id])
+                    if not self._growth.has_page(running, stop):
+                        self._growth.stalled[request_id] = decode
+                        continue
+                rows.append((decode, running.table))
+        self._ready.add(rows)
 
     def learn(self, plan: Plan, seconds: float) -> None:
         """Tell the predictor how long a step really took, if it wants to know."""
         work = self._works.pop(plan.index)
         if self._learner is not None:
             self._learner.observe(max(work, key=self._learner.predict), seconds)
+
+    def _grow(self) -> tuple[dict[int, PageTable], list[int]]:
+        """Give stalled requests pages; the tables that changed, and who was set back for it."""
+        tables, set_back = dict[int, PageTable](), list[int]()
+        for running in self._growth.in_order(self._requests):
+            request_id = running.request.request_id
+            while request_id in self._growth.stalled:
+                decode = self._growth.grow(running)
+                if decode is not None:
+                    self._ready.add([(decode, running.table)])
+                    tables[request_id] = running.table
+                    break
+                victim = self._growth.victim(self._requests.values(), self._ready)
+                if victim is None:
+                    break  # whoever could give pages up is in a step
+                tables.pop(victim.request.request_id, None)
+                set_back.append(victim.request.request_id)
+                self._set_back(victim)
+        return tables, set_back
+
+    def _set_back(self, running: RequestState) -> None:
+        """Take a request's pages away; its output so far is part of its prompt from now on."""
+        if running.is_prefilling:
+            self._prefill.discard(running)
+        else:
+            self._withdraw(running)
+        self._forget(running)
+        request, num_set_back = self._growth.again(running), running.num_set_back + 1
+        state = self._requests[request.request_id] = self._admission.add(
+            request,
+            num_reserved=self._growth.num_reserved(request, num_set_back),
+            is_shared=running.chain is not None,
+            due_s=running.due_s,
+        )
+        state.num_set_back = num_set_back
 
     def _forget(self, running: RequestState) -> None:
         request = running.request
@@ -251,34 +302,6 @@ class Scheduler:
             self.ledger.release(request.request_id)
         self._admission.note_release(request.request_id)
         self._released.append(request.request_id)
-
-    def _decode(self) -> tuple[list[Chunk], Work]:
-        """All decodes that are ready; where steps overlap, no more than its share of them.
-
-        Decodes that gathered in one of several steps in flight would all wait for each other.
-        """
-        if not self._ready:
-            return [], self.work_model.nothing
-        share = -(-self._num_decoding // self.depth)
-        if share >= len(self._ready):
-            chunks, work = list(self._ready.values()), self._ready_tally.work()
-            self._ready.clear()
-            self._ready_tally.clear()
-            return chunks, work
-        chunks = list(islice(self._ready.values(), share))
-        rows = [(chunk.start, self._requests[chunk.request_id].table) for chunk in chunks]
-        self._ready_tally.add(rows, sign=-1)
-        taken = DecodeTally(self.work_model)
-        taken.add(rows)
-        for chunk in chunks:
-            del self._ready[chunk.request_id]
-        return chunks, taken.work()
-
-
-def _admission(running: RequestState) -> Admission:
-    request = running.request
-    what = request.request_id, request.prompt_ids, request.params
-    return Admission(*what, request.seed, request.end_token_ids, request.num_given)
 
 
 def build_scheduler(

@@ -246,7 +246,8 @@ class Engine:
             self._finish(active, "error")
             return active.piece()
         if not chunk.is_decode:
-            active.prefilled = min(chunk.stop, len(output.prompt_token_ids))
+            done = min(chunk.stop, len(output.prompt_token_ids))
+            active.prefilled = max(active.prefilled, done)  # less if it was set back
             output.metrics.chunks.append(chunk.num_tokens)
         if output.prompt_logprobs is not None:
             output.prompt_logprobs += result.prompt_logprobs.get(chunk.request_id, [])
@@ -274,14 +275,20 @@ class Engine:
         return active.piece((sampled.token_id,), text, logprobs)
 
     def _note_admitted(self, plan: Plan, now_s: float) -> None:
-        tables = dict(plan.tables)
+        tables, new = dict(plan.tables), set[int]()
         for admission in plan.admitted:
             metrics = self._active[admission.request_id].output.metrics
+            if metrics.queued_s is not None:
+                continue  # it was set back
             metrics.queued_s = now_s - metrics.arrival_s
             metrics.num_shards = len(tables[admission.request_id].extents)
+            new.add(admission.request_id)
         for hit in plan.hits:
-            output = self._active[hit.request_id].output
-            note_hit(hit, output, self.intake.tokenizer)
+            if hit.request_id in new:
+                output = self._active[hit.request_id].output
+                note_hit(hit, output, self.intake.tokenizer)
+        for request_id in plan.set_back:
+            self._active[request_id].output.metrics.num_set_back += 1
 
     def _time_token(self, active: Active) -> None:
         now_s, metrics = self.clock(), active.output.metrics

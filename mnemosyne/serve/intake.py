@@ -94,7 +94,9 @@ class Intake:
                 text and there is no tokenizer.
         """
         prompt_ids = self.read(prompt).ids
-        params = self._with_max_tokens(own_params(params), len(prompt_ids), capacity)
+        params = own_params(params)
+        is_open = params.max_tokens is None
+        params = self._with_max_tokens(params, len(prompt_ids), capacity)
         self._check(prompt_ids, params)
         resolved = self.defaults.resolve(params)
         deadline_s = None if params.deadline is None else float(params.deadline)
@@ -116,6 +118,7 @@ class Intake:
                     deadline_s=deadline_s,
                     sample=sample,
                     num_given=len(known),
+                    is_open=is_open,
                 )
             )
         return requests

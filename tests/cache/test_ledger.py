@@ -84,3 +84,28 @@ def test_the_key_that_bounds_a_request_is_named() -> None:
     assert make_ledger(10, 10, max_tokens_per_group=40).bound_by() == "cache.max_tokens"
     assert make_ledger(10, 10, max_tokens_per_group=36).bound_by() == "cache.max_tokens_per_group"
     assert make_ledger(9, 10, max_tokens_per_group=36).bound_by() == "cache.max_tokens"
+
+
+def test_a_table_grows_by_a_page_and_gives_all_of_them_back() -> None:
+    ledger = make_ledger(10, 10, max_tokens_per_group=20)
+    for holder in range(3):
+        ledger.reserve(holder, places(0), 8)
+    grown = [ledger.grow(holder) for holder in (0, 1, 2, 0)]
+
+    assert grown[:2] + grown[3:] != [None] * 3
+    for holder in range(3):
+        ledger.release(holder)
+    assert ledger.num_used == 0
+    assert ledger.reserve(9, places(0, 1), 40) is not None
+
+
+def test_a_full_group_is_followed_by_another_and_the_last_by_none() -> None:
+    ledger = make_ledger(2, 2, max_tokens_per_group=8)
+    ledger.reserve(0, places(1), 8)
+
+    table = ledger.grow(0)
+
+    assert table is not None
+    assert [(e.group, e.start, len(e.pages)) for e in table.extents] == [(1, 0, 2), (0, 8, 1)]
+    assert ledger.grow(0) is not None
+    assert ledger.grow(0) is None
