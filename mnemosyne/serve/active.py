@@ -109,4 +109,6 @@ class Active:
             len(output.prompt_token_ids),
             request.sample,
             output.stop_reason,
+            None,
+            output.metrics.num_cached,
         )

@@ -193,7 +193,8 @@ class EmbeddedBackend:
         self._looked_s = self._turned_s
         scheduler, backlog_s, longest = self._engine.scheduler, 0.0, 0
         for output in self._engine.unfinished():
-            total, done = len(output.prompt_token_ids), sum(output.metrics.chunks)
+            metrics, total = output.metrics, len(output.prompt_token_ids)
+            done = sum(metrics.chunks) + metrics.num_cached
             longest = max(longest, total)
             if done < total:
                 backlog_s += scheduler.prefill_s(total) - scheduler.prefill_s(done)
@@ -217,4 +218,5 @@ def event_of(piece: Piece) -> Event:
         piece.error,
         piece.prefilled,
         piece.num_prompt_tokens,
+        piece.num_cached,
     )

@@ -15,12 +15,12 @@ from mnemosyne.server.fields import Fields
 SAME = (
     *("temperature", "top_p", "top_k", "min_p", "seed", "min_tokens", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty", "stop", "stop_token_ids", "ignore_eos"),
-    *("skip_special_tokens", "n", "priority", "deadline", "prompt_logprobs"),
+    *("skip_special_tokens", "n", "priority", "deadline", "prompt_logprobs", "cache_salt"),
 )
 # known, and of no effect on the answer here
 INERT = (
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
-    *("prompt_cache_retention", "cache_salt", "request_id", "parallel_tool_calls"),
+    *("prompt_cache_retention", "request_id", "parallel_tool_calls"),
     *("include_reasoning", "timings_per_token", "cache_prompt", "spaces_between_special_tokens"),
 )
 

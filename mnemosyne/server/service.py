@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -141,6 +142,9 @@ class Service:
 
     def _accept(self, answer: Answer, who: str, request: Request) -> None:
         self.gate.keys.take_tokens(who, answer.num_prompt_tokens)
+        if not self.gate.keys.is_open:  # what one key has cached, no other can find out
+            salted = f"{who} {answer.params.cache_salt or ''}"
+            answer.params.cache_salt = hashlib.sha256(salted.encode()).hexdigest()
         self.totals.accept(answer)
         self._answers[answer.id] = answer
         request.state.note = {"prompt_tokens": answer.num_prompt_tokens}

@@ -42,6 +42,26 @@ def test_every_inference_route_wants_a_key_of_the_file(tmp_path: Path) -> None:
         assert client.get("/health").status_code == 200
 
 
+def test_keys_share_no_cached_prefix_and_each_has_its_own(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("alpha\nbeta\n")
+    asked = ASKED | {"prompt": list(range(3, 300)), "max_tokens": 1}
+    headers = [{"Authorization": f"Bearer {key}"} for key in ("alpha", "beta", "beta", "alpha")]
+    with (
+        open_needle() as llm,
+        serving(llm.engine, api_keys=str(tmp_path / "keys")) as live,
+        httpx.Client(base_url=live.url, timeout=WAIT_S) as client,
+    ):
+        answers = [client.post("/v1/completions", json=asked, headers=h).json() for h in headers]
+        salted = client.post(
+            "/v1/completions", json=asked | {"cache_salt": "other"}, headers=headers[0]
+        ).json()
+
+    cached = [a["usage"]["prompt_tokens_details"]["cached_tokens"] for a in (*answers, salted)]
+    assert cached[:2] == [0, 0]
+    assert min(cached[2:4]) > 0
+    assert cached[4] == 0
+
+
 def test_a_key_has_its_requests_and_tokens_of_a_minute(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("alpha beta")
     clock = [0.0]
