@@ -33,16 +33,7 @@ def read_rope(
     Raises:
         ValueError: for a kind that is not implemented, a missing or an unknown entry.
     """
-    new, old = config.section("rope_parameters"), config.section("rope_scaling")
-    config.require(
-        new is None or old is None or new.same_entries(old),
-        "rope_scaling",
-        "agree with rope_parameters",
-        config.value("rope_scaling"),
-        "keep rope_parameters alone",
-    )
-    rope = new or old or Config({})
-    theta = _theta(config, DEFAULT_THETA)
+    rope, theta = _section(config), _theta(config, DEFAULT_THETA)
     share = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
     owner = rope if rope.value("partial_rotary_factor") else config
     dim = int(head_dim * share)
@@ -64,6 +55,19 @@ def read_rope(
     )
     rope.refuse_rest(elsewhere)
     return spec
+
+
+def _section(config: Config) -> Config:
+    """The entries of either name, which must agree where both are there."""
+    new, old = config.section("rope_parameters"), config.section("rope_scaling")
+    config.require(
+        new is None or old is None or new.same_entries(old),
+        "rope_scaling",
+        "agree with rope_parameters",
+        config.value("rope_scaling"),
+        "keep rope_parameters alone",
+    )
+    return new or old or Config({})
 
 
 def read_ropes_by_kind(

@@ -109,8 +109,7 @@ def split_keys(
     first_partial = np.cumsum(rows * parts) - rows * parts
     items = np.empty((len(tile), 8), dtype=np.int64)
     items[:, :4] = tiles[tile, :4]
-    items[:, 4] = starts
-    items[:, 5] = stops
+    items[:, 4], items[:, 5] = starts, stops
     items[:, 6] = first_partial[tile] + _index_in_run(tile, parts) * rows[tile]
     items[:, 7] = ~cut[tile]
     items = items[np.argsort(items[:, 4] - items[:, 5], kind="stable")]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +12,11 @@ from functools import partial
 from typing import Any
 
 import hydra
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from mnemosyne.cli.arguments import describe_type, key_types, nearest, prepare
+from mnemosyne.cli.around_hydra import errors_of_hydra, process_arguments, sweep_folder
 from mnemosyne.cli.ranks import command_of_run, run_on_ranks
 from mnemosyne.config_bench import BenchConfig
 from mnemosyne.config_client import BenchServeConfig, ChatConfig
@@ -124,14 +123,8 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
     def job(composed: DictConfig) -> None:
         # One run of a sweep may be refused; the others are not affected.
         try:
-            config = to_config(composed, command.config)
             again = partial(command_of_run, name, flags)
-            if command.front is not None and "RANK" not in os.environ:
-                status = command.front(config, again)
-            elif command.has_ranks:
-                status = run_on_ranks(command.run, config, again)
-            else:
-                status = command.run(config)
+            status = _run_composed(command, to_config(composed, command.config), again)
         except BrokenPipeError:
             drop_output()
             status = UNREAD
@@ -159,51 +152,17 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
     return max(statuses, default=OK)
 
 
+def _run_composed(command: Command, config: Any, again: Callable[[], Sequence[str]]) -> int:
+    """Run a command here, on ranks or behind a front; ``again`` gives the words of this run."""
+    if command.front is not None and "RANK" not in os.environ:
+        return command.front(config, again)
+    if command.has_ranks:
+        return run_on_ranks(command.run, config, again)
+    return command.run(config)
+
+
 class EndedElsewhereError(RuntimeError):
     """A run of a sweep failed in another process, where the reason was said."""
-
-
-@contextmanager
-def errors_of_hydra() -> Iterator[None]:
-    """Make one ValueError of what Hydra refuses, which it would print over several lines.
-
-    Raises:
-        ValueError: with its first line.
-    """
-    name = "HYDRA_FULL_ERROR"  # the only way to have it raise
-    usual = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(f"{str(error).strip().partition(chr(10))[0]}; see --help") from error
-    finally:
-        del os.environ[name]
-        if usual is not None:
-            os.environ[name] = usual
-
-
-@contextmanager
-def sweep_folder(flags: Sequence[str]) -> Iterator[list[str]]:
-    """Where a sweep leaves a record of itself, as an override; the caller's folder stays clean.
-
-    A single run has none: a rank that is killed could not take it away.
-    """
-    if not {"--multirun", "-m"} & set(flags):
-        yield []
-        return
-    with tempfile.TemporaryDirectory(prefix="mnemosyne-") as folder:
-        yield [f"hydra.sweep.dir={folder}"]
-
-
-@contextmanager
-def process_arguments(*arguments: str) -> Iterator[None]:
-    """Stand in for what the shell said: Hydra reads nothing else."""
-    said, sys.argv = sys.argv, list(arguments)
-    try:
-        yield
-    finally:
-        sys.argv = said
 
 
 def config_of(name: str, *words: str) -> Any:

@@ -84,9 +84,8 @@ def build_rank(
         is_recordable=spec.is_recordable,
         is_static=spec.is_static,
     )
-    dtype = compute.dtype
     mesh = init_mesh(config.mesh, device.type)
-    decoder = checkpoint.decoder(mesh, dtype, compute.operators)
+    decoder = checkpoint.decoder(mesh, compute.dtype, compute.operators)
     token_bytes = local.kv_bytes_per_token(len(decoder.layers))
     num_pages = _count_pages(config.cache, decoder, token_bytes, device)
     intake = _intake(checkpoint)
@@ -102,7 +101,7 @@ def build_rank(
         backend=compute.backend.name,
         operators=compute.operators.name,
     )
-    _announce(rank, f"{dtype} on {device}", num_bytes, token_bytes)
+    _announce(rank, f"{compute.dtype} on {device}", num_bytes, token_bytes)
     return rank
 
 

@@ -86,38 +86,35 @@ def build_inputs(
     Args:
         plan: the step.
         sequences: state of every request in it.
-        group: index on the kvp axis.
-        num_groups: degree of the kvp axis.
+        group, num_groups: index and degree on the kvp axis.
         is_wide: whether the MLP is sharded over the groups as well.
         page_size: tokens per page.
         padding_slot: where rows write that store nothing here.
-        page_ids: of all sequences of this rank.
+        page_ids: of all this rank's sequences.
         device: where the tensors go.
     """
     packing = _Packing(group, page_size, page_ids)
-    for chunk in plan.chunks:
-        packing.add(chunk, sequences[chunk.request_id])
-    packed, chunks, segments = packing.packed(padding_slot), packing.chunks, packing.segments
-    num_rows = packed.shape[1]
-    ids, positions, slots = torch.from_numpy(packed).to(device).unbind()
-    shared, wide = None, None
+    packing.add_all(plan, sequences)
+    ids, positions, slots = torch.from_numpy(packing.packed(padding_slot)).to(device).unbind()
+    chunks, segments = packing.chunks, packing.segments
+    num_rows, shared, wide = len(ids), None, None
     shared_ids = _shared_ids(plan, sequences) if num_groups > 1 else set()
     if is_wide or shared_ids:
         first_rows = {placed.chunk.request_id: placed.first_row for placed in chunks}
     if is_wide:
-        wide = _wide_rows(plan, sequences, first_rows, group, num_groups)
+        wide = _wide_rows(plan, sequences, first_rows, group, num_groups).to(device)
     if shared_ids:
         common, segments = _parted(chunks, segments, shared_ids)
         batch = AttentionBatch(tuple(common), num_rows, page_size, page_ids.tensor)
-        shared = _shared_rows(plan, shared_ids, first_rows, batch)
+        shared = _shared_rows(plan, shared_ids, first_rows, batch).to(device)
     return StepInputs(
         token_ids_T=ids,
         positions_T=positions,
         slots_T=slots,
         batch=AttentionBatch(tuple(segments), num_rows, page_size, page_ids.tensor),
         chunks=tuple(chunks),
-        shared=shared.to(device) if shared else None,
-        wide=wide.to(device) if wide else None,
+        shared=shared,
+        wide=wide,
     )
 
 
@@ -150,6 +147,11 @@ class _Packing:
         self._num_rows = 0
         self._decodes: list[tuple[int, int, int, int]] = []  # row, id, position, slot
         self._views: list[tuple[int, _LocalView]] = []  # first row and view of the other chunks
+
+    def add_all(self, plan: Plan, sequences: Mapping[int, SequenceState]) -> None:
+        """Take in the chunks of a plan that the group takes part in."""
+        for chunk in plan.chunks:
+            self.add(chunk, sequences[chunk.request_id])
 
     def add(self, chunk: Chunk, sequence: SequenceState) -> None:
         """Take a chunk in, if the group takes part in it."""

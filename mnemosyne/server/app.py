@@ -73,15 +73,20 @@ def create_app(
     _add_inference(app, service)
     _add_models(app, service)
     _add_operations(app, service, drain)
+    _add_middleware(app, service, config)
+    return app
+
+
+def _add_middleware(app: FastAPI, service: Service, config: HttpConfig) -> None:
     app.add_middleware(Door, count=service.totals.count_response, logs=config.access_log)
     if config.cors_origins:
+        origins, everything = config.cors_origins, ["*"]
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=config.cors_origins,
-            allow_methods=["*"],
-            allow_headers=["*"],
+            allow_origins=origins,
+            allow_methods=everything,
+            allow_headers=everything,
         )
-    return app
 
 
 def _handle_errors(app: FastAPI) -> None:

@@ -138,12 +138,8 @@ def judge(
     if config.context_tokens > max_context:
         return replace(held, reason=_why_too_small(memory, config.hardware))
     cost = StepCost(shape, config.hardware, config.efficiency, mesh, stages)
-    outlook = Outlook(
-        cost,
-        context=config.context_tokens,
-        page_size=config.page_size,
-        max_chunk=config.max_chunk,
-    )
+    sizes = {"page_size": config.page_size, "max_chunk": config.max_chunk}
+    outlook = Outlook(cost, context=config.context_tokens, **sizes)
     slots = capacity // (config.context_tokens + config.output)
     trials: list[Verdict] = []
     for decodes in _loads(config, slots):
