@@ -57,6 +57,7 @@ def create_app(
             stack.push_async_callback(service.stop)
             if embedded is not None:
                 await stack.enter_async_context(embedded)
+                await service.known()
             yield
 
     app = FastAPI(

@@ -62,6 +62,11 @@ class Service:
         self._readers.start()
         self._knowing = asyncio.ensure_future(self._know())
 
+    async def known(self) -> None:
+        """Wait until requests can be read."""
+        assert self._knowing is not None, "it was started"
+        await self._knowing
+
     async def stop(self) -> None:
         if self._knowing is not None:
             self._knowing.cancel()
