@@ -9,7 +9,11 @@ from it, releasing who finished and queueing who comes instead), which delays th
 and both together. A machine shared with others makes some of any work slow: the last line tells by
 how much, from a loop of plain arithmetic that took about as long as a decision.
 
-Usage: python tools/bench_schedule.py [--long 10M] [--short 1000] [--steps 2000] [--json FILE]
+With ``--cached`` prefixes are shared, and so many tokens of other prompts are known, whose pages
+must go for new ones; a line in front tells how long hashing and looking up a prompt of 1M takes.
+
+Usage: python tools/bench_schedule.py [--long 10M] [--short 1000] [--steps 2000] [--cached 10M]
+       [--json FILE]
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ from itertools import count
 
 import numpy as np
 
+from mnemosyne.cache.chain import Chain
+from mnemosyne.cache.ledger import Ledger, Place
 from mnemosyne.config import ScheduleConfig, SloConfig, parse_size
 from mnemosyne.metrics import percentiles
 from mnemosyne.request import Request, SamplingParams
@@ -33,6 +39,8 @@ from mnemosyne.schedule.scheduler import build_scheduler
 from mnemosyne.schedule.work import StepWork, WorkModel
 
 PAGE_SIZE = 128
+VOCAB_SIZE = 32_000
+FILLER = -1  # the request that fills the cache
 ENDLESS = 2**20  # output tokens of a request that never finishes here
 
 
@@ -68,7 +76,9 @@ class Outcome:
 class Crowd:
     """One long prompt and short requests that are replaced as they finish."""
 
-    def __init__(self, case: Case, long_tokens: int, num_short: int, policy: str) -> None:
+    def __init__(
+        self, case: Case, long_tokens: int, num_short: int, policy: str, num_cached: int = 0
+    ) -> None:
         room = case.prompt_tokens + case.output_tokens + PAGE_SIZE
         num_pages = (long_tokens + ENDLESS + num_short * room) // PAGE_SIZE + 1
         max_sequences = case.max_sequences or num_short + 1
@@ -83,10 +93,14 @@ class Crowd:
             max_tokens_per_group=num_pages * PAGE_SIZE,
             predictor=self.predictor,
             work_model=WorkModel((None,)),
+            fingerprint=b"bench" if num_cached else None,
         )
         self.now_s = 0.0
         self._case = case
         self._rng = np.random.default_rng(0)
+        self._is_shared = num_cached > 0
+        if num_cached:
+            fill(self.scheduler.ledger, min(num_cached, num_pages * PAGE_SIZE), self._rng)
         self._ids = count()
         self._left: dict[int, int] = {}  # output tokens to come
         self.scheduler.add(self._request(long_tokens, ENDLESS))
@@ -102,12 +116,18 @@ class Crowd:
         self._left[request_id] = output_tokens
         return Request(
             request_id=request_id,
-            prompt_ids=np.zeros(prompt_tokens, dtype=np.int64),
+            prompt_ids=self._ids_of(prompt_tokens),
             params=SamplingParams(max_tokens=output_tokens),
             seed=0,
             end_token_ids=(),
             arrival_s=self.now_s,
         )
+
+    def _ids_of(self, num_tokens: int) -> np.ndarray:
+        """Tokens that nobody else has, where that matters."""
+        if not self._is_shared:
+            return np.zeros(num_tokens, dtype=np.int64)
+        return self._rng.integers(0, VOCAB_SIZE, num_tokens)
 
     def step(self) -> tuple[float, float, int, int]:
         """Seconds of the decision, and of what follows; decodes and chunks of the step."""
@@ -139,6 +159,33 @@ class Crowd:
         return time.perf_counter() - made_s + released_s - started_s
 
 
+def fill(ledger: Ledger, num_tokens: int, rng: np.random.Generator) -> None:
+    """Have so many tokens cached, in prompts of a page to a few hundred of them."""
+    while num_tokens >= PAGE_SIZE:
+        length = min(num_tokens, int(rng.integers(1, 400)) * PAGE_SIZE) // PAGE_SIZE * PAGE_SIZE
+        chain = Chain(b"bench", rng.integers(0, VOCAB_SIZE, length), PAGE_SIZE)
+        ledger.reserve(FILLER, [Place(0)], length)
+        ledger.release(FILLER, chain, length)
+        num_tokens -= length
+
+
+def lookup_us(num_steps: int) -> dict[int, float]:
+    """What hashing and looking up a prompt of 1M tokens takes that is cached, microseconds."""
+    ids, length = np.random.default_rng(1).integers(0, VOCAB_SIZE, 2**20), 2**20
+    ledger = Ledger(
+        [length // PAGE_SIZE], page_size=PAGE_SIZE, max_tokens_per_group=length, shares=True
+    )
+    ledger.reserve(FILLER, [Place(0)], length)
+    ledger.release(FILLER, Chain(b"bench", ids, PAGE_SIZE), length)
+    seconds = []
+    for _ in range(num_steps):
+        started_s = time.perf_counter()
+        found = ledger.match(0, Chain(b"bench", ids, PAGE_SIZE), 0, length // PAGE_SIZE)
+        seconds.append(time.perf_counter() - started_s)
+        assert len(found) == length // PAGE_SIZE
+    return percentiles(1e6 * s for s in seconds)
+
+
 def gpu_like_steps() -> Iterator[tuple[StepWork, float]]:
     """Steps of a machine on which 10M tokens take minutes: about an 8B model on eight H100."""
     model = WorkModel((None,))
@@ -149,8 +196,10 @@ def gpu_like_steps() -> Iterator[tuple[StepWork, float]]:
             yield work, seconds
 
 
-def measure(case: Case, long_tokens: int, num_short: int, num_steps: int, policy: str) -> Outcome:
-    crowd = Crowd(case, long_tokens, num_short, policy)
+def measure(
+    case: Case, long_tokens: int, num_short: int, num_steps: int, policy: str, num_cached: int
+) -> Outcome:
+    crowd = Crowd(case, long_tokens, num_short, policy, num_cached)
     is_steady = case.output_tokens < ENDLESS
     while crowd.step()[2] < num_short and not is_steady:
         pass  # until all of them decode
@@ -188,13 +237,18 @@ def main() -> int:
     parser.add_argument("--short", type=int, default=1000, help="short requests")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--policy", default="lars")
+    parser.add_argument("--cached", default="0", help="tokens of other prompts that are cached")
     parser.add_argument("--json", help="write the outcomes to this file")
     arguments = parser.parse_args()
     long_tokens = parse_size(arguments.long, "--long")
     outcomes = []
     print(f"{'microseconds, p50 and p99':<46}{'decision':>17}{'after it':>17}{'both':>17}")
+    num_cached = parse_size(arguments.cached, "--cached")
+    if num_cached:
+        print(row("hashing and looking up 1M tokens", lookup_us(20)))
     for case in CASES:
-        o = measure(case, long_tokens, arguments.short, arguments.steps, arguments.policy)
+        how_many = arguments.short, arguments.steps, arguments.policy, num_cached
+        o = measure(case, long_tokens, *how_many)
         outcomes.append(o)
         name = f"{o.name}: {o.num_decodes:.0f} decodes, {o.num_chunks:.0f} chunks"
         print(row(name, o.decision_us, o.after_us, o.step_us))

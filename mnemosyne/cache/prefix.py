@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left
 from heapq import heapify, heappop, heappush
 from itertools import islice
@@ -11,7 +12,7 @@ import numpy as np
 
 from mnemosyne.cache.chain import ID_DTYPE, Chain
 
-MAX_COMPARED = 256  # pages that a page which is not there is compared with
+MAX_COMPARED = 32  # pages that a page which is not there is compared with
 NO_PAGES = np.empty(0, dtype=np.int64)
 
 
@@ -44,11 +45,14 @@ class PrefixIndex:
         self._digests: list[bytes | None] = [None] * num_pages
         self._parents = [-1] * num_pages  # the page before, if it is on this group
         self._children: dict[int, dict[int, None]] = {}  # pages after a page, in order
-        self._is_end = np.ones(num_pages, dtype=bool)  # no page follows it
-        self._is_counted = np.zeros(num_pages, dtype=bool)
-        self._is_found = np.zeros(num_pages, dtype=bool)
-        self._holders = np.zeros(num_pages, dtype=np.int32)
-        self._used = np.zeros(num_pages, dtype=np.int64)  # when it was last let go
+        # each twice: one page is asked for in Python, and many at once in numpy
+        self._end = bytearray(b"\1" * num_pages)  # no page follows it
+        self._found, self._counted = bytearray(num_pages), bytearray(num_pages)
+        flags = self._end, self._found, self._counted
+        self._is_end, self._is_found, self._is_counted = (np.frombuffer(f, bool) for f in flags)
+        self._num_of, self._last_of = array("i", [0]) * num_pages, array("q", [0]) * num_pages
+        self._holders = np.frombuffer(self._num_of, np.int32)
+        self._used = np.frombuffer(self._last_of, np.int64)  # when it was last let go
         self._time = 0
         self._ends: list[tuple[int, int]] = []  # (used, page): idle ends, and some that were
         # it takes no memory before it is written
@@ -112,7 +116,7 @@ class PrefixIndex:
 
     def num_holders(self, page: int) -> int | None:
         """How many hold a page, None if they are not counted: then one does, or nobody."""
-        return int(self._holders[page]) if self._is_counted[page] else None
+        return self._num_of[page] if self._counted[page] else None
 
     def num_held(self, pages: np.ndarray) -> int:
         """How many of some known pages somebody holds."""
@@ -135,7 +139,7 @@ class PrefixIndex:
         Returns:
             How many are known now.
         """
-        if before is not None and not self._is_found[before]:
+        if before is not None and not self._found[before]:
             return 0  # whoever holds a known page holds those before it
         for index, page in enumerate(pages.tolist()):
             digest = chain.digests[first + index]
@@ -217,7 +221,7 @@ class PrefixIndex:
 
     def _note_end(self, page: int) -> None:
         """Have a page among those that go first, if it is idle and an end."""
-        used = int(self._used[page])
+        used = self._last_of[page]
         if not self._is_idle_end(page, used):
             return
         heappush(self._ends, (used, page))
@@ -227,17 +231,17 @@ class PrefixIndex:
 
     def _is_idle_end(self, page: int, used: int) -> bool:
         """Return whether a page that was last let go at some time can be forgotten now."""
-        if page < 0 or not (self._is_found[page] and self._is_end[page]):
+        if page < 0 or not (self._found[page] and self._end[page]):
             return False
-        return bool(self._holders[page] == 0 and self._used[page] == used)
+        return self._num_of[page] == 0 and self._last_of[page] == used
 
     def _link(self, page: int, digest: bytes, before: int) -> None:
         self._pages[digest], self._digests[page] = page, digest
         self._parents[page] = before
         self._children.setdefault(before, {})[page] = None
-        self._is_end[page] = True
+        self._end[page] = True
         if before >= 0:
-            self._is_end[before] = False
+            self._end[before] = False
 
     def _unlink(self, page: int) -> int:
         """Make a page unknown; the page before it, or -1."""
@@ -245,11 +249,11 @@ class PrefixIndex:
         assert digest is not None
         del self._pages[digest]
         self._digests[page], self._parents[page] = None, -1
-        self._is_counted[page] = self._is_found[page] = False
+        self._counted[page] = self._found[page] = False
         siblings = self._children[before]
         del siblings[page]
         if not siblings:
             del self._children[before]
             if before >= 0:
-                self._is_end[before] = True
+                self._end[before] = True
         return before

@@ -101,7 +101,9 @@ class AdmissionQueue:
         prompt = RequestState(request.arrival_s, 0.0, 0.0, 0.0, request, 0.0)
         prompt.num_planned, prompt.num_reserved = num_planned, num_reserved or request.max_tokens
         prompt.num_needed = prompt.num_reserved
+        prompt.outputs = [] if request.is_open else None
         if is_shared and self._prefixes is not None:
+            prompt.outputs = []
             prompt.chain = self._prefixes.chain_of(request)
             self._note_cached(prompt, self._prefixes.count(prompt) * self._ledger.page_size)
             prompt.num_needed -= prompt.num_cached

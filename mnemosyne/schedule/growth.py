@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 
 from mnemosyne.cache.ledger import Ledger
-from mnemosyne.cache.table import PageTable
 from mnemosyne.request import Request
 from mnemosyne.schedule.plan import Chunk
 from mnemosyne.schedule.request_state import RequestState
@@ -41,7 +40,8 @@ class Growth:
 
     def has_page(self, state: RequestState, position: int) -> bool:
         """Whether a request has a page for one more token."""
-        return not state.request.is_open or position < self._capacity(state.table)
+        last = state.table.extents[-1]
+        return position < last.start + len(last.pages) * self._ledger.page_size
 
     def grow(self, state: RequestState) -> Chunk | None:
         """Give a stalled request one more page.
@@ -73,6 +73,7 @@ class Growth:
     def again(self, state: RequestState) -> Request:
         """A request that is set back, as it is from now on: its output is part of its prompt."""
         request = state.request
+        assert state.outputs is not None, "they are kept of requests without an end"
         ids = np.concatenate([request.prompt_ids, np.array(state.outputs, dtype=np.int64)])
         num_given = request.num_given + len(state.outputs)
         return replace(request, prompt_ids=ids, num_given=num_given)
@@ -87,7 +88,3 @@ class Growth:
         if state.is_prefilling:
             return state.num_in_flight == 0
         return request.request_id in idle
-
-    def _capacity(self, table: PageTable) -> int:
-        last = table.extents[-1]
-        return last.start + len(last.pages) * self._ledger.page_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from mnemosyne.cache.chain import Chain, seed_of
 from mnemosyne.cache.ledger import Ledger, Place
@@ -10,7 +10,7 @@ from mnemosyne.request import Request
 from mnemosyne.schedule.plan import Hit, Plan
 from mnemosyne.schedule.request_state import RequestState
 
-LONG_TOKENS = 1024  # of a prompt of which it is told where the cache missed
+LONG_TOKENS = 4096  # of a prompt of which it is told where the cache missed
 SHOWN_TOKENS = 24  # of the nearest cached prompt, where they differ
 
 
@@ -120,35 +120,52 @@ class Prefixes:
         self._lead(state)
 
     def complete(
-        self, plan: Plan, states: dict[int, RequestState], broken: Collection[int]
+        self, plan: Plan, states: Mapping[int, RequestState], broken: Collection[int]
     ) -> None:
-        """Take note that a step is back: pages that it filled may be shared.
+        """Take note that a step is back: pages that its prefills filled may be shared.
 
         Args:
             plan: the step.
-            states: of all requests.
+            states: of all requests, before what it sampled is entered.
             broken: whose keys or values may not be finite.
         """
-        page_size = self._ledger.page_size
-        for request_id, start, num_tokens, _, token_id in plan.chunks:
+        for request_id in broken:
             state = states[request_id]
-            if state.chain is None or state.is_broken:
-                continue
-            if request_id in broken:
+            if state.chain is not None and not state.is_broken:
+                self._catch_up(state)
                 state.is_broken = True
                 self._follow(state)
+        page_size = self._ledger.page_size
+        for chunk in plan.chunks[plan.num_decodes :]:
+            state = states[chunk.request_id]
+            if state.chain is None or state.is_broken:
                 continue
-            if token_id is not None:
-                state.chain.append(token_id)
-            before, state.num_computed = state.num_computed, start + num_tokens
-            if before // page_size != state.num_computed // page_size:
-                self._ledger.publish(request_id, state.chain, state.num_computed)
+            before, state.num_computed = state.num_computed, chunk.stop
+            if before // page_size != chunk.stop // page_size:
+                self._ledger.publish(chunk.request_id, state.chain, chunk.stop)
                 self._lead(state)
+
+    def fill(self, state: RequestState) -> None:
+        """Take note that a decode filled a page, once what it sampled is entered."""
+        if state.chain is not None and not state.is_broken:
+            self._catch_up(state)
+            self._ledger.publish(state.request.request_id, state.chain, state.num_computed)
 
     def end(self, state: RequestState) -> None:
         """Give the pages of a request back; those that are whole stay for others."""
         self._follow(state)
+        self._catch_up(state)
         self._ledger.release(state.request.request_id, state.chain, state.num_computed)
+
+    def _catch_up(self, state: RequestState) -> None:
+        """Count the tokens that decodes computed since this was last asked: all but the newest."""
+        if state.is_broken or not state.outputs:
+            return
+        assert state.chain is not None
+        state.num_computed = state.request.num_prompt_tokens + len(state.outputs) - 1
+        for token_id in state.outputs[state.num_chained : -1]:
+            state.chain.append(token_id)
+        state.num_chained = len(state.outputs) - 1
 
     def clear(self) -> None:
         """Forget who computes what."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mnemosyne.cache.chain import Chain
 from mnemosyne.cache.table import PageTable
@@ -23,12 +23,14 @@ class RequestState(Urgency[float]):
     num_planned: int = 0  # prompt tokens in this and earlier plans, or cached
     num_reserved: int = 0  # tokens that it asks pages for when it is admitted
     num_set_back: int = 0  # how often it gave its pages up
-    outputs: list[int] = field(default_factory=list)  # tokens sampled, if its end is not known
+    # tokens sampled, if pages are shared or its end is not known
+    outputs: list[int] | None = None
     num_in_flight: int = 0  # steps that hold a chunk of its prompt
     is_released: bool = False
     # where prefixes are shared
     chain: Chain | None = None  # its tokens
     num_cached: int = 0  # prompt tokens that the cache holds; an estimate while it waits
+    num_chained: int = 0  # of its outputs, those that the chain has
     num_computed: int = 0  # positions whose keys and values are there, and finite
     is_broken: bool = False  # what it computes from now on is not shared
     hit: Hit | None = None  # once it is admitted

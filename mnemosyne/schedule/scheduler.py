@@ -229,9 +229,10 @@ class Scheduler:
             tokens: what it sampled, by request; each is the decode of a step to come.
             broken: requests whose keys or values may not be finite.
         """
-        if self._prefixes is not None:
-            self._prefixes.complete(plan, self._requests, broken)
-        rows = list[tuple[Chunk, PageTable]]()
+        shares, page_size = self._prefixes, self.ledger.page_size
+        if shares is not None:
+            shares.complete(plan, self._requests, broken)
+        rows: list[tuple[Chunk, PageTable]] = []
         for request_id, start, num_tokens, samples, token_id in plan.chunks:
             running = self._requests[request_id]
             if token_id is None:
@@ -242,9 +243,11 @@ class Scheduler:
             elif samples:
                 stop = start + num_tokens
                 decode = Chunk(request_id, stop, 1, True, tokens[request_id])
-                if running.request.is_open:
+                if running.outputs is not None:
                     running.outputs.append(tokens[request_id])
-                    if not self._growth.has_page(running, stop):
+                    if stop % page_size == 0 and token_id is not None and shares is not None:
+                        shares.fill(running)
+                    if running.request.is_open and not self._growth.has_page(running, stop):
                         self._growth.stalled[request_id] = decode
                         continue
                 rows.append((decode, running.table))
@@ -277,10 +280,8 @@ class Scheduler:
 
     def _set_back(self, running: RequestState) -> None:
         """Take a request's pages away; its output so far is part of its prompt from now on."""
-        if running.is_prefilling:
-            self._prefill.discard(running)
-        else:
-            self._withdraw(running)
+        withdraw = self._prefill.discard if running.is_prefilling else self._withdraw
+        withdraw(running)
         self._forget(running)
         request, num_set_back = self._growth.again(running), running.num_set_back + 1
         state = self._requests[request.request_id] = self._admission.add(

@@ -240,9 +240,9 @@ def test_room_is_made_by_forgetting_what_was_used_longest_ago():
 
 
 def test_the_place_where_a_long_prompt_differs_is_told():
-    scheduler = make_scheduler(num_pages=1000, chunk=2000)
-    run_to_end(scheduler, make_request(0, range(1200)))
-    other = [*range(1200)]
+    scheduler = make_scheduler(num_pages=3000, chunk=5000)
+    run_to_end(scheduler, make_request(0, range(4200)))
+    other = [*range(4200)]
     other[41] = 7777
     scheduler.add(make_request(1, other))
 
