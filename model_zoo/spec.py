@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,11 @@ def read_spec(path: Path | str) -> ModelSpec:
     return spec
 
 
+def _named(architectures: Iterable[str], ending: str) -> str:
+    """Architectures that end alike, short enough for a message."""
+    return f"{', '.join(name.removesuffix(ending) for name in architectures)} with {ending}"
+
+
 def _is_multimodal(entries: Mapping[str, Any]) -> bool:
     named = entries.get("architectures")
     return isinstance(named, list) and len(named) == 1 and named[0] in list(WHOLES)
@@ -175,7 +180,8 @@ def _reader(config: Config) -> Reader:
         and len(architectures) == 1
         and architectures[0] in list(FAMILIES),  # a list compares: entries may be no keys
         "architectures",
-        f"be one of {', '.join((*FAMILIES, *WHOLES))}",
+        f"be one of {_named(FAMILIES, 'ForCausalLM')}, "
+        f"or of {_named(WHOLES, 'ForConditionalGeneration')}",
         architectures,
         "use a model of these families",
     )

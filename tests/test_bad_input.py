@@ -84,7 +84,7 @@ def empty(path: Path) -> None:
         (empty, ["model must be a Hugging Face checkpoint", "directory with config.json"]),
         (
             lambda path: edit(path, architectures=["MambaForCausalLM"]),
-            ["architectures in config.json must be one of LlamaForCausalLM", "MambaForCausalLM"],
+            ["architectures in config.json must be one of Gemma3, ", "Llama, ", "MambaForCausalLM"],
         ),
         (
             lambda path: edit(path, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}),

@@ -348,7 +348,7 @@ def test_two_forms_of_rope_must_agree(tmp_path: Path) -> None:
 def test_an_unknown_architecture_is_refused_and_the_known_ones_named(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    with pytest.raises(ValueError, match=r"architectures .* LlamaForCausalLM, .*, Qwen3"):
+    with pytest.raises(ValueError, match=r"architectures .* Llama, .*, Qwen3, .* with ForCausalLM"):
         read(tmp_path, LLAMA_3_8B, **changes)
 
 

@@ -53,8 +53,8 @@ def _decoder() -> Decoder:
 class _FreshAttend(DenseAttend):
     """As backends do, it returns rows in memory of their own."""
 
-    def __call__(self, *arguments: Any) -> Tensor:
-        out_THD = super().__call__(*arguments)
+    def __call__(self, *arguments: Any, **named: Any) -> Tensor:
+        out_THD = super().__call__(*arguments, **named)
         return torch.empty(out_THD.shape, dtype=out_THD.dtype).copy_(out_THD)
 
 
