@@ -1,0 +1,46 @@
+"""Pages for people: what they link to is there, and what the first one shows runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)")
+PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_inside_the_repository_leads_somewhere(page: Path) -> None:
+    targets = LINK.findall(page.read_text(encoding="utf-8"))
+
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_the_first_page_is_short_and_leads_to_every_other() -> None:
+    text = PAGES[0].read_text(encoding="utf-8")
+
+    assert text.count("\n") <= 120
+    reached = set(LINK.findall(text))
+    further = {link for name in reached if name.startswith("docs/") for link in links_of(name)}
+    left = {page.name for page in PAGES[2:]} - {Path(link).name for link in reached | further}
+    assert left == set()
+
+
+def links_of(name: str) -> list[str]:
+    return LINK.findall((ROOT / name).read_text(encoding="utf-8"))
+
+
+def test_the_lines_of_python_on_the_first_page_answer(
+    smollm2: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = PYTHON.findall(PAGES[0].read_text(encoding="utf-8"))
+
+    exec(block.replace('"smollm2"', repr(str(smollm2))), {})  # it is our own
+
+    printed = capsys.readouterr().out
+    assert "Paris" in printed
+    assert printed.count("length") + printed.count("stop") >= 2
