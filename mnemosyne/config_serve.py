@@ -66,3 +66,16 @@ class ServeConfig(EngineConfig):
     """``mnemosyne serve``: an engine behind OpenAI's API."""
 
     serve: HttpConfig = field(default_factory=HttpConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class DrainConfig:
+    """``mnemosyne drain URL``: a server finishes what runs and ends."""
+
+    url: str  # of the server, without a path
+    api_key: str | None = None  # a file whose first line is a key of its
+    timeout: Duration = 3600.0  # seconds, for all of it
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        self.timeout = parse_duration(self.timeout, "timeout")

@@ -100,6 +100,7 @@ TABLE = {
     "cli.plan": _SIMULATED,
     "cli.demo": _DEMO,
     "cli.demo_view": _DEMO,
+    "cli.drain": Rule(("config_serve", "process")),
     "cli.front": Rule(("config_serve", "process", "server")),
     "cli.chat": Rule(
         (

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import hydra
@@ -21,7 +23,7 @@ from mnemosyne.cli.ranks import command_of_run, run_on_ranks
 from mnemosyne.config_bench import BenchConfig
 from mnemosyne.config_client import BenchServeConfig, ChatConfig
 from mnemosyne.config_generate import DemoConfig, GenerateConfig
-from mnemosyne.config_serve import ServeConfig
+from mnemosyne.config_serve import DrainConfig, ServeConfig
 from mnemosyne.config_simulate import PlanConfig, SimulateConfig
 from mnemosyne.process import (
     INTERRUPTED,
@@ -46,6 +48,7 @@ class Command:
     config: type
     run: Callable[[Any], int]  # takes the config, returns the exit status
     has_ranks: bool = True  # whether it needs the ranks of its mesh
+    positional: str | None = None  # the key that its first word is, where that word names none
     # what runs outside the ranks, if anything does: takes the config, and what gives the command
     front: Callable[[Any, Callable[[], Sequence[str]]], int] | None = None
 
@@ -116,6 +119,8 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
             f"did you mean {nearest(name, COMMANDS)}?"
         )
     command = COMMANDS[name]
+    if command.positional and arguments and not re.match(r"-|[\w.]+=", arguments[0]):
+        arguments = [f"{command.positional}={arguments[0]}", *arguments[1:]]
     flags, words = prepare(arguments, command.config)
     statuses = []
     process = os.getpid()
@@ -225,68 +230,16 @@ def logging_to_stderr() -> Iterator[None]:
         package.setLevel(level)
 
 
-def _generate(config: GenerateConfig) -> int:
-    # Imported late: help and --cfg need no torch.
-    with ended_at_once():
-        from mnemosyne.cli.generate import generate
+def _late(name: str) -> Callable[..., int]:
+    """A function of the module of its name, imported when it runs: help needs no torch."""
 
-    return generate(config)
+    def run(*arguments: Any) -> int:
+        with ended_at_once():
+            module = import_module(f"mnemosyne.cli.{name}")
+        status: int = getattr(module, name)(*arguments)
+        return status
 
-
-def _demo(config: DemoConfig) -> int:
-    with ended_at_once():
-        from mnemosyne.cli.demo import demo
-
-    return demo(config)
-
-
-def _simulate(config: SimulateConfig) -> int:
-    with ended_at_once():
-        from mnemosyne.cli.simulate import simulate
-
-    return simulate(config)
-
-
-def _plan(config: PlanConfig) -> int:
-    with ended_at_once():
-        from mnemosyne.cli.plan import plan
-
-    return plan(config)
-
-
-def _bench(config: BenchConfig) -> int:
-    with ended_at_once():
-        from mnemosyne.cli.bench import bench
-
-    return bench(config)
-
-
-def _front(config: ServeConfig, command: Callable[[], Sequence[str]]) -> int:
-    with ended_at_once():
-        from mnemosyne.cli.front import front
-
-    return front(config, command)
-
-
-def _serve(config: ServeConfig) -> int:
-    with ended_at_once():
-        from mnemosyne.cli.serve import serve
-
-    return serve(config)
-
-
-def _chat(config: ChatConfig) -> int:
-    with ended_at_once():
-        from mnemosyne.cli.chat import chat
-
-    return chat(config)
-
-
-def _bench_serve(config: BenchServeConfig) -> int:
-    with ended_at_once():
-        from mnemosyne.cli.bench_serve import bench_serve
-
-    return bench_serve(config)
+    return run
 
 
 def two_words(words: Sequence[str]) -> tuple[str, Sequence[str]]:
@@ -296,16 +249,32 @@ def two_words(words: Sequence[str]) -> tuple[str, Sequence[str]]:
 
 
 COMMANDS = {
-    "generate": Command("prompts in, tokens out", GenerateConfig, _generate),
-    "serve": Command("OpenAI's API over HTTP", ServeConfig, _serve, front=_front),
-    "chat": Command("a conversation in the terminal", ChatConfig, _chat),
-    "demo": Command("a passkey in a long text, short requests beside it", DemoConfig, _demo),
-    "simulate": Command(
-        "a workload on hardware that is not there", SimulateConfig, _simulate, has_ranks=False
+    "generate": Command("prompts in, tokens out", GenerateConfig, _late("generate")),
+    "serve": Command("OpenAI's API over HTTP", ServeConfig, _late("serve"), front=_late("front")),
+    "chat": Command("a conversation in the terminal", ChatConfig, _late("chat")),
+    "drain": Command(
+        "a server finishes what runs",
+        DrainConfig,
+        _late("drain"),
+        has_ranks=False,
+        positional="url",
     ),
-    "plan": Command("which layout of a model fits some GPUs", PlanConfig, _plan, has_ranks=False),
-    "bench": Command("this engine and others side by side", BenchConfig, _bench, has_ranks=False),
+    "demo": Command(
+        "a passkey in a long text, short requests beside it", DemoConfig, _late("demo")
+    ),
+    "simulate": Command(
+        "a workload on hardware that is not there",
+        SimulateConfig,
+        _late("simulate"),
+        has_ranks=False,
+    ),
+    "plan": Command(
+        "which layout of a model fits some GPUs", PlanConfig, _late("plan"), has_ranks=False
+    ),
+    "bench": Command(
+        "this engine and others side by side", BenchConfig, _late("bench"), has_ranks=False
+    ),
     "bench_serve": Command(
-        "bench serve: load for a server", BenchServeConfig, _bench_serve, has_ranks=False
+        "bench serve: load for a server", BenchServeConfig, _late("bench_serve"), has_ranks=False
     ),
 }

@@ -25,7 +25,7 @@ def join_processes(backend: str) -> None:
         os.environ.setdefault(INTERFACE, "lo")
     listener = _inherited_listener()
     if listener is None:
-        dist.init_process_group(backend)
+        _join_as_told(backend)
         return
     # torch binds the store of rank 0 to all interfaces unless it is given a socket.
     world_size, port = int(os.environ["WORLD_SIZE"]), listener.getsockname()[1]
@@ -41,6 +41,25 @@ def join_processes(backend: str) -> None:
     # with the prefix that the other ranks get from torch
     prefixed = PrefixStore("default_pg", store)
     dist.init_process_group(backend, store=prefixed, rank=0, world_size=world_size)
+
+
+def _join_as_told(backend: str) -> None:
+    """Initialise from the environment; apart from the ranks that torchrun started here before.
+
+    Its store outlives them, and where they listened stands in it.
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not is_agents or restarts == "0" or not is_on_one_host():
+        dist.init_process_group(backend)
+        return
+    world_size, port = int(os.environ["WORLD_SIZE"]), int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"], port, world_size, is_master=False, timeout=default_pg_timeout
+    )
+    prefixed = PrefixStore(f"restart_{restarts}/default_pg", store)
+    rank = int(os.environ["RANK"])
+    dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world_size)
 
 
 def _inherited_listener() -> socket.socket | None:

@@ -6,8 +6,8 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,10 @@ class WatchedRanks(StartedRanks):
     running: StartedEngine | None = None
     num_started = 0
 
+    @property
+    def num_ranks(self) -> int:
+        return self._world_size
+
     @asynccontextmanager
     async def engine(self) -> AsyncIterator[StartedEngine]:
         async with super().engine() as engine:
@@ -77,16 +81,11 @@ class WatchedRanks(StartedRanks):
 
 
 @asynccontextmanager
-async def front(
-    checkpoint: Path, axis: str = "tp", degree: int = 1, **options: Any
+async def front_over(
+    command: Callable[[str], Sequence[str]], num_ranks: int, **options: Any
 ) -> AsyncIterator[tuple[RemoteBackend, WatchedRanks]]:
     """A front with its engine, which is ended in good order."""
-
-    def command(link: str) -> list[str]:
-        words = ["-m", "tests.server.engine_main", link, str(checkpoint), axis, str(degree)]
-        return [sys.executable, *words]
-
-    source = WatchedRanks(command, degree)
+    source = WatchedRanks(command, num_ranks)
     backend = RemoteBackend(source, **options)
     running = asyncio.create_task(backend.run())
     try:
@@ -99,6 +98,18 @@ async def front(
             await running
     assert source.running is not None
     assert source.running.exit_status == 0
+
+
+def front(
+    checkpoint: Path, axis: str = "tp", degree: int = 1
+) -> AbstractAsyncContextManager[tuple[RemoteBackend, WatchedRanks]]:
+    """The same over ranks of a tiny model, one of whose prompts ends them."""
+
+    def command(link: str) -> list[str]:
+        words = ["-m", "tests.server.engine_main", link, str(checkpoint), axis, str(degree)]
+        return [sys.executable, *words]
+
+    return front_over(command, degree)
 
 
 async def read(backend: RemoteBackend, job: Job, stream: Stream) -> Stream:

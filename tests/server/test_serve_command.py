@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 
@@ -15,9 +16,9 @@ from tests.server.command import is_running, served, stream_text
 SLOW = pytest.mark.slow
 
 
-def torchrun(num_ranks: int) -> list[str]:
+def torchrun(num_ranks: int, *flags: str) -> list[str]:
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    return [sys.executable, *words, "-m", "mnemosyne", "serve"]
+    return [sys.executable, *words, *flags, "-m", "mnemosyne", "serve"]
 
 
 @pytest.mark.parametrize(
@@ -82,6 +83,28 @@ def test_a_model_that_cannot_be_served_ends_the_server_with_the_reason() -> None
         assert "mesh.tp must divide" in server.log
 
 
+def test_the_drain_command_waits_for_streams_and_for_the_end() -> None:
+    drains: list[subprocess.Popen[str]] = []
+    with served("serve.grace=0.5s") as server:
+        server.wait_ready()
+        whole = stream_text(server.url)
+
+        def drain(number: int) -> None:
+            if number == 5:
+                words = [sys.executable, "-m", "mnemosyne", "drain", server.url]
+                drains.append(subprocess.Popen(words, stderr=subprocess.PIPE, text=True))
+                server.wait_for(lambda: server.get("/ready").status_code == 503)
+
+        assert stream_text(server.url, drain) == whole
+        said = drains[0].communicate(timeout=60)[1]
+        assert drains[0].returncode == 0, said
+        assert "drained" in said
+        assert server.end() == 0, server.log
+        again = subprocess.run(drains[0].args, capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert "url must be of a server that answers" in again.stderr
+
+
 @SLOW
 def test_plain_torchrun_serves_on_rank_0_and_drains_with_status_0() -> None:
     with served("mesh.pp=2", program=torchrun(2)) as server:
@@ -92,3 +115,31 @@ def test_plain_torchrun_serves_on_rank_0_and_drains_with_status_0() -> None:
         assert server.get("/health").status_code == 200
         assert httpx.post(f"{server.url}/drain", timeout=60).json()["drained"]
         assert server.end() == 0, server.log
+
+
+@SLOW
+@pytest.mark.parametrize("ends_by", ["front", "torchrun"])
+def test_streams_go_on_over_ranks_that_torchrun_starts_and_starts_again(ends_by: str) -> None:
+    link = f"serve.link=test-{os.getpid()}-{ends_by}"
+    program = torchrun(2, "--max-restarts", "2")
+    with served(link) as server, served(link, "mesh.pp=2", program=program) as ranks:
+        server.wait_ready()
+        whole, first = stream_text(server.url), ranks.ranks()
+
+        def kill(number: int) -> None:
+            if number == 20:
+                os.kill(first[1], signal.SIGKILL)
+
+        assert stream_text(server.url, kill) == whole
+        assert ranks.ranks() != first
+
+        def end(number: int) -> None:
+            if number == 5:
+                ending = server if ends_by == "front" else ranks
+                ending.process.send_signal(signal.SIGTERM)
+                server.wait_for(lambda: server.get("/ready").status_code == 503)
+
+        assert stream_text(server.url, end) == whole
+        assert server.end() == 0, server.log
+        # torchrun calls its own end by a signal a failure, however its ranks end
+        assert ranks.end() == (0 if ends_by == "front" else 1), ranks.log
