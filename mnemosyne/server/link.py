@@ -113,9 +113,9 @@ def listen(name: str) -> socket.socket:
     Raises:
         ValueError: if the name is taken, or this is no Linux.
     """
-    listener = _named_socket(name)
+    address, listener = _address(name), _named_socket(name)
     try:
-        listener.bind(_address(name))
+        listener.bind(address)
     except OSError as error:
         listener.close()
         raise ValueError(
@@ -132,9 +132,9 @@ def connect(name: str) -> socket.socket | None:
     Raises:
         ValueError: if whoever has it is another user.
     """
-    connection = _named_socket(name)
+    address, connection = _address(name), _named_socket(name)
     try:
-        connection.connect(_address(name))
+        connection.connect(address)
     except OSError:
         connection.close()
         return None
