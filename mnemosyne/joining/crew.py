@@ -138,11 +138,12 @@ def report_lost(engine: Engine, reason: str) -> None:
     The engine is left alone: the thread that steps it may be in the middle of it.
     """
     for output in engine.unfinished():
+        said = f": {output.text or output.token_ids!r}" if engine.logs_outputs else ""
         log.error(
-            "request %s failed with %d tokens so far: %r",
+            "request %s failed with %d tokens so far%s",
             output.request_id,
             len(output.token_ids),
-            output.text or output.token_ids,
+            said,
         )
 
 

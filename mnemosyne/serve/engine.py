@@ -53,6 +53,7 @@ class Engine:
         self.on_step = on_step
         self.clock = clock
         self.ownership = Ownership()
+        self.logs_outputs = True  # whether what requests said may stand in the log
         self._executor = executor
         self._measure = measure
         self._active: dict[int, Active] = {}

@@ -94,6 +94,7 @@ class EmbeddedBackend:
 
     def _know(self, engine: Engine) -> None:
         self._engine = engine
+        engine.logs_outputs = False  # they are the clients'
         before = engine.on_step
 
         def both(record: StepRecord) -> None:

@@ -19,7 +19,7 @@ from mnemosyne.server.link import INHERITED, Link, listen
 log = logging.getLogger(__name__)
 
 END_S = 60.0  # for ranks to end by themselves once the link is closed
-HURRIED_S = 10.0  # the same when this process is told to end at once
+HURRIED_S = 3.0  # the same when this process is told to end at once
 
 
 class Engine(Protocol):
