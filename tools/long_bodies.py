@@ -23,6 +23,8 @@ import numpy as np
 
 POLL_S = 0.02
 WAIT_S = 900.0
+NUM_WARM = 200  # gaps that are left out
+QUIET_S = 10.0  # in which decodes run alone
 
 
 def main(words: list[str]) -> int:
@@ -37,7 +39,10 @@ def main(words: list[str]) -> int:
     chat = json.dumps({"messages": [{"role": "user", "content": text}], "max_tokens": 1}).encode()
     del text
     with started(arguments.model) as (url, process), running(url, arguments.decodes) as gaps:
-        time.sleep(5.0)
+        while len(gaps) < NUM_WARM:  # step times are measured before the first token
+            time.sleep(POLL_S)
+        gaps.clear()
+        time.sleep(QUIET_S)
         quiet = percentile(gaps)
         for name, path, body in (
             ("ten million ids", "/v1/completions", ids),
