@@ -37,6 +37,7 @@ class StepRecord:
     num_missed: int = 0  # first tokens of this step that came after their deadlines
     # of requests that started: (request, prompt tokens cached, first position that differs)
     hits: tuple[tuple[int, int, int | None], ...] = ()
+    num_set_back: int = 0  # requests that gave their pages up, to compute all of them again
 
     @property
     def chunk_tokens(self) -> int:

@@ -175,6 +175,19 @@ class AsyncEngine:
         """The error that ended the engine before its time, if any did."""
         return self._failure
 
+    async def clear_cache(self) -> int:
+        """Forget all cached prefixes between two steps.
+
+        Returns:
+            Pages that nobody held, and that are free now.
+        """
+        return await self._call(self._clear_cache)
+
+    def _clear_cache(self) -> int:
+        num_idle = self._engine.scheduler.ledger.num_idle
+        self._engine.clear_cache()
+        return num_idle
+
     async def _read(self, prompt: Prompt) -> PromptIds:
         """The ids of a prompt, read in a thread of its own."""
         self._check_runs()

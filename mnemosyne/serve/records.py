@@ -44,6 +44,7 @@ def step_record(
         decode_keys=num_decodes + sum(chunk.start for chunk in decodes),
         slack_s=plan.slack_s,
         num_missed=num_missed,
+        num_set_back=len(plan.set_back),
         hits=tuple((hit.request_id, hit.num_tokens, hit.differs_at) for hit in plan.hits),
     )
 

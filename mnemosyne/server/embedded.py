@@ -178,7 +178,8 @@ class EmbeddedBackend:
         return not self._num_jobs
 
     async def clear_cache(self) -> int:
-        return 0  # no prefix is kept
+        assert self._async is not None, "it is known by now"
+        return await self._async.clear_cache()
 
     def _note(self, record: StepRecord) -> None:
         """Take in a step, in the engine's thread."""

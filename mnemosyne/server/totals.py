@@ -40,6 +40,7 @@ class Totals:
 
     def __init__(self) -> None:
         self._steps = self._missed = self._prefilled = self._sampled = 0
+        self._set_back = self._hits = 0
         self._histograms = {
             "step_seconds": Histogram(STEP_S),
             "step_predicted_ratio": Histogram(RATIO),
@@ -54,6 +55,8 @@ class Totals:
         self._missed += record.num_missed
         self._prefilled += record.chunk_tokens
         self._sampled += record.num_sampled
+        self._set_back += record.num_set_back
+        self._hits += sum(num_tokens > 0 for _, num_tokens, _ in record.hits)
         self._histograms["step_seconds"].add(record.actual_s)
         if record.predicted_s > 0:
             self._histograms["step_predicted_ratio"].add(record.actual_s / record.predicted_s)
@@ -72,7 +75,8 @@ class Totals:
             "prefilled_tokens": self._prefilled,
             "sampled_tokens": self._sampled,
             "deadline_misses": self._missed,
-            "preemptions": 0,  # an admitted request has all its pages, and keeps them
+            "preemptions": self._set_back,
+            "cache_hits": self._hits,
         }
 
     def tallies(self) -> Mapping[str, Tally]:

@@ -68,6 +68,26 @@ def test_a_request_is_counted_where_dashboards_look() -> None:
     assert found["mnemosyne_steps_total"] >= 12
 
 
+def test_a_cached_prefix_is_counted_until_the_cache_is_cleared() -> None:
+    body = {"prompt": list(range(5, 205)), "max_tokens": 1}
+    with (
+        open_needle() as llm,
+        serving(llm.engine) as live,
+        httpx.Client(base_url=live.url, timeout=WAIT_S) as client,
+    ):
+        usages = [client.post("/v1/completions", json=body).json()["usage"] for _ in range(2)]
+        freed = client.post("/cache/clear").json()["pages_freed"]
+        usages.append(client.post("/v1/completions", json=body).json()["usage"])
+        found = samples(client.get("/metrics").text)
+
+    cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
+    assert cached[0] == cached[2] == 0
+    assert cached[1] >= 160
+    assert freed >= cached[1] // 32
+    assert found["mnemosyne_cache_hits_total"] == 1
+    assert found["mnemosyne_cached_tokens_total"] == cached[1]
+
+
 def test_every_query_of_the_dashboard_names_a_metric_that_exists() -> None:
     with open_needle() as llm, serving(llm.engine) as live:
         httpx.post(f"{live.url}/v1/completions", json={"prompt": [5], "max_tokens": 1})
