@@ -6,7 +6,6 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from math import inf
-from operator import attrgetter
 
 import numpy as np
 
@@ -46,6 +45,7 @@ class PrefillQueue:
     def clear(self) -> None:
         """Forget all."""
         self._items: list[RequestState] = []  # as they came
+        self._tickets: list[int] = []  # theirs
         self._cells = array("d")  # of all if they are many, else of the first ones
         self._is_mixed = False  # whether there may be several priorities
 
@@ -54,6 +54,7 @@ class PrefillQueue:
         prompt.ticket = self._num_taken
         self._num_taken += 1
         self._items.append(prompt)
+        self._tickets.append(prompt.ticket)
         if prompt.request.priority != self._items[0].request.priority:
             self._is_mixed = True
         if len(self._items) > FEW:
@@ -62,7 +63,7 @@ class PrefillQueue:
     def remove(self, prompts: Iterable[RequestState]) -> None:
         """Take prompts out."""
         for row in sorted([self._row(prompt) for prompt in prompts], reverse=True):
-            del self._items[row]
+            del self._items[row], self._tickets[row]
             del self._cells[row * NUM_CELLS : (row + 1) * NUM_CELLS]
 
     def update(self, prompt: RequestState) -> None:
@@ -151,7 +152,7 @@ class PrefillQueue:
                 yield self._items[row]
 
     def _row(self, prompt: RequestState) -> int:
-        return bisect_left(self._items, prompt.ticket, key=attrgetter("ticket"))
+        return bisect_left(self._tickets, prompt.ticket)
 
     def _urgency(self) -> Urgency[np.ndarray]:
         return Urgency(*self._columns()[:PRIORITY])

@@ -49,7 +49,9 @@ def _filled(fields: list[dict], policy: Policy) -> PrefillQueue:
             priority=each["priority"],
         )
         prompt = RequestState(
-            request.arrival_s, each["due_s"], table.at(length), 0.0, request, deadline_s=1.0
+            *(request.arrival_s, each["due_s"], table.at(length), 0.0, request),
+            deadline_s=1.0,
+            num_needed=request.max_tokens,
         )
         waiting.add(prompt)
         everyone.append(prompt)
