@@ -33,7 +33,7 @@ def write_small(path: Path, family: str, num_shards: int, *, tied: bool, like: P
     (path / "model.safetensors").unlink()
     config = {
         "architectures": [
-            next(name for name, (known, _) in FAMILIES.items() if known == family),
+            next(name for name, reader in FAMILIES.items() if reader.model_type == family),
         ],
         "model_type": family,
         "vocab_size": shared["vocab_size"],
