@@ -82,7 +82,7 @@ class Streams:
         """What is not back to where it was."""
         left = {
             name: getattr(self, f"num_{name}")
-            for name in ("wrong", "pages", "mailboxes", "tasks", "threads", "descriptors")
+            for name in ("wrong", "pages", "streams", "tasks", "threads", "descriptors")
         }
         found = [f"{number} {name}" for name, number in left.items() if number > 0]
         if self.growth_bytes > MAX_GROWTH_BYTES:
