@@ -14,12 +14,12 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from types import TracebackType
-from typing import NamedTuple, Self, TypeVar
+from typing import Self, TypeVar
 
 from mnemosyne.request import Piece, SamplingParams, own_params
 from mnemosyne.serve.engine import Engine
 from mnemosyne.serve.intake import Given
-from mnemosyne.serve.mailbox import Mailbox
+from mnemosyne.serve.mailbox import Addressee, Mailbox
 from mnemosyne.serve.ownership import Claim
 from mnemosyne.serve.prompts import Prompt, PromptIds
 
@@ -27,13 +27,6 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 NUM_READERS = 4  # prompts that are read at a time; one of a few words waits behind long ones else
-
-
-class _Stream(NamedTuple):
-    """Where the pieces of a request go, and which sample it is."""
-
-    mailbox: Mailbox
-    sample: int
 
 
 class AsyncEngine:
@@ -54,7 +47,7 @@ class AsyncEngine:
         self._calls: deque[Callable[[], None]] = deque()  # run by the thread between steps
         self._lock = threading.Lock()  # a call is queued before the thread stops, or refused
         self._wake = threading.Event()
-        self._streams: dict[int, _Stream] = {}  # by request
+        self._streams: dict[int, Addressee] = {}  # by request
         self._thread: threading.Thread | None = None
         self._is_stopping = False
         self._failure: BaseException | None = None
@@ -253,7 +246,7 @@ class AsyncEngine:
         samples = [i for i in range(params.n) if not given or given[i] is not None]
         request_ids = [output.request_id for output in outputs if output.request_id is not None]
         for request_id, sample in zip(request_ids, samples, strict=True):
-            self._streams[request_id] = _Stream(mailbox, sample)
+            self._streams[request_id] = Addressee(mailbox, sample)
         if note is not None:
             note(request_ids)
         for request_id, output in zip(request_ids, outputs, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from contextlib import suppress
+from typing import NamedTuple
 
 from mnemosyne.request import Logprobs, Piece
 
@@ -76,3 +77,10 @@ class _Unread:
             logprobs=tuple(self._logprobs),
             prompt_logprobs=self._prompt_logprobs,
         )
+
+
+class Addressee(NamedTuple):
+    """The mailbox that the pieces of a request go to, and the sample that it is."""
+
+    mailbox: Mailbox
+    sample: int
