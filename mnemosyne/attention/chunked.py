@@ -50,12 +50,14 @@ def _pieces(segment: Segment, size: int, batch: AttentionBatch) -> Iterator[Segm
         skipped = first_key - segment.first_key
         assert skipped % batch.page_size == 0, "chunks begin where pages do"
         if num_keys > 0:  # else another group holds the chunk, and the rows are padding here
-            yield Segment(
+            num_pages = skipped // batch.page_size
+            yield segment._replace(
                 first_row=segment.first_row + start - segment.first_position,
                 num_rows=end - start,
                 first_position=start,
                 num_keys=num_keys,
-                pages=segment.pages[skipped // batch.page_size :],
+                pages=segment.pages[num_pages:],
                 first_key=first_key,
+                first_page=segment.first_page + num_pages,
             )
         start = end

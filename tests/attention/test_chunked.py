@@ -38,7 +38,7 @@ def test_rows_see_the_keys_of_their_own_chunk(
 ) -> None:
     num_keys = max(0, first + num_rows - first_key)
     pages = np.arange(100, 100 + -(-num_keys // PAGE))
-    segment = Segment(2, num_rows, first, num_keys, pages, first_key)
+    segment = Segment(2, num_rows, first, num_keys, pages, first_key, first_page=7)
 
     pieces = cut(batch_of(segment, num_rows=num_rows + 3), size)
 
@@ -49,6 +49,7 @@ def test_rows_see_the_keys_of_their_own_chunk(
         assert found.get(2 + row, set()) == expected
     for piece in pieces.segments:
         assert piece.pages[0] == 100 + (piece.first_key - first_key) // PAGE
+        assert piece.first_page == 7 + piece.pages[0] - 100
         assert len(piece.pages) >= -(-piece.num_keys // PAGE)
 
 

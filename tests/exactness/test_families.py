@@ -36,6 +36,7 @@ WIDE: dict[str, dict[str, Any]] = {  # rows of multiples of 32, as the kernels t
     "gpt_oss": {"head_dim": 32, "intermediate_size": 64},
     "glm4_moe": {"head_dim": 32, "moe_intermediate_size": 32, "intermediate_size": 64},
     "gemma3": {"head_dim": 32, "intermediate_size": 64},
+    "llama4": {"head_dim": 32, "intermediate_size": 64},
 }
 
 
@@ -158,6 +159,29 @@ def test_no_company_changes_a_bit_of_what_the_kernels_give(tmp_path: Path, name:
     found = bfloat16_logprobs(path, NATIVE[0], together + alone)
 
     assert found[: len(LENGTHS)] == found[len(LENGTHS) :]
+
+
+@pytest.mark.skipif(not NATIVE, reason="no kernels for this processor")
+@pytest.mark.parametrize("name", WIDE)
+def test_the_kernels_are_close_to_the_reference_in_float32(tmp_path: Path, name: str) -> None:
+    path = tiny_family(tmp_path, name, **WIDE[name])
+    found = []
+    for dtype, backend in (("float64", "reference"), ("float32", "auto")):
+        with LLM(
+            str(path),
+            dtype=dtype,
+            device="cpu",
+            attention=backend,
+            schedule={"chunk": 17},
+            cache={"max_tokens": 1024, "page_size": 16},
+        ) as llm:
+            outputs = llm.generate(
+                prompts(), SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+            )
+        found.append([[e.logprob for e in o.prompt_logprobs if e] for o in outputs])
+
+    for exact, kernels in zip(*found, strict=True):
+        assert kernels == pytest.approx(exact, abs=2e-3)
 
 
 @pytest.mark.timeout(900)
