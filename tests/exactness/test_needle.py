@@ -24,8 +24,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_needle(checkpoint: Path, num_tokens: int, dtype: str, **schedule: object) -> LLM:
-    """Room for two haystacks and some company, adaptive chunks unless the schedule differs."""
-    cache = {"max_tokens": 2 * num_tokens + 2048, "page_size": PAGE_SIZE}
+    """Room for two haystacks and some company, adaptive chunks unless the schedule differs.
+
+    Nothing is shared: pages are lost here on purpose, and whole prompts computed.
+    """
+    cache = {"max_tokens": 2 * num_tokens + 2048, "page_size": PAGE_SIZE, "prefix": "off"}
     return LLM(str(checkpoint), dtype=dtype, device="cpu", cache=cache, schedule=schedule)
 
 
@@ -42,6 +45,7 @@ def start(llm: LLM, recital: Recital) -> RequestOutput:
 def prefill_past(llm: LLM, output: RequestOutput, position: int) -> None:
     """Step until the page of a position is computed, but not the whole prompt."""
     while sum(output.metrics.chunks) < (position // PAGE_SIZE + 1) * PAGE_SIZE:
+        assert output.finish_reason is None
         llm.engine.step()
     assert output.token_ids == [], "the prompt must go on after the page"
 
