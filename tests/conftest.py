@@ -1,4 +1,4 @@
-"""What holds for every test: markers, reproducible properties, no state left behind."""
+"""Rules for every test: markers, reproducible properties, no state left behind."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ DYNAMIC_IMPORTS = ("importlib.import_module", "import_module", "__import__")
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What one room may import besides the standard library and itself."""
+    """Imports that one room may have besides the standard library and itself."""
 
     rooms: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
@@ -259,7 +259,7 @@ TABLE = {
 
 
 def is_under(name: str, room: str) -> bool:
-    """Whether the dotted ``name`` is ``room`` or stands in it."""
+    """Tell if the dotted ``name`` is ``room`` or stands in it."""
     return name == room or name.startswith(room + ".")
 
 
@@ -310,7 +310,7 @@ def imports_of(path: Path, module: str, modules: set[str]) -> Iterator[tuple[int
 
 
 def is_text(node: ast.expr) -> bool:
-    """Whether an argument is a literal string."""
+    """Tell if an argument is a literal string."""
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 

@@ -1,4 +1,4 @@
-"""What a user can get wrong: one clear sentence each, with name, rule, value and remedy."""
+"""Mistakes of users: one clear sentence each, with name, rule, value and remedy."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def needle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refusal(model: Path | str, **options: Any) -> str:
-    """What opening a model says."""
+    """Open a model, and take the sentence that refuses it."""
     with pytest.raises(ValueError, match="must") as caught:
         LLM(str(model), **{"schedule": {"chunk": 8}, "cache": {"max_tokens": 256}, **options})
     return one_sentence(str(caught.value))

@@ -1,4 +1,4 @@
-"""What was written for the next start is used as it was written, or made again."""
+"""Files written for the next start are used as they were written, or made again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the machine has is asked in one place, and a missing home stops nothing."""
+"""Questions about the machine are asked in one place, and a missing home stops nothing."""
 
 from __future__ import annotations
 

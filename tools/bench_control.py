@@ -1,4 +1,4 @@
-"""What the control plane costs per step: plans to all ranks, page tables kept, results back.
+"""Time the control plane of a step: plans to all ranks, page tables kept, results back.
 
 One request of 10M tokens and 256 short ones on a mesh of pp=2, kvp=2, tp=2. Scheduler, plans, page
 tables, codec, channel and the packing of tensors are the real ones; there is no model, and sampled
@@ -50,7 +50,7 @@ Times = dict[str, list[float]]  # microseconds by part
 
 
 class Replica:
-    """What a rank does with a plan besides computing it.
+    """Work of a rank with a plan besides computing it.
 
     Args:
         group: index on the kvp axis.

@@ -41,7 +41,7 @@ def read(x_TE: Tensor, weight_NE: Tensor) -> object:
 
 
 def products(num_rows: int, is_gated: bool) -> dict[str, Product]:
-    """What can be compared here, by name."""
+    """Products that can be compared here, by name."""
     found: dict[str, Product] = {"torch": partial(by_operators, TORCH, is_gated), "read": read}
     for instructions in INSTRUCTION_SETS:
         most_rows = instructions.most_rows

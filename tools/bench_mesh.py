@@ -1,4 +1,4 @@
-"""What each axis of the mesh gains on this machine, one thread per rank, side by side in one run.
+"""Time each axis of the mesh on this machine, one thread per rank, side by side in one run.
 
     spp   prefill of one prompt with pp=1 and pp=2, and decode with both
     hops  decode over a filled cache with pp=1 and pp=2: what a token pays for a second stage
@@ -177,7 +177,7 @@ class ClockedBackend:
             return self._inner.attend(*arguments, **keywords)
 
     def __getattr__(self, name: str) -> Any:
-        """What is not clocked."""
+        """Take an attribute that is not clocked."""
         return getattr(self._inner, name)
 
 

@@ -63,7 +63,7 @@ CASES = (
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one state took. Times in microseconds."""
+    """Times of one state, in microseconds."""
 
     name: str
     num_decodes: float  # of a step, mean
@@ -170,7 +170,7 @@ def fill(ledger: Ledger, num_tokens: int, rng: np.random.Generator) -> None:
 
 
 def lookup_us(num_steps: int) -> dict[int, float]:
-    """What hashing and looking up a prompt of 1M tokens takes that is cached, microseconds."""
+    """Time hashing and looking up a prompt of 1M tokens that is cached, in microseconds."""
     ids, length = np.random.default_rng(1).integers(0, VOCAB_SIZE, 2**20), 2**20
     ledger = Ledger(
         [length // PAGE_SIZE], page_size=PAGE_SIZE, max_tokens_per_group=length, shares=True
@@ -217,7 +217,7 @@ def measure(
 
 
 def machine_us(num_steps: int) -> dict[int, float]:
-    """What the same piece of arithmetic takes on this machine, microseconds."""
+    """Time the same piece of arithmetic on this machine, in microseconds."""
     seconds = []
     for _ in range(num_steps):
         started_s = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Whether a change to the scheduler changes what it decides: plans of random workloads.
+"""Compare plans of random workloads before and after a change to the scheduler.
 
 Save the plans before a change and compare after it. No model and no rank runs: steps take what a
 made-up machine needs for them, and the predictor learns from that. Workloads differ in policy,
@@ -178,7 +178,7 @@ def _pages(table: PageTable) -> list[list[int]]:
 
 
 def entry(plan: Plan) -> Entry:
-    """What is compared of a plan."""
+    """Reduce a plan to what is compared."""
     return {
         "chunks": [list(chunk) for chunk in plan.chunks],
         "admitted": [[request_id, _pages(table)] for request_id, table in plan.tables],

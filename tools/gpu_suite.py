@@ -54,7 +54,7 @@ Section = dict[str, Any]
 
 
 class Report:
-    """What was found so far; it is printed and written as it comes."""
+    """Findings so far, printed and written as they come."""
 
     def __init__(self, path: Path | None, smoke: bool, commit: str = "") -> None:
         versions = {name: version(name) for name in ("torch", "triton")}

@@ -57,7 +57,7 @@ class Build:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a compiled kernel asks of the GPU."""
+    """Demands of a compiled kernel on the GPU."""
 
     registers: int  # per thread
     shared_bytes: int  # per block

@@ -1,4 +1,4 @@
-"""Whether streams outlive ranks that are killed: each must end with the tokens of a quiet run.
+"""Kill ranks in the middle of streams: each must end with the tokens of a quiet run.
 
 Ranks of ``mnemosyne serve`` run behind a front, on one process, tp=2, pp=2 and kvp=2 in turn. Ten
 streams (several samples, log-probabilities, penalties, end tokens among them) run in float64; at a

@@ -1,4 +1,4 @@
-"""What this machine can do at most: copy and read of memory, matrix products by dtype.
+"""Measure the peaks of this machine: copy and read of memory, matrix products by dtype.
 
 The limits in docs/performance.md are bytes and operations over these numbers.
 

@@ -150,7 +150,7 @@ class Clocked:
             setattr(self, name, clock.watched(part, getattr(inner, name)))
 
     def __getattr__(self, name: str) -> Any:
-        """What is not clocked."""
+        """Take an attribute that is not clocked."""
         return getattr(self._inner, name)
 
 

@@ -62,7 +62,7 @@ def serve(engine: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def run_engine(path: str) -> None:
-    """What the process of an engine does: a line of settings and requests in, answers out."""
+    """Serve as the process of an engine: a line of settings and requests in, answers out."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever the engine prints
     settings, requests = json.loads(sys.stdin.readline())
@@ -171,7 +171,7 @@ def measure(python: str, file: str, settings: Any, requests: Any) -> list[dict[s
 def simulate(
     calibration: str, requests: list[dict[str, Any]], schedule: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """What ``serve`` would return on the machine whose steps a file holds.
+    """Simulate ``serve`` on the machine whose steps a file holds.
 
     Raises:
         ValueError: if the file holds too few steps, or none.

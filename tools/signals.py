@@ -42,7 +42,7 @@ LASTING = ("torchinductor_", "torchelastic_")  # torch's cache; and what a kille
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """What is done to a run, and when."""
+    """Signal to a run, and its moment."""
 
     mesh: str  # the axis of degree two
     launcher: str  # own or torchrun
@@ -54,7 +54,7 @@ class Moment:
 
 @dataclass(slots=True)
 class Outcome:
-    """What came of it."""
+    """Outcome of a run."""
 
     phase: str  # in which the signal arrived, or done
     status: int | None
@@ -196,7 +196,7 @@ def _signal_and_look(
 
 
 def judge(moment: Moment, phase: str, status: int | None, out: str, err: str) -> list[str]:
-    """What is wrong with a status, and with what was said; see docs/launch.md."""
+    """Find what is wrong with a status, and with what was said; see docs/launch.md."""
     rank = moment.target.removeprefix("rank ") if moment.target.startswith("rank") else None
     allowed = _statuses(moment, phase)
     faults = [] if status in allowed else [f"status {status}, not {sorted(allowed)}"]

@@ -1,4 +1,4 @@
-"""Whether an engine stays what it was: many short requests, then many streams that come and go.
+"""Soak an engine, which must stay what it was: short requests, then streams that come and go.
 
 First short requests, one call after another: the memory that each leaves behind and the time that
 each takes, in the first quarter and in the last. Then coroutines on one AsyncEngine that read to
@@ -44,7 +44,7 @@ LONG_TEXT = "the river was quiet and the light was pale " * 2000  # longer than 
 
 @dataclass(slots=True)
 class Requests:
-    """What short requests left behind."""
+    """Remains of short requests."""
 
     number: int
     slope_bytes: float  # of memory by request, after the first quarter
@@ -66,7 +66,7 @@ class Requests:
 
 @dataclass(slots=True)
 class Streams:
-    """What streams left behind: differences to the time before them."""
+    """Remains of streams: differences to the time before them."""
 
     seconds: float
     ends: Counter[str] = field(default_factory=Counter)  # how streams ended
@@ -79,7 +79,7 @@ class Streams:
     growth_bytes: int = 0  # after the first tenth of the time
 
     def faults(self) -> list[str]:
-        """What is not back to where it was."""
+        """List what is not back to where it was."""
         left = {
             name: getattr(self, f"num_{name}")
             for name in ("wrong", "pages", "streams", "tasks", "threads", "descriptors")

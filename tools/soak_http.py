@@ -1,4 +1,4 @@
-"""Whether a server stays what it was: many streaming clients that behave and misbehave.
+"""Soak a server, which must stay what it was: streaming clients that behave and misbehave.
 
 Clients read to the end, reset, close, half-close, stop reading for a while or for good, leave in
 the middle of a long prompt, or send what is refused. What is left of pages, requests, descriptors,
@@ -45,7 +45,7 @@ MAX_GROWTH_BYTES = 64 * 2**20
 
 @dataclass(slots=True)
 class Found:
-    """What a run left behind."""
+    """Remains of a run."""
 
     seconds: float
     ends: Counter[str] = field(default_factory=Counter)

@@ -20,7 +20,7 @@ SHOWN_TOKENS = 256  # prompts below show no progress
 
 
 class Said(NamedTuple):
-    """What came of an answer: text, or how far the prompt is."""
+    """Part of an answer: text, or the progress of the prompt."""
 
     text: str = ""
     prefilled: int = 0
@@ -113,7 +113,7 @@ def _bar(console: Console) -> Progress:
 
 @contextmanager
 def _answering(config: ChatConfig) -> Iterator[Answer]:
-    """What answers: a server, or a model of this process."""
+    """Choose who answers: a server, or a model of this process."""
     if config.url is not None:
         yield _of_server(config)
         return

@@ -54,7 +54,7 @@ def drain(config: DrainConfig) -> int:
 
 
 def _headers(path: str | None) -> dict[str, str]:
-    """What shows a key, the first line of a file."""
+    """Headers that show a key, the first line of a file."""
     if path is None:
         return {}
     try:

@@ -1,4 +1,4 @@
-"""What a run says: rates, percentiles, goodput; a line per request in a file."""
+"""Report of a run: rates, percentiles, goodput; a line per request in a file."""
 
 from __future__ import annotations
 

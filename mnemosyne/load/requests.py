@@ -23,7 +23,7 @@ class Planned:
 
 @dataclass(slots=True)
 class Outcome:
-    """What came of one. Times are in seconds."""
+    """Outcome of one request. Times are in seconds."""
 
     index: int
     num_prompt_tokens: int
@@ -45,7 +45,7 @@ class Outcome:
         return "refused" if refused else "failed"
 
     def is_good(self, ttft_s: float, tbt_s: float) -> bool:
-        """Whether it was served within both bounds; a refused or failed one is not."""
+        """Tell if it was served within both bounds; a refused or failed one is not."""
         if self.error is not None or self.ttft_s is None or self.ttft_s > ttft_s:
             return False
         return not self.tbt_s or float(np.percentile(self.tbt_s, 99)) <= tbt_s

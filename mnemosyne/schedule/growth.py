@@ -39,7 +39,7 @@ class Growth:
         return min(request.max_tokens, request.num_prompt_tokens + expected)
 
     def has_page(self, state: RequestState, position: int) -> bool:
-        """Whether a request has a page for one more token."""
+        """Tell if a request has a page for one more token."""
         last = state.table.extents[-1]
         return position < last.start + len(last.pages) * self._ledger.page_size
 
@@ -60,7 +60,7 @@ class Growth:
         return sorted((states[i] for i in self.stalled), key=lambda state: state.due_s)
 
     def victim(self, states: Iterable[RequestState], ready: Iterable[int]) -> RequestState | None:
-        """Who gives its pages up: of those that are in no step, the one that is due last.
+        """Choose who gives its pages up: of those that are in no step, the one that is due last.
 
         Args:
             states: of all requests.

@@ -23,7 +23,7 @@ class Admission(NamedTuple):
 
     @classmethod
     def of(cls, request: Request) -> Self:
-        """What ranks need to know of a request."""
+        """Reduce a request to what ranks need to know of it."""
         what = request.request_id, request.prompt_ids, request.params
         return cls(*what, request.seed, request.end_token_ids, request.num_given)
 

@@ -15,7 +15,7 @@ from mnemosyne.server.inquiry import Inquiry
 
 @dataclass(slots=True)
 class Part:
-    """What one choice says at once, of whatever dialect."""
+    """Part of one choice that is sent at once, in whatever dialect."""
 
     index: int
     text: str = ""
@@ -91,7 +91,7 @@ class Answer:
         return sum(self._prefilled)
 
     def jobs(self) -> list[Job]:
-        """What the engine is to do, one job per prompt."""
+        """Jobs for the engine, one per prompt."""
         return [
             Job(job_id=f"{self.id}-{index}", prompt_ids=ids, params=self.params)
             for index, ids in enumerate(self.prompts)

@@ -1,4 +1,4 @@
-"""What the HTTP side asks of an engine, wherever that runs: jobs in, events out."""
+"""Contract between the HTTP side and an engine, wherever that runs: jobs in, events out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Job:
 
 
 class Event(NamedTuple):
-    """What became of one sample since its last event."""
+    """Progress of one sample since its last event."""
 
     sample: int  # index below params.n
     token_ids: tuple[int, ...] = ()
@@ -47,7 +47,7 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class About:
-    """What is known of an engine once it can say anything; it never changes."""
+    """Facts about an engine, known once it can say anything; they never change."""
 
     model: str  # as the engine was asked for it
     version: str  # of the package

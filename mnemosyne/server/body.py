@@ -17,7 +17,7 @@ class Gone(Exception):
 
 
 class Body:
-    """What a client sends, up to a limit.
+    """Body of a request, up to a limit.
 
     Args:
         limit_bytes: of it.

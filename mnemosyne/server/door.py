@@ -1,4 +1,4 @@
-"""What stands before every route: a name for each request, errors as JSON, one line in the log."""
+"""Middleware before every route: a name for each request, errors as JSON, one line in the log."""
 
 from __future__ import annotations
 

@@ -208,7 +208,7 @@ class EmbeddedBackend:
 
 
 def event_of(piece: Piece) -> Event:
-    """What the HTTP side is told of a piece."""
+    """Turn a piece into the event that the HTTP side is told."""
     return Event(
         piece.sample,
         piece.token_ids,

@@ -133,7 +133,7 @@ class EngineEnd:
             log.debug("job %d came too late", word.job)
 
     def _noting(self, job: int) -> Callable[[list[int]], None]:
-        """What enters the requests of a job, in the engine's thread, before their first piece."""
+        """Make a function that enters a job's requests, before their first piece comes."""
 
         def note(request_ids: list[int]) -> None:
             with self._lock:

@@ -45,7 +45,7 @@ class Connection:
 
     @property
     def is_only_one(self) -> bool:
-        """Whether there is no other once this front is gone."""
+        """Tell if there is no other once this front is gone."""
         return not self._name
 
     def tell_progress(self, what: str, num_done: int, num_total: int) -> None:

@@ -60,7 +60,7 @@ def invalid(error: ValueError) -> ApiError:
 
 
 def too_much(message: str, retry_after_s: float, *, status: int = 429) -> ApiError:
-    """What passes: the client may come again."""
+    """Make an error that passes: the client may come again."""
     seconds = max(1, math.ceil(retry_after_s))
     return ApiError(
         status,

@@ -94,7 +94,7 @@ class Timer:
 
 
 class HttpTotals:
-    """What the HTTP side has counted."""
+    """Counts of the HTTP side."""
 
     def __init__(self) -> None:
         self._histograms = {name: Histogram(bounds) for name, (_, bounds) in OWN.items()}

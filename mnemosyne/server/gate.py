@@ -1,4 +1,4 @@
-"""Who may come in, and when: keys, loading, draining, numbers; and which models there are."""
+"""Admission of requests: keys, loading, draining, numbers; and the models that there are."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DRAINING_RETRY_S = 30.0
 
 
 class Gate:
-    """What requests pass before anything is done for them.
+    """Checks that requests pass before anything is done for them.
 
     Args:
         backend: which may be loading.
@@ -89,7 +89,7 @@ class Gate:
             )
 
     def models(self) -> list[dict[str, Any]]:
-        """What ``/v1/models`` lists: every name, with what fits."""
+        """List every name, with what fits, for ``/v1/models``."""
         about = self.check_open()
         fits = {
             "max_model_len": about.max_model_len,

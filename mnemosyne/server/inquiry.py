@@ -27,7 +27,7 @@ class Inquiry(msgspec.Struct, kw_only=True):
     ignored: list[str] = []  # fields that nobody knows
 
     def sampling(self) -> SamplingParams:
-        """What the engine is given.
+        """Sampling parameters for the engine.
 
         JSON has no whole numbers as keys.
         """

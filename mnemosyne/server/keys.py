@@ -42,7 +42,7 @@ class Allowance:
 
 
 class Keys:
-    """Who may ask, and how much.
+    """Clients that may ask, and how much.
 
     Args:
         path: a file with one key per line; None: everybody may.
@@ -68,11 +68,11 @@ class Keys:
 
     @property
     def is_open(self) -> bool:
-        """Whether no key is asked for."""
+        """Tell if no key is asked for."""
         return not self._digests
 
     def check(self, authorization: str | None) -> str:
-        """Who asks: a name for the key that can be logged.
+        """Name the client that asks, by a name of its key that can be logged.
 
         Args:
             authorization: the header.

@@ -240,7 +240,7 @@ ERRORS = {
 
 
 def responses(name: str, *statuses: int, **media: Schema) -> dict[int | str, dict[str, Any]]:
-    """What a route answers: 200 with a schema, and errors."""
+    """Describe the answers of a route: 200 with a schema, and errors."""
     good = said(name, "As asked")
     good["content"].update({key: {"schema": schema} for key, schema in media.items()})
     return {200: good, **{status: said("Error", ERRORS[status]) for status in statuses}}

@@ -1,4 +1,4 @@
-"""Whether a client is still there, while something is done for it."""
+"""Watch over a client while something is done for it."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def main() -> None:
 def answer_to(
     reader: Reader, asked: dict[str, Any], file: int | None
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """What came of a body, or the error; and the ids of all its prompts."""
+    """Read a body: the reading or the error, and the ids of all its prompts."""
     none = np.empty(0, dtype=np.int64)
     try:
         reading = read_from(reader, asked, file)

@@ -23,7 +23,7 @@ ANY = "any"  # among the names: every model is this one
 
 
 class Rules(msgspec.Struct, kw_only=True):
-    """What a worker must know of the engine and of the server's limits."""
+    """Facts that a worker must know of the engine and of the server's limits."""
 
     model: str
     names: list[str]  # by which clients may ask for it, the first one in answers
@@ -37,7 +37,7 @@ class Rules(msgspec.Struct, kw_only=True):
 
 @dataclass(slots=True)
 class Reading:
-    """What came of a body: something to send back as JSON, and ids beside it."""
+    """Outcome of a body: something to send back as JSON, and ids beside it."""
 
     said: Any
     ids: list[np.ndarray] = field(default_factory=list)
@@ -206,7 +206,7 @@ class Reader:
         return Reading([self.tokenizer.bytes_of(token_id) for token_id in ids])
 
     def echo_text(self, ids: np.ndarray, text: str | None) -> str:
-        """What the client sent, as text."""
+        """Text of what the client sent."""
         if text is not None or self.tokenizer is None:
             return text or ""
         return self.tokenizer.decode(ids, skip_special_tokens=False)
@@ -226,7 +226,7 @@ def unknown_model(asked: str, names: list[str]) -> ApiError:
 
 
 def read_body(reader: Reader, kind: str, body: bytes | memoryview) -> Reading:
-    """What came of a body of some kind: the path's last word.
+    """Read a body of some kind: the path's last word.
 
     Raises:
         ValueError: if it is refused.

@@ -218,7 +218,7 @@ class RemoteBackend:
         self._status = Status(is_ready=True)
 
     def _with_tokenizer(self, word: Ready) -> About:
-        """What is known, with a folder of the tokenizer."""
+        """Add a folder of the tokenizer to what is known."""
         if not word.files:
             return word.about
         self._folder = TemporaryDirectory(prefix="mnemosyne-")

@@ -69,7 +69,7 @@ REFUSED: Mapping[str, Off] = {
 
 
 def read_sampling(fields: Fields) -> dict[str, Any]:
-    """What of ``SamplingParams`` a body gives.
+    """Read the fields of ``SamplingParams`` that a body gives.
 
     Raises:
         ValueError: for a field that would change the answer and is not built.

@@ -1,4 +1,4 @@
-"""What the routes do: who may ask, how much is taken, and the life of a request."""
+"""Work of the routes: who may ask, how much is taken, and the life of a request."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ def json_response(content: Any, status: int = 200) -> Response:
 
 
 def _refused(error: BaseException) -> BaseException:
-    """What a client is told of an error of the backend."""
+    """Turn an error of the backend into what a client is told."""
     if isinstance(error, Overloaded):
         return too_much(str(error), error.retry_after_s)
     if isinstance(error, ValueError):

@@ -53,7 +53,7 @@ class Task:
         return num_running * len(self.job.prompt_ids) + self.num_tokens
 
     def given(self) -> tuple[tuple[int, ...] | None, ...]:
-        """What each sample has, as an engine is told."""
+        """List what each sample has, as an engine is told."""
         return tuple(None if i in self.ends else tuple(ids) for i, ids in enumerate(self.tokens))
 
     def enter(self, event: Event) -> None:

@@ -1,4 +1,4 @@
-"""What single tokens are called in answers with log-probabilities."""
+"""Names of single tokens in answers with log-probabilities."""
 
 from __future__ import annotations
 

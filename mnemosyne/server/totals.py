@@ -1,4 +1,4 @@
-"""What an engine did since its start, as counters and histograms that can be sent as numbers."""
+"""Counters and histograms of an engine since its start, in a form that is sent as numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the front and rank 0 say to each other, as bytes: msgpack, ids raw, every value checked."""
+"""Words between the front and rank 0, as bytes: msgpack, ids raw, every value checked."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Ready(Struct, array_like=True, tag="ready", frozen=True):
 
 
 class Events(Struct, array_like=True, tag="events", frozen=True):
-    """What became of jobs since the last word: one event per sample at most, with its job."""
+    """Progress of jobs since the last word: one event per sample at most, with its job."""
 
     items: list[tuple[int, Event]]
 
@@ -100,7 +100,7 @@ def encode(word: ToEngine | ToFront) -> bytes:
 
 
 def decode_for_engine(data: bytes) -> ToEngine:
-    """What the front said.
+    """Read what the front said.
 
     Raises:
         ValueError: if it is no word of the front's, or holds a value that breaks its rule.
@@ -110,7 +110,7 @@ def decode_for_engine(data: bytes) -> ToEngine:
 
 
 def decode_for_front(data: bytes) -> ToFront:
-    """What rank 0 said.
+    """Read what rank 0 said.
 
     Raises:
         ValueError: if it is no word of rank 0's, or holds a value that breaks its rule.

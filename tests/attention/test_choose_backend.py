@@ -80,7 +80,7 @@ def test_a_dtype_that_the_backend_lacks_is_refused(name: str) -> None:
 
 @pytest.fixture
 def _asks_again() -> Iterator[None]:
-    """What a test makes up of the machine is not remembered."""
+    """Forget what a test makes up of the machine."""
     processor._why_not.cache_clear()
     yield
     processor._why_not.cache_clear()

@@ -16,7 +16,7 @@ TOKEN_BYTES = 1000
 
 @pytest.fixture(autouse=True)
 def free_bytes(monkeypatch: pytest.MonkeyPatch) -> int:
-    """What the machine has left: a hundred million."""
+    """Leave the machine a hundred million."""
     monkeypatch.setattr("mnemosyne.cache.capacity.free_memory", lambda device: 10**8)
     return 10**8
 

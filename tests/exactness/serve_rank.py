@@ -1,4 +1,4 @@
-"""What a user's own script does on every rank of a mesh, as torchrun starts it on several hosts.
+"""Script of a user, run on every rank of a mesh, as torchrun starts it on several hosts.
 
 ``torchrun ... -m tests.exactness.serve_rank MODEL FOLDER MAX_TOKENS OPTIONS`` writes to the folder.
 """

@@ -54,7 +54,7 @@ def llm(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
 
 
 def is_cache_finite(llm: LLM) -> bool:
-    """Whether all pages but the spare one, where padding goes, hold numbers."""
+    """Tell if all pages but the spare one, where padding goes, hold numbers."""
     pool = pool_of(llm)
     return all(bool(t[:, : pool.padding_slot].isfinite().all()) for t in (*pool.k, *pool.v))
 

@@ -117,7 +117,7 @@ def expected(paths: dict[str, Path]) -> dict[str, list[list[int]]]:
 
 @torch.inference_mode()
 def _greedy_after(model: Any, prompt: np.ndarray, token_ids: list[int]) -> list[int]:
-    """What transformers gives after the prompt and each run of the tokens but the whole of them."""
+    """Ask transformers what follows the prompt and each run of the tokens but the whole of them."""
     ids = torch.from_numpy(np.concatenate((prompt, token_ids[:-1])))[None]
     with Wide():
         logits_TV = model(input_ids=ids, use_cache=False).logits[0]

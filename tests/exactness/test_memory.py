@@ -1,4 +1,4 @@
-"""What a prefill allocates is bounded by its chunks, whatever the context."""
+"""Memory of a prefill is bounded by its chunks, whatever the context."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_no_tensor_of_a_step_grows_with_the_context(tmp_path: Path) -> None:
 
 
 def prefill_peak(num_tokens: int, chunk: int | str) -> dict[str, Any]:
-    """What ``prefill_peak`` prints of a run in a process of its own."""
+    """Run ``prefill_peak`` in a process of its own, and read what it prints."""
     program = [sys.executable, "-m", "tests.exactness.prefill_peak", str(num_tokens), str(chunk)]
     run = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

@@ -86,7 +86,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def expected(paths: list[Path]) -> list[Any]:
-    """What one process gives, which is what transformers gives."""
+    """Tokens of one process, which are those of transformers."""
     found = _serve(paths, {}, [33])
     for path, outputs in zip(paths, found, strict=True):
         model = oracle(path)

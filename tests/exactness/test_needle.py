@@ -104,7 +104,7 @@ def test_without_a_page_beside_it_the_passkey_is_found(llm: LLM, away: int) -> N
 def test_half_of_a_passkey_is_recited_before_its_page_is_lost_and_nothing_of_it_after(
     checkpoint: Path, num_tokens: int
 ) -> None:
-    """What follows the loss names words by chance; it is the same whichever words were lost."""
+    """Words after the loss are named by chance, and are the same whichever words were lost."""
     known, lost = PASSKEY_WORDS[:6], (PASSKEY_WORDS[6:12], PASSKEY_WORDS[12:18])
     recitals = [haystack(num_tokens, depth=0.4, passkey=[*known, *words], seed=5) for words in lost]
     company = cycle("zodiac", 100)

@@ -1,4 +1,4 @@
-"""What is cached changes no token and no logit, however it came to be cached."""
+"""Cached prefixes change no token and no logit, however they came to be cached."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ NUM_TOKENS = 12  # of each answer
 
 @dataclass(frozen=True)
 class Expected:
-    """What transformers says to a prompt, in float64."""
+    """Answer of transformers to a prompt, in float64."""
 
     prompt_ids: np.ndarray
     token_ids: list[int]  # up to the end token, with it

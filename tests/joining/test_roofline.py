@@ -1,4 +1,4 @@
-"""What steps should take before any was measured, from the shape of a model and two peaks."""
+"""Step times before any was measured, from the shape of a model and two peaks."""
 
 from __future__ import annotations
 

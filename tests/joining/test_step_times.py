@@ -1,4 +1,4 @@
-"""What earlier starts measured is used where it holds, extended where it ends, else made again."""
+"""Measurements of earlier starts are used where they hold, extended where they end, else remade."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Emulated(InstructionSet):
         return None
 
     def load(self, source: str, dtype: torch.dtype, **constants: int) -> Any:
-        """What looks like the library of a source, and has its functions called elsewhere."""
+        """Stand-in for the library of a source, whose functions are called elsewhere."""
         defines = {"ELEMENT": ELEMENTS[dtype], **constants}
         return _Library(build_library(COMPILER, source, self.compiler_flags, **defines))
 
@@ -149,7 +149,7 @@ class _Emulator:
 
 
 class _Image:
-    """What one call points to, in the memory of the emulator.
+    """Memory that one call points to, in the emulator.
 
     Args:
         memory: descriptor of it.

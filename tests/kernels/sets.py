@@ -20,7 +20,7 @@ class Kernels(NamedTuple):
 
     @property
     def is_emulated(self) -> bool:
-        """Whether computing takes them fifty times as long."""
+        """Tell if computing takes them fifty times as long."""
         return isinstance(self.instructions, Emulated)
 
     def some(self, sizes: Sequence[int]) -> Sequence[int]:

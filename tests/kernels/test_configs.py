@@ -1,4 +1,4 @@
-"""What Triton asks of a tile holds for every candidate, on GPUs that nobody has here as well."""
+"""Rules of Triton for a tile hold for every candidate, on GPUs that nobody has here as well."""
 
 from __future__ import annotations
 

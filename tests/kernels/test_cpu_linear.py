@@ -18,7 +18,7 @@ FEW_ROWS = 64  # up to which the product by AVX-512 is the faster
 
 @pytest.fixture(params=sets.ALL, ids=str)
 def by(request: pytest.FixtureRequest) -> Kernels:
-    """What computes."""
+    """Name what computes."""
     return sets.runnable(request.param)
 
 

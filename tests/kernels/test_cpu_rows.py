@@ -17,7 +17,7 @@ from tests.kernels.sets import Kernels
 
 @pytest.fixture(params=sets.ALL, ids=str)
 def by(request: pytest.FixtureRequest) -> Kernels:
-    """What computes."""
+    """Name what computes."""
     return sets.runnable(request.param)
 
 
@@ -140,7 +140,7 @@ WIDTH, NUM_HEADS, HEAD_DIM = 1024, 16, 64  # of these, 64 rows are the most that
 def everything(
     by: Kernels, all_x: Tensor, weight: Tensor, row: int, num_rows: int
 ) -> Sequence[Tensor]:
-    """What every kernel gives for some rows of the same input."""
+    """Run every kernel on some rows of the same input."""
     chosen = slice(row, row + num_rows)
     x, y = all_x[chosen], all_x.flip(0)[chosen]
     heads = x.unflatten(1, (NUM_HEADS, HEAD_DIM))

@@ -1,4 +1,4 @@
-"""What a tape repeats: the bits of doing it anew, at the same addresses, in little memory."""
+"""Tapes repeat the bits of doing it anew, at the same addresses, in little memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a processor says it can do."""
+"""Abilities of a processor, as it tells them."""
 
 from __future__ import annotations
 

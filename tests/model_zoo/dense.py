@@ -62,5 +62,5 @@ class DenseAttend:
 
 
 def dense_context(windows: Sequence[Reach], scale: float | None = None) -> StepContext:
-    """What the layers of a decoder meet where there is no engine."""
+    """Make what the layers of a decoder meet where there is no engine."""
     return StepContext(DenseAttend(windows, scale), own_rows)

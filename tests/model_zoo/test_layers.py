@@ -1,4 +1,4 @@
-"""What is attached to a linear layer, or put in its place, keeps working."""
+"""Hooks of a linear layer, and modules put in its place, keep working."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class Counted:
         self.calls: Counter[str] = Counter()
 
     def __getattr__(self, name: str) -> Any:
-        """What the other set has; an operator counts."""
+        """Take an attribute of the other set; an operator counts its calls."""
         found = getattr(self.inner, name)
         if not callable(found):
             return found

@@ -39,7 +39,7 @@ def tensors(num_rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def everything(operators: Operators, num_rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What a set gives for the same input."""
+    """Run every operator of a set on the same input."""
     t = tensors(num_rows, dtype)
     wide = torch.promote_types(dtype, torch.float32)
     positions_T, radians_D = 1000 + torch.arange(num_rows), torch.arange(HEAD_DIM // 2).double()

@@ -1,4 +1,4 @@
-"""What ranks run: a stage of a model, cut by the mesh, on rows that every group computes whole."""
+"""Work of ranks: a stage of a model, cut by the mesh, on rows that every group computes whole."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.model_zoo.dense import dense_context
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What one rank found."""
+    """Findings of one rank."""
 
     logits_TV: Tensor | None  # on the last stage
     num_bytes: int  # read of the files

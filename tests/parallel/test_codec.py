@@ -1,4 +1,4 @@
-"""What rank 0 decides reaches the other ranks as it was, in few bytes."""
+"""Decisions of rank 0 reach the other ranks as they were, in few bytes."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ SHAPE = ModelShape(
 
 
 def describe(config: MeshConfig) -> dict[str, Any]:
-    """What a rank sees of its mesh."""
+    """Describe what a rank sees of its mesh."""
     mesh = init_mesh(config, "cpu")
     everyone = {
         axis.name: all_gather(torch.tensor([mesh.rank]), axis).flatten().tolist()

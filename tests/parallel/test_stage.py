@@ -1,4 +1,4 @@
-"""What a stage touches of torch's pipelining, name by name, so that a torch without one says so."""
+"""Names of torch's pipelining that a stage touches, one by one: a torch without one says so."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_a_stop_within_the_bound_or_of_all_ranks_ends_nothing(
 
 
 class Told(Exception):
-    """What the program of rank 0 makes of SIGTERM."""
+    """Exception that the program of rank 0 makes of SIGTERM."""
 
 
 def end_by_sigterm(folder: Path, told: int, is_handled: bool) -> str:

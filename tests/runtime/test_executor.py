@@ -1,4 +1,4 @@
-"""What the engine hands its plans to: several chunks of one prompt are under way in a pipeline."""
+"""Executors take plans of the engine: several chunks of a prompt are under way in a pipeline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a worker computes in a step: logits of the rows that sample, and of no other."""
+"""Workers compute the logits of the rows that sample, and of no other."""
 
 from __future__ import annotations
 

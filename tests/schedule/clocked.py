@@ -78,13 +78,13 @@ def make_request(request_id: int, num_prompt_tokens: int, max_tokens: int = 4, *
 
 
 def tokens_of(plan: Plan) -> dict[int, int]:
-    """What a step sampled."""
+    """Make up the tokens that a step sampled."""
     return {chunk.request_id: 7 for chunk in plan.chunks if chunk.samples}
 
 
 @dataclass
 class Run:
-    """What came of a workload. Times in seconds on the clock of arrivals."""
+    """Outcome of a workload. Times in seconds on the clock of arrivals."""
 
     plans: list[Plan] = field(default_factory=list)
     started_s: list[float] = field(default_factory=list)  # of each plan

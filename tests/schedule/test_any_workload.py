@@ -1,4 +1,4 @@
-"""What holds for every workload, every policy and every chunk rule: properties of the scheduler."""
+"""Properties of the scheduler that hold for every workload, policy and chunk rule."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ ANYWHERE = PageTable.on(0, np.empty(0, dtype=np.int64))
 
 
 class Plain:
-    """What the scheduler must decide, from lists of requests and what is known of each."""
+    """Decisions that the scheduler must make, from lists of requests and what is known of each."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler, self.config = scheduler, scheduler.config

@@ -33,7 +33,7 @@ MIXED = [
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """What a reader of one job got."""
+    """Events that a reader of one job got."""
 
     tokens: dict[int, list[int]] = field(default_factory=dict)  # by sample
     logprobs: dict[int, list[Any]] = field(default_factory=dict)
@@ -133,7 +133,7 @@ def jobs_of(
 
 
 def expected(checkpoint: Path, jobs: Sequence[Job]) -> list[list[RequestOutput]]:
-    """What an undisturbed engine gives, per job and sample."""
+    """Run an undisturbed engine; its tokens, per job and sample."""
     cache = {"max_tokens": 4096, "page_size": PAGE_SIZE}
     with LLM(
         str(checkpoint), dtype="float64", device="cpu", schedule={"chunk": 16}, cache=cache

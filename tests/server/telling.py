@@ -1,4 +1,4 @@
-"""What tells of an engine in tests of the link: no more than the front needs."""
+"""Words about an engine in tests of the link: no more than the front needs."""
 
 from __future__ import annotations
 

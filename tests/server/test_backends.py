@@ -1,4 +1,4 @@
-"""What clients see of a backend that loads, refuses, is overloaded or fails; TLS; apps in apps."""
+"""Clients of a backend that loads, refuses, is overloaded or fails; TLS; apps in apps."""
 
 from __future__ import annotations
 

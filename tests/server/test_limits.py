@@ -1,4 +1,4 @@
-"""What a server refuses, and how it ends."""
+"""Limits of a server, and its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may be wrong with a file of a checkpoint: in its entries, its bytes or its place."""
+"""Damage to files of a checkpoint: in their entries, their bytes or their place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a door is to the fuzzer, and what is found there."""
+"""Doors, as the fuzzer sees them, and the findings at each."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Door:
 
 @dataclass(slots=True)
 class Report:
-    """What a run found. Memory in bytes, times in seconds."""
+    """Findings of a run. Memory in bytes, times in seconds."""
 
     name: str
     num_inputs: int = 0

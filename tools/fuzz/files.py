@@ -84,7 +84,7 @@ class Files:
         assert self._open(self._bases[name]) == self._answers[name], "the control answers anew"
 
     def _open(self, path: Path, is_chat: bool = False) -> list[int]:
-        """What a checkpoint answers to ids; text and chat are tried, and may be refused."""
+        """Answer of a checkpoint to ids; text and chat are tried, and may be refused."""
         with LLM(str(path), device="cpu", schedule={"chunk": 64}, cache={"max_tokens": 512}) as llm:
             ids, *others = llm.generate([[5, 6, 7], "monday tuesday"], PARAMS)
             refusals = [output.error for output in (ids, *others) if output.error is not None]

@@ -121,7 +121,7 @@ def largest(x: Tensor) -> float:
 
 
 def needle(setting: Setting) -> Iterator[Entry]:
-    """Whether the passkey comes back from ever longer texts, and what the CPU answers."""
+    """Find the passkey in ever longer texts, and compare with the CPU."""
     if setting.smoke:
         yield "float32 256", recite(256, "float32", setting, has_others=True)
         return
@@ -154,7 +154,7 @@ def recite(length: int, dtype: str, setting: Setting, *, has_others: bool) -> di
 
 
 def compare(recital: Any, dtype: str, setting: Setting, tokens: list[int]) -> dict[str, Any]:
-    """Whether the CPU, and decodes that are replayed, give the same tokens."""
+    """Compare tokens with those of the CPU, and of decodes that are replayed."""
     others = {"same_as_cpu": answer(recital, dtype, setting, device="cpu", attention="cpu")}
     if not setting.smoke:
         others["same_replayed"] = answer(recital, dtype, setting, compile="step")

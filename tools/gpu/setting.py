@@ -1,4 +1,4 @@
-"""What every section is told, and how long work takes on the device."""
+"""Settings of every section, and the time that work takes on the device."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def paged_case(
 
 
 def work_of(rows: int, keys: int) -> tuple[str, float]:
-    """What the last rows of a sequence ask for: GB of K and V for one, TFLOP for more."""
+    """Count the work of the last rows of a sequence: GB of K and V for one, TFLOP for more."""
     if rows == 1:
         return "GB_s", 4 * keys * KV_HEADS * HEAD_DIM / 1e9
     return "TFLOP_s", 4 * HEADS * HEAD_DIM * rows * (keys - rows / 2) / 1e12

@@ -109,7 +109,7 @@ def pool_of(spec: ModelSpec, context: int, device: torch.device) -> tuple[PagePo
 
 
 def bytes_of(decoder: Decoder, spec: ModelSpec, context: int) -> int:
-    """What a decode must read: weights, K and V; of an embedding that is no head, one row."""
+    """Count what a decode must read: weights, K and V; of an embedding that is no head, one row."""
     weights = sum(parameter.nbytes for parameter in decoder.parameters())
     if decoder.embed is not None and not spec.tied:
         weights -= sum(parameter.nbytes for parameter in decoder.embed.parameters())

@@ -53,7 +53,7 @@ ON_A_GPU = ("kernels/hopper_chunk.py",)  # runs nowhere else, so only the tests 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a mutant."""
+    """Fate of a mutant."""
 
     mutant: Mutant
     verdict: Verdict

@@ -39,7 +39,7 @@ class End(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one run of pytest said."""
+    """Words of one run of pytest."""
 
     end: End
     test: str  # that failed or was late
@@ -104,7 +104,7 @@ def _judged(said: str, code: int, wall_s: float, cpu_s: float, first: str) -> Ru
 
 
 class Verdict(StrEnum):
-    """What the tests made of a mutant."""
+    """Verdict of the tests on a mutant."""
 
     KILLED = "killed"
     HANGS = "hangs"  # killed as well: a test that soon ends without the mutant does not end with it
@@ -154,7 +154,7 @@ class Judge:
             self.not_counted.add(run.test)
 
     def _confirmed(self, tree: Tree, run: Run) -> Verdict:
-        """Whether a failure is the mutant's doing."""
+        """Tell if a failure is the mutant's doing."""
         options = [] if "::" in run.test else ["--collect-only"]
         plain = self.plain.run([run.test], options)
         if plain.end is not End.PASSED:

@@ -43,7 +43,7 @@ A100 = ["hardware=a100_80", *layout(pp=2), "schedule.max_sequences=256"]
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """What a workload saw under one scheduler; seconds, percentiles 50, 95 and 99."""
+    """Times of a workload under one scheduler; seconds, percentiles 50, 95 and 99."""
 
     rate: float
     ttft_s: list[float]  # of all requests

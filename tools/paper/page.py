@@ -42,7 +42,7 @@ def write_page(results: Results, docs: Path) -> None:
 
 
 def intro(results: Results) -> str:
-    """What the page is, and the code that it is of."""
+    """Introduce the page, and the code that it is of."""
     return f"""\
 # The paper's figures, and ours
 

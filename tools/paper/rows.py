@@ -11,7 +11,7 @@ Results = dict[str, Any]
 
 
 def step_rows(results: Results) -> list[tuple[str, ...]]:
-    """What single steps cost."""
+    """Rows on the cost of single steps."""
     attention, static = results["attention"], results["static/512"]["tbt_max_s"]
     more = 100 * (attention["cost_32"] - 1)
     return [

@@ -34,7 +34,7 @@ def simulation(model: str, *words: str) -> Simulation:
 
 @dataclass(frozen=True, slots=True)
 class Long:
-    """What a long request saw; seconds."""
+    """Times of a long request; seconds."""
 
     ttft_s: float
     tpot_s: float

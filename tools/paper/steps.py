@@ -1,4 +1,4 @@
-"""What single steps cost: chunks that saturate attention, and context parallelism as a baseline."""
+"""Costs of single steps: chunks that saturate attention, and context parallelism as a baseline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No file of the product or its tools is longer than a reader bears, nor any function of it."""
+"""Files and functions are no longer than a reader bears, and begin by naming what they are."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ROOMS = ("mnemosyne", "model_zoo", "kernels", "tools")
 MAX_FILE_LINES = 350
+NO_NOUNS = ("What", "Whether", "Who", "Whose")  # a summary begins with a noun or a verb
 MAX_FUNCTION_LINES = 50  # docstrings left out; bodies of kernels are excepted
 
 
-def sources() -> Iterator[Path]:
+def sources(*rooms: str) -> Iterator[Path]:
     """Each file once: some rooms are links to others."""
-    found = {path.resolve() for room in ROOMS for path in (ROOT / room).rglob("*.py")}
+    found = {path.resolve() for room in rooms or ROOMS for path in (ROOT / room).rglob("*.py")}
     yield from sorted(found)
 
 
@@ -46,3 +47,22 @@ def test_no_function_outside_kernels_is_longer_than_50_lines() -> None:
     ]
 
     assert long == []
+
+
+def summaries_of(path: Path) -> Iterator[tuple[str, str]]:
+    """Name and docstring of a module, its classes and its functions."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, kinds) and (text := ast.get_docstring(node)):
+            yield getattr(node, "name", "its first line"), text
+
+
+def test_no_summary_begins_with_what_whether_or_who() -> None:
+    wrong = [
+        f"{path}: {name}: {text.splitlines()[0]}"
+        for path in sources(*ROOMS, "tests")
+        for name, text in summaries_of(path)
+        if text.split()[0] in NO_NOUNS
+    ]
+
+    assert wrong == []
