@@ -32,7 +32,7 @@ class Chain:
 
     def __init__(self, seed: bytes, ids: np.ndarray, page_size: int) -> None:
         self.digests: list[bytes] = []
-        self._last = seed
+        self._seed = self._last = seed
         self._page_size = page_size
         num_full = len(ids) // page_size
         self._prompt_PN = ids[: num_full * page_size].astype(ID_DTYPE).reshape(-1, page_size)
@@ -41,6 +41,10 @@ class Chain:
         data, page_bytes = memoryview(self._prompt_PN.tobytes()), page_size * ID_DTYPE.itemsize
         for start in range(0, len(data), page_bytes):
             self._hash(data[start : start + page_bytes])
+
+    def before(self, page: int) -> bytes:
+        """Digest of all that is before a page, model and salt included."""
+        return self.digests[page - 1] if page else self._seed
 
     def append(self, token_id: int) -> None:
         """Take one more token."""

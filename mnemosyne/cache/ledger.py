@@ -150,10 +150,9 @@ class Ledger:
         """Pages of a place that somebody holds, and that are not taken from the free ones."""
         return self._indexes[place.group].num_held(place.shared) if len(place.shared) else 0
 
-    def nearest(self, chain: Chain, page: int, place: Place) -> Nearest | None:
-        """A cached page in place of a page of a chain (see ``PrefixIndex.nearest``)."""
-        before = int(place.shared[-1]) if len(place.shared) else None
-        return self._indexes[place.group].nearest(chain, page, before)
+    def nearest(self, group: int, chain: Chain, page: int) -> Nearest | None:
+        """A cached page of a group in place of a page of a chain (see ``PrefixIndex.nearest``)."""
+        return self._indexes[group].nearest(chain, page)
 
     def reserve(self, holder: int, places: Sequence[Place], num_tokens: int) -> PageTable:
         """Take pages for the whole life of a request.

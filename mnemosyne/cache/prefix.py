@@ -44,7 +44,9 @@ class PrefixIndex:
         self._pages: dict[bytes, int] = {}  # those that can be found
         self._digests: list[bytes | None] = [None] * num_pages
         self._parents = [-1] * num_pages  # the page before, if it is on this group
-        self._children: dict[int, dict[int, None]] = {}  # pages after a page, in order
+        self._befores: list[bytes | None] = [None] * num_pages  # digest of all before the page
+        # pages after a prefix, in order: never those of another model or salt
+        self._children: dict[bytes, dict[int, None]] = {}
         # each twice: one page is asked for in Python, and many at once in numpy
         self._end = bytearray(b"\1" * num_pages)  # no page follows it
         self._found, self._counted = bytearray(num_pages), bytearray(num_pages)
@@ -87,18 +89,17 @@ class PrefixIndex:
         is_equal = (self._tokens_PN[pages] == chain.tokens(first, first + count)).all(axis=1)
         return pages if is_equal.all() else pages[: int(is_equal.argmin())]
 
-    def nearest(self, chain: Chain, page: int, before: int | None) -> Nearest | None:
+    def nearest(self, chain: Chain, page: int) -> Nearest | None:
         """The cached page nearest to a page of a chain that is not cached.
 
         Args:
             chain: of a request.
             page: its page, the first one that ``match`` did not find.
-            before: the page that was found before it; None if it is the first one.
 
         Returns:
             None if nothing follows there.
         """
-        after = self._children.get(-1 if before is None else before, {})
+        after = self._children.get(chain.before(page), {})
         others = list(islice(reversed(after), MAX_COMPARED))
         wanted = chain.beginning(page)
         if not others or not len(wanted):
@@ -142,11 +143,11 @@ class PrefixIndex:
         if before is not None and not self._found[before]:
             return 0  # whoever holds a known page holds those before it
         for index, page in enumerate(pages.tolist()):
-            digest = chain.digests[first + index]
-            if digest in self._pages:
+            place = first + index
+            if chain.digests[place] in self._pages:
                 pages = pages[:index]
                 break
-            self._link(page, digest, -1 if before is None else before)
+            self._link(page, chain, place, -1 if before is None else before)
             before = page
         self._tokens_PN[pages] = chain.tokens(first, first + len(pages))
         self._is_counted[pages] = self._is_found[pages] = True
@@ -212,7 +213,7 @@ class PrefixIndex:
         self._is_found[:] = False
         self._is_end[:] = True
         self._parents = [-1] * len(self._parents)
-        self._digests = [None] * len(self._digests)
+        self._digests, self._befores = [None] * len(self._digests), [None] * len(self._befores)
         self._pages.clear()
         self._children.clear()
         self._ends.clear()
@@ -235,25 +236,27 @@ class PrefixIndex:
             return False
         return self._num_of[page] == 0 and self._last_of[page] == used
 
-    def _link(self, page: int, digest: bytes, before: int) -> None:
+    def _link(self, page: int, chain: Chain, place: int, before: int) -> None:
+        digest, prefix = chain.digests[place], chain.before(place)
         self._pages[digest], self._digests[page] = page, digest
-        self._parents[page] = before
-        self._children.setdefault(before, {})[page] = None
+        self._parents[page], self._befores[page] = before, prefix
+        self._children.setdefault(prefix, {})[page] = None
         self._end[page] = True
         if before >= 0:
             self._end[before] = False
 
     def _unlink(self, page: int) -> int:
         """Make a page unknown; the page before it, or -1."""
-        digest, before = self._digests[page], self._parents[page]
+        digest, before, prefix = self._digests[page], self._parents[page], self._befores[page]
         assert digest is not None
+        assert prefix is not None
         del self._pages[digest]
-        self._digests[page], self._parents[page] = None, -1
+        self._digests[page], self._parents[page], self._befores[page] = None, -1, None
         self._counted[page] = self._found[page] = False
-        siblings = self._children[before]
+        siblings = self._children[prefix]
         del siblings[page]
         if not siblings:
-            del self._children[before]
+            del self._children[prefix]
             if before >= 0:
                 self._end[before] = True
         return before

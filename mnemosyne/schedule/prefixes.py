@@ -91,7 +91,7 @@ class Prefixes:
         place = self._missing(state, places, num_pages)
         if place is None or state.chain is None:
             return Hit(*what)
-        nearest = self._ledger.nearest(state.chain, num_pages, place)
+        nearest = self._ledger.nearest(place.group, state.chain, num_pages)
         if nearest is None or nearest.num_equal == len(state.chain.beginning(num_pages)):
             return Hit(*what)
         shown = nearest.tokens[nearest.num_equal :][:SHOWN_TOKENS]
@@ -100,17 +100,14 @@ class Prefixes:
     def _missing(
         self, state: RequestState, places: Sequence[Place], num_known: int
     ) -> Place | None:
-        """Where the first page of a long prompt would be that is not known, None if it is short.
-
-        A page that begins a later shard is compared with none: what is before it lies elsewhere.
-        """
+        """Where the first page of a long prompt would be that is not known, None if it is short."""
         request, first = state.request, 0
         if request.num_prompt_tokens < LONG_TOKENS or num_known >= self.num_cacheable(request):
             return None
         sizes = self._ledger.shard_pages(state.num_reserved)
         for place, size in zip(places, sizes, strict=True):
             if num_known < first + size:
-                return place if num_known > first or first == 0 else None
+                return place
             first += size
         return None
 

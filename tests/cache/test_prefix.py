@@ -112,12 +112,24 @@ def test_the_nearest_cached_page_says_where_a_prompt_differs():
     add(index, chain_of([1, 2, 3, 4, 5, 9, 9, 9]), [0, 2], shared=1)
     wanted = chain_of([1, 2, 3, 4, 5, 6, 0, 8])
 
-    nearest = index.nearest(wanted, 1, before=0)
+    nearest = index.nearest(wanted, 1)
 
     assert nearest is not None
     assert nearest.num_equal == 2
     assert nearest.tokens.tolist() == [5, 6, 7, 8]
-    assert index.nearest(chain_of([1, 2, 3, 4]), 1, before=0) is None
+    assert index.nearest(chain_of([1, 2, 3, 4]), 1) is None
+
+
+def test_no_page_of_another_model_or_salt_is_near():
+    ids, seed = [1, 2, 3, 9, 5], seed_of(b"model", "a")
+    index = known_index(chain_of([1, 2, 3, 4], seed), [0])
+    others = [SEED, seed_of(b"model", "b"), seed_of(b"other", "a")]
+
+    own, *foreign = (index.nearest(chain_of(ids, seed), 0) for seed in [seed, *others])
+
+    assert own is not None
+    assert own.num_equal == 3
+    assert foreign == [None, None, None]
 
 
 def test_many_uses_do_not_pile_up():

@@ -251,6 +251,28 @@ def test_the_place_where_a_long_prompt_differs_is_told():
     assert (hit.num_tokens, hit.differs_at, hit.cached_ids) == (40, 41, (41, 42, 43))
 
 
+def test_nothing_is_told_of_a_prompt_of_another_salt():
+    scheduler = make_scheduler(num_pages=3000, chunk=5000)
+    run_to_end(scheduler, make_request(0, range(4200), cache_salt="a"))
+    scheduler.add(make_request(1, [0, 1, *range(7, 4205)], cache_salt="b"))
+
+    (hit,) = step(scheduler).hits
+
+    assert (hit.num_tokens, hit.differs_at, hit.cached_ids) == (0, None, ())
+
+
+def test_the_difference_may_lie_where_another_group_goes_on():
+    scheduler = make_scheduler(num_groups=2, num_pages=1100, max_tokens_per_group=4096, chunk=5000)
+    run_to_end(scheduler, make_request(0, range(4200)))
+    other = [*range(4200)]
+    other[4097] = 7777
+    scheduler.add(make_request(1, other))
+
+    (hit,) = step(scheduler).hits
+
+    assert (hit.num_tokens, hit.differs_at, hit.cached_ids) == (4096, 4097, (4097, 4098, 4099))
+
+
 def test_groups_share_what_each_of_them_holds():
     scheduler = make_scheduler(num_groups=3, max_tokens_per_group=24)
     run_to_end(scheduler, make_request(0, range(60), max_tokens=2))
