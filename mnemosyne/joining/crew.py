@@ -138,7 +138,7 @@ def report_lost(engine: Engine, reason: str) -> None:
     The engine is left alone: the thread that steps it may be in the middle of it.
     """
     for output in engine.unfinished():
-        said = f": {output.text or output.token_ids!r}" if engine.logs_outputs else ""
+        said = f": {output.text or output.token_ids!r}" if engine.logs_text else ""
         log.error(
             "request %s failed with %d tokens so far%s",
             output.request_id,

@@ -53,7 +53,7 @@ class Engine:
         self.on_step = on_step
         self.clock = clock
         self.ownership = Ownership()
-        self.logs_outputs = True  # whether what requests said may stand in the log
+        self.logs_text = True  # whether what prompts and outputs say may stand in the log
         self._executor = executor
         self._measure = measure
         self._active: dict[int, Active] = {}
@@ -287,7 +287,7 @@ class Engine:
         for hit in plan.hits:
             if hit.request_id in new:
                 output = self._active[hit.request_id].output
-                note_hit(hit, output, self.intake.tokenizer)
+                note_hit(hit, output, self.intake.tokenizer, logs_text=self.logs_text)
         for request_id in plan.set_back:
             self._active[request_id].output.metrics.num_set_back += 1
 

@@ -49,13 +49,16 @@ def step_record(
     )
 
 
-def note_hit(hit: Hit, output: RequestOutput, tokenizer: Tokenizer | None) -> None:
+def note_hit(
+    hit: Hit, output: RequestOutput, tokenizer: Tokenizer | None, *, logs_text: bool
+) -> None:
     """Enter in the metrics of a request what the cache held of its prompt, and log a miss.
 
     Args:
         hit: of the request, as it was admitted.
         output: of the request.
         tokenizer: turns ids into text; None: ids are shown.
+        logs_text: whether what both prompts hold there may stand in the log.
     """
     metrics, num_tokens = output.metrics, len(output.prompt_token_ids)
     metrics.num_cached, metrics.differs_at = min(hit.num_tokens, num_tokens), hit.differs_at
@@ -65,7 +68,8 @@ def note_hit(hit: Hit, output: RequestOutput, tokenizer: Tokenizer | None) -> No
     here, cached = (_shown(part, tokenizer) for part in (ids, list(hit.cached_ids)))
     where = f"token {hit.differs_at:,} of {num_tokens:,}"
     metrics.cache_miss = f"differs at {where}: {here} where {cached} is cached"
-    log.info("prompt of request %d %s", hit.request_id, metrics.cache_miss)
+    told = metrics.cache_miss if logs_text else f"differs at {where}"
+    log.info("prompt of request %d %s", hit.request_id, told)
 
 
 def _shown(ids: list[int], tokenizer: Tokenizer | None) -> str:

@@ -94,7 +94,7 @@ class EmbeddedBackend:
 
     def _know(self, engine: Engine) -> None:
         self._engine = engine
-        engine.logs_outputs = False  # they are the clients'
+        engine.logs_text = False  # it is the clients'
         before = engine.on_step
 
         def both(record: StepRecord) -> None:

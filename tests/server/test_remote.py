@@ -10,13 +10,10 @@ from typing import TypeVar
 
 import pytest
 
-from mnemosyne.joining.crew import report_lost
 from mnemosyne.llm import LLM
 from mnemosyne.request import RequestOutput, SamplingParams
 from mnemosyne.schedule.plan import Plan
-from mnemosyne.serve.async_engine import AsyncEngine
 from mnemosyne.server.backend import Event, Job
-from mnemosyne.server.embedded import EmbeddedBackend
 from mnemosyne.server.remote import RemoteBackend
 from mnemosyne.server.words import Events, Refused
 from tests.engines import WrappedExecutor, open_tiny, pages_used, random_prompts
@@ -275,25 +272,3 @@ def test_words_of_jobs_that_nobody_has_are_none(llm: LLM) -> None:
             return await reader
 
     assert_same(run(main()), expected(llm, jobs)[0])
-
-
-def test_the_log_of_a_server_holds_nothing_of_what_requests_said(
-    llm: LLM, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def main() -> None:
-        async with AsyncEngine(llm.engine) as entered:
-            EmbeddedBackend(llm.engine, entered)
-
-    def lose() -> str:
-        (output,) = llm.engine.add(random_prompts((9,))[0], LONG)
-        while len(output.token_ids) < 3:
-            llm.engine.step()
-        caplog.clear()
-        report_lost(llm.engine, "killed")
-        llm.engine.abort("cancelled")
-        return repr(output.token_ids)
-
-    assert lose() in caplog.text, "offline it helps"
-    run(main())
-    assert lose() not in caplog.text
-    assert "failed with 3 tokens so far" in caplog.text
