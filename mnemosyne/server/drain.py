@@ -26,6 +26,7 @@ class Drain:
     def __init__(self, service: Service, on_drained: Callable[[], None]) -> None:
         self._service, self._on_drained = service, on_drained
         self._running: asyncio.Task[dict[str, Any]] | None = None
+        self.is_whole = True  # no request was cut off
 
     async def run(self) -> dict[str, Any]:
         """Drain, or wait for a drain that runs; what came of it."""
@@ -48,11 +49,12 @@ class Drain:
         end_s = time.monotonic() + timeout_s
         while service.gate.num_taken and time.monotonic() < end_s:
             await asyncio.sleep(POLL_S)
-        is_whole = not service.gate.num_taken
+        self.is_whole = not service.gate.num_taken
         left_s = max(0.0, end_s - time.monotonic())
-        is_whole &= await service.backend.drain(left_s)
+        self.is_whole &= await service.backend.drain(left_s)
         seconds = time.monotonic() - started_s
-        log.info("drained in %.1f s%s", seconds, "" if is_whole else "; some requests were cut off")
+        cut_off = "" if self.is_whole else "; some requests were cut off"
+        log.info("drained in %.1f s%s", seconds, cut_off)
         # behind the answer to whoever asked
         asyncio.get_running_loop().call_later(POLL_S, self._on_drained)
-        return {"drained": is_whole, "seconds": round(seconds, 3)}
+        return {"drained": self.is_whole, "seconds": round(seconds, 3)}

@@ -61,7 +61,7 @@ class HttpServer:
             )
         )
         self._is_whole = True
-        self._drains: set[asyncio.Task[None]] = set()
+        self._drains: set[asyncio.Task[dict[str, Any]]] = set()
 
     @property
     def url(self) -> str:
@@ -85,21 +85,19 @@ class HttpServer:
             finally:
                 announcing.cancel()
                 self._socket.close()
-        return DRAINED if self._is_whole else LOST
+        is_whole = self._is_whole and self.app.state.drain.is_whole
+        return DRAINED if is_whole else LOST
 
     def stop(self) -> None:
         """End now; what still runs is cut off."""
+        self._is_whole &= not self.app.state.service.gate.num_taken
         self._server.should_exit = True
 
     def begin_drain(self) -> None:
         """Let running requests finish, then end."""
-        task = asyncio.get_running_loop().create_task(self._drain())
+        task = asyncio.get_running_loop().create_task(self.app.state.drain.run())
         self._drains.add(task)
         task.add_done_callback(self._drains.discard)
-
-    async def _drain(self) -> None:
-        drained = await self.app.state.drain.run()
-        self._is_whole = bool(drained["drained"])
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self._drains and number == signal.SIGINT:

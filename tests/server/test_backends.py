@@ -216,6 +216,39 @@ def test_tls_is_by_file(tmp_path: Path) -> None:
     assert asyncio.run(served())["choices"][0]["text"] == "a"
 
 
+@pytest.mark.parametrize("how", ["a request", "a signal", "a second signal"])
+@pytest.mark.parametrize("is_cut", [True, False])
+def test_the_exit_status_tells_of_requests_that_were_cut_off(how: str, is_cut: bool) -> None:
+    script = [Event(0, (7,), "a"), 0.2, Event(0, (8,), "b", finish_reason="stop")]
+
+    async def served() -> int:
+        limit = "10ms" if how != "a second signal" and is_cut else "60s"
+        server = HttpServer(Played(*script), HttpConfig(port=0, shutdown_timeout=limit))
+        running = asyncio.create_task(server.run())
+        async with httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as client:
+            while (await client.get("/ready")).status_code != 200:
+                await asyncio.sleep(0.01)
+            body = {**ASKED, "stream": True}
+            async with client.stream("POST", "/v1/completions", json=body) as streaming:
+                lines = streaming.aiter_lines()
+                await anext(lines)
+                ending = asyncio.create_task(end(server, client))
+                async for _ in lines:
+                    pass
+            await ending
+        return await running
+
+    async def end(server: HttpServer, client: httpx.AsyncClient) -> None:
+        if how == "a request":
+            await client.post("/drain")
+            return
+        server.begin_drain()
+        if how == "a second signal" and is_cut:
+            server.stop()
+
+    assert asyncio.run(served()) == (1 if is_cut else 0)
+
+
 def test_a_port_that_is_taken_is_said() -> None:
     with serving(Played()) as live, pytest.raises(ValueError, match="must be free to listen on"):
         HttpServer(Played(), HttpConfig(port=live.port))
