@@ -12,6 +12,7 @@ from mnemosyne.llm import LLM
 from mnemosyne.server.embedded import EmbeddedBackend
 from mnemosyne.server.engine_process import Connection, EngineProcess
 from mnemosyne.server.json_log import log_json
+from mnemosyne.server.stages import COMPILING, LOADING, stage_of
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +66,8 @@ def _serve_front(config: ServeConfig, connection: Connection) -> int:
     """Run the engine of a front."""
     with LLM.from_config(
         config,
-        progress=partial(connection.tell_progress, "loading weights"),
-        compiling=partial(connection.tell_progress, "compiling"),
+        progress=partial(connection.tell_progress, LOADING),
+        compiling=partial(connection.tell_progress, COMPILING),
     ) as llm:
         return EngineProcess(
             llm.engine,
@@ -95,13 +96,14 @@ async def _serve(config: ServeConfig) -> int:
 async def _load(backend: EmbeddedBackend, config: ServeConfig) -> LLM:
     """Read the model in a thread, while ``/health`` and ``/ready`` answer."""
 
-    def read(num_done: int, num_bytes: int) -> None:
-        backend.tell_stage(f"loading weights: {num_done / 1e6:,.0f} of {num_bytes / 1e6:,.0f} MB")
+    def tell(what: str, num_done: int, num_total: int) -> None:
+        backend.tell_stage(stage_of(what, num_done, num_total))
 
-    def compile_(num_done: int, num_sizes: int) -> None:
-        backend.tell_stage(f"compiling: {num_done} of {num_sizes} sizes")
-
-    llm = await asyncio.to_thread(LLM.from_config, config, progress=read, compiling=compile_)
-    backend.tell_stage("measuring step times")
+    llm = await asyncio.to_thread(
+        LLM.from_config,
+        config,
+        progress=partial(tell, LOADING),
+        compiling=partial(tell, COMPILING),
+    )
     await backend.attach(llm.engine)
     return llm

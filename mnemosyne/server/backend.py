@@ -74,7 +74,7 @@ class Status:
     """How an engine is at the moment."""
 
     is_ready: bool  # takes jobs
-    stage: str = ""  # what it does until then, such as "loading 120 of 480 MB"
+    stage: str = ""  # what it does until then, such as "loading weights: 12%"
     heartbeat_age_s: float = 0.0  # since its loop last turned or began to wait for work
     is_alive: bool = True  # the heartbeat is younger than the watchdog's bound
     num_running: int = 0

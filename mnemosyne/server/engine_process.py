@@ -20,6 +20,7 @@ from mnemosyne.serve.engine import Engine
 from mnemosyne.server.backend import Backend
 from mnemosyne.server.engine_end import EngineEnd
 from mnemosyne.server.link import INHERITED, Link, connect, frame, inherited
+from mnemosyne.server.stages import stage_of
 from mnemosyne.server.words import Leaving, Loading, encode
 
 log = logging.getLogger(__name__)
@@ -54,9 +55,8 @@ class Connection:
         if self._socket is None or (now_s - self._told_s < TELL_S and num_done < num_total):
             return
         self._told_s = now_s
-        share = 100 * num_done / max(1, num_total)
         with suppress(OSError):  # it is gone: the main loop will see
-            self._socket.sendall(frame(encode(Loading(f"{what}: {share:.0f}%"))))
+            self._socket.sendall(frame(encode(Loading(stage_of(what, num_done, num_total)))))
 
     async def link(self) -> Link:
         """The link to the front; waits for one that has the name."""

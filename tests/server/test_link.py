@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 from mnemosyne.parallel import keys
 from mnemosyne.request import SamplingParams
 from mnemosyne.server import link
+from mnemosyne.server.engine_process import Connection
 from mnemosyne.server.link import HEADER, MAX_BYTES, Link, connect, frame, inherited, listen
+from mnemosyne.server.stages import LOADING
 from mnemosyne.server.words import (
     Cancel,
+    Loading,
     Submit,
     decode_for_engine,
     decode_for_front,
@@ -110,6 +113,24 @@ def test_a_name_belongs_to_one_server_and_to_one_user(monkeypatch: pytest.Monkey
 def test_a_name_that_cannot_be_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"serve\.link must be a short name"):
         listen(name)
+
+
+def test_a_front_is_told_that_weights_load_only_while_they_do() -> None:
+    ours, theirs = socket.socketpair()
+    connection = Connection(f"fd:{theirs.detach()}")
+
+    async def told() -> list[bytes | None]:
+        reader, writer = await Link.over(ours), await connection.link()
+        writer.close()
+        data = [await reader.receive() for _ in range(3)]
+        reader.close()
+        return data
+
+    connection.tell_progress(LOADING, 12, 100)
+    connection.tell_progress(LOADING, 100, 100)
+
+    said = encode(Loading("loading weights: 12%")), encode(Loading("preparing steps"))
+    assert run(told()) == [*said, None]
 
 
 def test_a_descriptor_that_is_no_socket_is_refused() -> None:
