@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any
 
 from mnemosyne.server.errors import ApiError
 
@@ -47,7 +46,7 @@ class Body:
             message = await self._next(receive)
             if message["type"] == "http.disconnect":
                 raise Gone
-            self._add(message.get("body", b""))
+            self.add(message.get("body", b""))
             if not message.get("more_body"):
                 return
 
@@ -63,7 +62,12 @@ class Body:
                 headers={"Connection": "close"},
             ) from error
 
-    def _add(self, part: bytes) -> None:
+    def add(self, part: bytes) -> None:
+        """Append a part.
+
+        Raises:
+            ApiError: 413, if that is too much.
+        """
         self.num_bytes += len(part)
         if self.num_bytes > self._limit:
             raise self._too_large(self.num_bytes)
@@ -87,14 +91,7 @@ class Body:
         assert self.file is None, "large ones lie in a file"
         return b"".join(self._parts)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Forget it."""
         if self.file is not None:
             self.file.close()

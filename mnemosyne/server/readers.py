@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import closing
 from typing import Any
 
 import msgspec
@@ -71,10 +72,9 @@ class Readers:
 
     async def token_bytes(self, ids: list[int]) -> list[bytes]:
         """The bytes of single tokens."""
-        body = Body(1 << 30)
-        body._add(msgspec.json.encode({"ids": ids}))
-        with body:
-            said, _ = await self._ask("short" if body.file is None else "long", "names", body)
+        with closing(Body(1 << 30)) as body:
+            body.add(msgspec.json.encode({"ids": ids}))
+            said, _ = await self.read("names", body)
         return [bytes(each) for each in said]
 
     async def _ask(self, lane: str, kind: str, body: Body) -> tuple[Any, np.ndarray]:

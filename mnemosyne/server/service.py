@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from typing import Any
 
 import msgspec
@@ -133,7 +133,7 @@ class Service:
         """
         announced = request.headers.get("content-length", "")
         wait_s = float(self.config.write_timeout)
-        with Body(int(self.config.max_body), wait_s) as body:
+        with closing(Body(int(self.config.max_body), wait_s)) as body:
             size = int(announced) if announced.isdecimal() else None
             await body.receive(request.receive, size)
             return await while_present(request.receive, self._readers.read(kind, body))
