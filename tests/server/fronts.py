@@ -18,7 +18,7 @@ from mnemosyne.llm import LLM
 from mnemosyne.request import RequestOutput, SamplingParams
 from mnemosyne.server.backend import Event, Job
 from mnemosyne.server.remote import RemoteBackend
-from mnemosyne.server.sources import StartedEngine, StartedRanks
+from mnemosyne.server.sources import Source, StartedEngine, StartedRanks
 from tests.engines import PAGE_SIZE, random_prompts
 
 HOT = {"temperature": 0.9, "top_p": 0.95, "max_tokens": 120}
@@ -81,21 +81,28 @@ class WatchedRanks(StartedRanks):
 
 
 @asynccontextmanager
-async def front_over(
-    command: Callable[[str], Sequence[str]], num_ranks: int, **options: Any
-) -> AsyncIterator[tuple[RemoteBackend, WatchedRanks]]:
-    """A front with its engine, which is ended in good order."""
-    source = WatchedRanks(command, num_ranks)
+async def running_front(source: Source, **options: Any) -> AsyncIterator[RemoteBackend]:
+    """A front that has engines of some source until it is ended in good order."""
     backend = RemoteBackend(source, **options)
     running = asyncio.create_task(backend.run())
     try:
-        yield backend, source
+        yield backend
         await backend.close()
         await asyncio.wait_for(running, 60)
     finally:
         running.cancel()
         with suppress(asyncio.CancelledError):
             await running
+
+
+@asynccontextmanager
+async def front_over(
+    command: Callable[[str], Sequence[str]], num_ranks: int, **options: Any
+) -> AsyncIterator[tuple[RemoteBackend, WatchedRanks]]:
+    """A front with its engine, which is ended in good order."""
+    source = WatchedRanks(command, num_ranks)
+    async with running_front(source, **options) as backend:
+        yield backend, source
     assert source.running is not None
     assert source.running.exit_status == 0
 

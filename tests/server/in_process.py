@@ -13,6 +13,7 @@ from mnemosyne.serve.async_engine import AsyncEngine
 from mnemosyne.server.engine_end import EngineEnd
 from mnemosyne.server.link import Link
 from mnemosyne.server.remote import RemoteBackend
+from tests.server.fronts import running_front
 from tests.server.telling import TellingBackend
 
 
@@ -65,13 +66,5 @@ async def front_of(
 ) -> AsyncIterator[tuple[RemoteBackend, InProcessRanks]]:
     """A front over engines of this process, ended in good order."""
     source = InProcessRanks(llm)
-    backend = RemoteBackend(source, **options)
-    running = asyncio.create_task(backend.run())
-    try:
+    async with running_front(source, **options) as backend:
         yield backend, source
-        await backend.close()
-        await asyncio.wait_for(running, 60)
-    finally:
-        running.cancel()
-        with suppress(asyncio.CancelledError):
-            await running
