@@ -92,7 +92,7 @@ def _run(words: Sequence[str]) -> int:
 
 def usage() -> str:
     """The text of ``mnemosyne --help``."""
-    lines = [f"  {name:<12}{command.summary}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<13}{command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         (
             "Usage: mnemosyne COMMAND [key=value ...]",
@@ -142,7 +142,9 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
         if status == INTERRUPTED:
             raise KeyboardInterrupt  # no further run of a sweep begins
 
-    run = hydra.main(config_path="pkg://mnemosyne.conf", config_name=name, version_base="1.3")(job)
+    run = hydra.main(
+        config_path="pkg://mnemosyne.conf", config_name=file_of(name), version_base="1.3"
+    )(job)
     with (
         sweep_folder(flags) as folder,
         process_arguments(f"mnemosyne {name}", *flags, *folder, *words),
@@ -177,7 +179,7 @@ def config_of(name: str, *words: str) -> Any:
         ValueError: as ``to_config`` does.
     """
     with hydra.initialize_config_module("mnemosyne.conf", version_base="1.3"):
-        return to_config(hydra.compose(name, list(words)), COMMANDS[name].config)
+        return to_config(hydra.compose(file_of(name), list(words)), COMMANDS[name].config)
 
 
 def to_config(composed: DictConfig, kind: type) -> Any:
@@ -242,10 +244,15 @@ def _late(name: str) -> Callable[..., int]:
     return run
 
 
+def file_of(name: str) -> str:
+    """Name of the primary config of a command."""
+    return name.replace(" ", "_")
+
+
 def two_words(words: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """The command and what follows; ``bench serve`` is one command."""
-    joined = "_".join(words[:2])
-    return (joined, words[2:]) if joined == "bench_serve" else (words[0], words[1:])
+    """The command and what follows; some commands are two words."""
+    joined = " ".join(words[:2])
+    return (joined, words[2:]) if joined in COMMANDS else (words[0], words[1:])
 
 
 COMMANDS = {
@@ -274,7 +281,7 @@ COMMANDS = {
     "bench": Command(
         "this engine and others side by side", BenchConfig, _late("bench"), has_ranks=False
     ),
-    "bench_serve": Command(
-        "bench serve: load for a server", BenchServeConfig, _late("bench_serve"), has_ranks=False
+    "bench serve": Command(
+        "load for a server", BenchServeConfig, _late("bench_serve"), has_ranks=False
     ),
 }
