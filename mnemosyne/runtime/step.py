@@ -191,8 +191,9 @@ class PagedAttention:
         """Attention of the rows that no other group shares."""
         has_sink = sink_H is not None
         out_THD, lse_TH = self._attend(layer, q_THD, self._prepared, return_lse=has_sink)
-        if sink_H is None or lse_TH is None:
+        if sink_H is None:
             return out_THD
+        assert lse_TH is not None, "a sink takes its share by the LSE"
         return with_sink(out_THD, lse_TH, sink_H)
 
     def _prepare(self, batch: AttentionBatch) -> dict[Reach, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mnemosyne.attention import AttentionBackend, AttentionBatch, Segment
+from mnemosyne.attention.chunked import Chunked, Reach, prepare
 from mnemosyne.cache.layout import slots_of
 
 LAYOUTS = ("contiguous", "fragmented", "shuffled")
@@ -66,9 +67,9 @@ class Case:
     scale: float
 
     def attend(
-        self, backend: AttentionBackend, window: int | None = None, *, return_lse: bool = False
+        self, backend: AttentionBackend, reach: Reach = None, *, return_lse: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        prepared = backend.prepare(self.batch, window, self.q_THD.device)
+        prepared = prepare(backend, self.batch, reach, self.q_THD.device)
         return backend.attend(
             self.q_THD, self.k_KSD, self.v_KSD, prepared, scale=self.scale, return_lse=return_lse
         )
@@ -77,7 +78,7 @@ class Case:
         q, k, v = (x.to(device, dtype) for x in (self.q_THD, self.k_KSD, self.v_KSD))
         return Case(self.batch, q, k, v, self.scale)
 
-    def dense(self, window: int | None = None) -> tuple[Tensor, Tensor]:
+    def dense(self, reach: Reach = None) -> tuple[Tensor, Tensor]:
         """Eager torch in the dtype of the case; the LSE is that of its scores, in float64."""
         out_THD = torch.zeros_like(self.q_THD)
         lse_TH = torch.full_like(self.q_THD[..., 0], -torch.inf, dtype=torch.float64)
@@ -89,7 +90,11 @@ class Case:
             rows = slice(segment.first_row, segment.first_row + segment.num_rows)
             row = segment.first_position + torch.arange(segment.num_rows).unsqueeze(1)
             key = segment.first_key + torch.arange(segment.num_keys)
-            visible = (key <= row) & (key > row - (window or 2**40))
+            visible = key <= row
+            if isinstance(reach, Chunked):
+                visible &= key // reach.size == row // reach.size
+            elif reach is not None:
+                visible &= key > row - reach
             score_HTS = (self.q_THD[rows].transpose(0, 1) @ k_HSD.mT) * self.scale
             score_HTS = score_HTS.masked_fill(~visible.to(score_HTS.device), -torch.inf)
             weight_HTS = score_HTS.softmax(-1).nan_to_num(0.0)  # rows that see no key

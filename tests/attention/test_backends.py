@@ -103,9 +103,9 @@ def test_a_mixed_batch_is_exact_in_the_interpreter_of_triton(window: int | None)
 def test_any_page_size_is_exact(name: str, page_size: int) -> None:
     case = make_case(page_size=page_size, num_pages=30 + 4096 // page_size)
 
-    out, _ = case.attend(backend_of(name, (2, 2, 16)), window=40)
+    out, _ = case.attend(backend_of(name, (2, 2, 16)), reach=40)
 
-    assert_exact(out, case.attend(REFERENCE, window=40)[0])
+    assert_exact(out, case.attend(REFERENCE, reach=40)[0])
 
 
 @pytest.mark.parametrize("window", WINDOWS)

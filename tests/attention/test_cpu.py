@@ -74,7 +74,7 @@ def test_inputs_are_left_as_they_were() -> None:
     case = make_case()
     before = [x.clone() for x in (case.q_THD, case.k_KSD, case.v_KSD)]
 
-    case.attend(BACKEND, window=40)
+    case.attend(BACKEND, reach=40)
 
     assert all(map(torch.equal, before, (case.q_THD, case.k_KSD, case.v_KSD)))
 

@@ -36,7 +36,7 @@ def backend() -> Iterator[FlexBackend]:
     backend = FlexBackend()
     case = bfloat16_case([Rows(1, 40), Rows(20, 30)])
     case.attend(backend)
-    case.attend(backend, window=10)
+    case.attend(backend, reach=10)
     yield backend
     torch.set_num_threads(num_threads)
 
@@ -101,9 +101,9 @@ def test_finite_leftovers_in_a_page_do_not_matter(backend: FlexBackend) -> None:
     clean = make_case(heads=HEADS).to(torch.bfloat16)
     dirty = make_case(heads=HEADS, unused=1e4).to(torch.bfloat16)
 
-    out, _ = dirty.attend(backend, window=40)
+    out, _ = dirty.attend(backend, reach=40)
 
-    assert torch.equal(out, clean.attend(backend, window=40)[0])
+    assert torch.equal(out, clean.attend(backend, reach=40)[0])
 
 
 @pytest.mark.parametrize("page_size", [8, 24])
@@ -147,9 +147,9 @@ def test_eager_tiles_of_rows_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mnemosyne.attention.flex_eager.MAX_SCORES", 1000)
     case = make_case()
 
-    out, lse = case.attend(FlexBackend(), window=40, return_lse=True)
+    out, lse = case.attend(FlexBackend(), reach=40, return_lse=True)
 
-    expected_out, expected_lse = case.attend(REFERENCE, window=40, return_lse=True)
+    expected_out, expected_lse = case.attend(REFERENCE, reach=40, return_lse=True)
     assert_exact(out, expected_out)
     assert_exact(lse, expected_lse)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -36,6 +37,13 @@ class Recording(ReferenceBackend):
         return super().attend(*arguments, **keywords)
 
 
+class WithoutLse(ReferenceBackend):
+    """Keeps to itself what a sink needs."""
+
+    def attend(self, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor | None]:
+        return super().attend(*arguments, **keywords)[0], None
+
+
 def inputs_of(own: list[Segment], shared: list[Segment]) -> StepInputs:
     rows = [row for s in shared for row in range(s.first_row, s.first_row + s.num_rows)]
     local_rows = torch.tensor(rows, dtype=torch.int64)
@@ -63,7 +71,12 @@ class RecordedExchange:
         self.inner.finish(out_THD, sink_H)
 
 
-def attention_of(inputs: StepInputs, events: list[str]) -> Tensor:
+def attention_of(
+    inputs: StepInputs,
+    events: list[str],
+    backend: ReferenceBackend | None = None,
+    sink_H: Tensor | None = None,
+) -> Tensor:
     def exchange(*arguments: Any) -> Pending:
         events.append("start")
         return RecordedExchange(events, start_exchange(*arguments))
@@ -83,9 +96,9 @@ def attention_of(inputs: StepInputs, events: list[str]) -> Tensor:
     layers = LayerShape(windows=[None], scale=0.3)
     # One group alone: what is exchanged comes back merged with nothing else.
     settings = {"layers": layers, "kvp": Axis("kvp"), "exchange": exchange}
-    attend = PagedAttention(pool, Recording(events), TORCH, inputs, **settings)
+    attend = PagedAttention(pool, backend or Recording(events), TORCH, inputs, **settings)
     q_THD, k_TKD, v_TKD = (torch.randn(4, n, 8, dtype=torch.float64) for n in (4, 2, 2))
-    return attend(0, q_THD, k_TKD, v_TKD)
+    return attend(0, q_THD, k_TKD, v_TKD, sink_H=sink_H)
 
 
 def test_partials_are_on_their_way_while_other_rows_are_computed() -> None:
@@ -109,3 +122,21 @@ def test_a_group_without_rows_of_its_own_attends_once() -> None:
     assert events == ["attend to rows from [0]", "start", "finish"]
     assert apart[:2].abs().sum(-1).all()
     assert not apart[2:].any()
+
+
+def test_a_sink_takes_its_share_whoever_computes_the_row() -> None:
+    sink_H = torch.tensor([0.0, 2.0, -1.0, 4.0], dtype=torch.float64)
+
+    together = attention_of(inputs_of([LONG, SHORT], []), [], sink_H=sink_H)
+    apart = attention_of(inputs_of([SHORT], [LONG]), [], sink_H=sink_H)
+
+    torch.testing.assert_close(apart, together, rtol=0, atol=1e-15)
+    without = attention_of(inputs_of([LONG, SHORT], []), [])
+    assert (together[:3].abs() < without[:3].abs()).all()
+
+
+def test_no_backend_leaves_a_sink_out() -> None:
+    inputs, sink_H = inputs_of([LONG, SHORT], []), torch.zeros(4, dtype=torch.float64)
+
+    with pytest.raises(AssertionError, match="a sink takes its share by the LSE"):
+        attention_of(inputs, [], WithoutLse(), sink_H)
