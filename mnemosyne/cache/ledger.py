@@ -111,6 +111,8 @@ class Ledger:
 
     def shard_pages(self, num_tokens: int) -> list[int]:
         """Pages of each shard of a request, in the order of positions."""
+        if num_tokens <= self.max_tokens_per_group:
+            return [pages_for(num_tokens, self.page_size)]
         full, rest = divmod(num_tokens, self.max_tokens_per_group)
         sizes = [self.max_tokens_per_group // self.page_size] * full
         if rest:

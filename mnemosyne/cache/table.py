@@ -62,7 +62,7 @@ class PageTable:
             tokens_each: positions of a shard.
         """
         numbered = enumerate(parts)
-        return cls(tuple(Extent(g, index * tokens_each, pages) for index, (g, pages) in numbered))
+        return cls(tuple([Extent(g, index * tokens_each, pages) for index, (g, pages) in numbered]))
 
     @property
     def reporter(self) -> int:

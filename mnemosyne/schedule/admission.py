@@ -205,14 +205,14 @@ class AdmissionQueue:
         places = self._choose(prompt, kept)
         if places is None:
             return None
-        taken = {place.group: -self._ledger.num_free(place.group) for place in places}
+        num_free = self._ledger.num_free
+        free = {} if reservation is None else {p.group: num_free(p.group) for p in places}
         table = self._ledger.reserve(request.request_id, places, prompt.num_reserved)
         self._router.start(table, request.num_prompt_tokens)
         if is_holder:
             self._reservation = None
         elif reservation is not None:
-            for group in taken:
-                taken[group] = -taken[group] - self._ledger.num_free(group)
+            taken = {group: count - num_free(group) for group, count in free.items()}
             reservation.holders[request.request_id] = taken
         return table
 

@@ -195,6 +195,7 @@ class Scheduler:
         admitted = self._admission.admit(num_places, now_s)
         for running in admitted:
             self._prefill.add(running)
+            tables[running.request.request_id] = running.table
         # decodes that gathered in one of several steps in flight would all wait for each other
         share = -(-self._num_decoding // self.depth)
         chunks, work = self._ready.take(share, self._requests)
@@ -212,13 +213,13 @@ class Scheduler:
         return Plan(
             index=self._num_plans - 1,
             chunks=tuple(chunks),
-            admitted=tuple(Admission.of(running.request) for running in admitted),
+            admitted=tuple([Admission.of(running.request) for running in admitted]),
             released=released,
-            tables=(*tables.items(), *((s.request.request_id, s.table) for s in admitted)),
+            tables=tuple(tables.items()),
             set_back=tuple(set_back),
             predicted_s=prefills.seconds,
             slack_s=tuple(prefills.slack_s),
-            hits=tuple(running.hit for running in admitted if running.hit is not None),
+            hits=tuple([running.hit for running in admitted if running.hit is not None]),
         )
 
     def complete(self, plan: Plan, tokens: Mapping[int, int], broken: Collection[int] = ()) -> None:
