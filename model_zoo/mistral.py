@@ -35,10 +35,12 @@ def ministral3(config: Config, sizes: Sizes) -> Family:
     rope = config.section("rope_parameters")
     if rope is None:
         config.refuse("rope_parameters", "describe the rotation", None)
-    temperature = Temperature(
-        gain=rope.number("llama_4_scaling_beta"),
-        span=rope.integer("original_max_position_embeddings"),
-    )
+    temperature = None
+    if rope.value("llama_4_scaling_beta") != 0:  # as Devstral 2 has it
+        temperature = Temperature(
+            gain=rope.number("llama_4_scaling_beta"),
+            span=rope.integer("original_max_position_embeddings"),
+        )
     # Its other length is a copy of the config's own, which nothing reads.
     own = frozenset({"llama_4_scaling_beta", "max_position_embeddings"})
     return Family(

@@ -92,6 +92,23 @@ TEXT = MINISTRAL_3_8B["text_config"]
 ROPE = TEXT["rope_parameters"]
 
 
+def test_devstral_2_sharpens_nothing(tmp_path: Path) -> None:
+    rope = ROPE | {
+        "beta_fast": 4.0,
+        "factor": 64.0,
+        "llama_4_scaling_beta": 0.0,
+        "mscale_all_dim": 0.0,
+        "original_max_position_embeddings": 4096,
+    }
+    changes = {"architectures": ["Ministral3ForCausalLM"], "rope_parameters": rope}
+
+    spec = read(tmp_path, TEXT | changes)
+
+    assert spec.temperature is None
+    assert spec.max_positions == 262_144
+    assert spec.rope.attention_factor == pytest.approx(0.1 * math.log(64) + 1)
+
+
 @pytest.mark.parametrize(
     ("base", "changes", "message"),
     [
