@@ -72,8 +72,12 @@ class ModelSpec(ModelShape):
 
     @property
     def is_static(self) -> bool:
-        """Return whether no operator depends on earlier results, as those of experts do."""
-        return self.num_experts == 1
+        """Return whether decodes can be recorded at all.
+
+        Those of experts cannot: which products there are depends on earlier results. Nor can those
+        of chunks, because what is recorded has one table of rows for each window.
+        """
+        return self.num_experts == 1 and not self.chunked
 
     @property
     def is_recordable(self) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mnemosyne.attention.chunked import prepare
+from mnemosyne.attention.chunked import Chunked, prepare
 from mnemosyne.attention.segments import AttentionBackend, AttentionBatch, RecordableBackend
 from mnemosyne.cache.pages import PagePool
 from mnemosyne.kernels.cpu.tape import Memory, Tape
@@ -111,6 +111,8 @@ class DecodeGraphs:
         new_graph: Callable[[], Graph],
         rows: Sequence[int] = GRAPH_ROWS,
     ) -> None:
+        is_chunked = any(isinstance(reach, Chunked) for reach in layers.windows)
+        assert not is_chunked, "the rows of chunks would be written over those of full layers"
         self._model = model
         self._layers = layers
         self._pool = pool

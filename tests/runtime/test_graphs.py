@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mnemosyne.attention import ByKind, FlexBackend
+from mnemosyne.attention.chunked import Chunked
 from mnemosyne.attention.fixed_decodes import FixedDecodes
 from mnemosyne.attention.triton import TritonBackend
 from mnemosyne.llm import LLM
+from mnemosyne.model_zoo.bench import bench_spec
 from mnemosyne.runtime.graphs import DecodeGraphs
 from tests.engines import greedy, open_tiny, random_prompts, worker_of
 from tests.model_zoo.tiny import tiny_checkpoint
@@ -119,6 +122,20 @@ def test_nothing_that_is_captured_asks_the_host(checkpoint: Path) -> None:
 
     assert "index_copy_" in FakeGraph.recorder.names
     assert not FakeGraph.recorder.names & ASKS_THE_HOST
+
+
+def test_chunks_are_not_recorded(checkpoint: Path) -> None:
+    spec = bench_spec()
+    chunked = replace(spec, windows=(8192,) * spec.num_layers, chunked=True)
+    assert spec.is_static
+    assert not chunked.is_static
+
+    with open_tiny(checkpoint) as llm:
+        worker = worker_of(llm)
+        worker._layers = replace(worker._layers, windows=[Chunked(32), None])
+
+        with pytest.raises(AssertionError, match="rows of chunks"):
+            graphs_of(llm, rows=(1,))
 
 
 def test_a_backend_of_two_is_recorded_as_the_one_that_decodes() -> None:
