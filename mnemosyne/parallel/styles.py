@@ -29,7 +29,35 @@ class ColumnParallel(ParallelStyle):
         return module
 
 
-class RowParallel(ParallelStyle):
+class _SummedParallel(ParallelStyle):
+    """A module of which each rank computes a part of all outputs; the parts are summed.
+
+    Args:
+        axis: the ranks.
+        dims: over which dim each parameter is cut, by its name; others are whole on every rank.
+        bias: the name of the bias of the outputs, which the sum takes from the first rank.
+    """
+
+    def __init__(self, axis: Axis, dims: dict[str, int], bias: str) -> None:
+        super().__init__()
+        self._axis, self._dims, self._bias = axis, dims, bias
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        axis = self._axis
+        for name, _ in list(module.named_parameters()):
+            if name in self._dims:
+                _shard(module, name, device_mesh, dim=self._dims[name])
+        if axis.index > 0:
+            setattr(module, self._bias, None)
+
+        def complete(module: nn.Module, args: tuple[Tensor, ...], out_TE: Tensor) -> Tensor:
+            return all_reduce_sum(out_TE, axis)
+
+        module.register_forward_hook(complete)
+        return module
+
+
+class RowParallel(_SummedParallel):
     """A linear layer of which each rank takes neighbouring inputs; the outputs are summed.
 
     Args:
@@ -37,23 +65,10 @@ class RowParallel(ParallelStyle):
     """
 
     def __init__(self, axis: Axis) -> None:
-        super().__init__()
-        self._axis = axis
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        axis = self._axis
-        _shard(module, "weight", device_mesh, dim=1)
-        if axis.index > 0:
-            module.register_parameter("bias", None)  # the sum takes it from the first rank
-
-        def complete(module: nn.Module, args: tuple[Tensor], out_TE: Tensor) -> Tensor:
-            return all_reduce_sum(out_TE, axis)
-
-        module.register_forward_hook(complete)
-        return module
+        super().__init__(axis, {"weight": 1}, "bias")
 
 
-class ExpertsParallel(ParallelStyle):
+class ExpertsParallel(_SummedParallel):
     """Stacked experts of which each rank holds neighbouring inner widths; outputs are summed.
 
     Args:
@@ -61,23 +76,8 @@ class ExpertsParallel(ParallelStyle):
     """
 
     def __init__(self, axis: Axis) -> None:
-        super().__init__()
-        self._axis = axis
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        axis = self._axis
         dims = {"gate": 1, "up": 1, "down": 2, "gate_bias": 1, "up_bias": 1}
-        for name, _ in list(module.named_parameters()):
-            if name in dims:
-                _shard(module, name, device_mesh, dim=dims[name])
-        if axis.index > 0:
-            setattr(module, "down_bias", None)  # noqa: B010  # the sum takes it from the first rank
-
-        def complete(module: nn.Module, args: tuple[Tensor, ...], out_TE: Tensor) -> Tensor:
-            return all_reduce_sum(out_TE, axis)
-
-        module.register_forward_hook(complete)
-        return module
+        super().__init__(axis, dims, "down_bias")
 
 
 class VocabParallelEmbedding(nn.Module):
