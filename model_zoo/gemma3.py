@@ -5,8 +5,8 @@ from __future__ import annotations
 from math import sqrt
 
 from mnemosyne.model_zoo.config import Config
-from mnemosyne.model_zoo.family import Family, Sizes, layer_kinds, read_activation
-from mnemosyne.model_zoo.rope_entries import KINDS, read_ropes_by_kind
+from mnemosyne.model_zoo.family import Family, Sizes, read_activation
+from mnemosyne.model_zoo.rope_entries import full_and_sliding
 
 DEFAULTS = {
     "vocab_size": 262_208,
@@ -33,25 +33,13 @@ def gemma3(config: Config, sizes: Sizes) -> Family:
     Raises:
         ValueError: for what no published model of the family uses.
     """
-    full, sliding = KINDS
     every = config.integer("_sliding_window_pattern", 6)  # as newer files call it
     every = config.integer("sliding_window_pattern", every)
-    kinds = layer_kinds(
-        config, sizes, lambda index: sliding if (index + 1) % every else full, KINDS
-    )
-    window = config.integer("sliding_window")
+    theta = config.number("rope_local_base_freq")
     bias = config.flag("attention_bias", False)
     capped = config.value("final_logit_softcapping")
-    ropes = read_ropes_by_kind(
-        config,
-        sizes.head_dim,
-        sizes.max_positions,
-        sliding_theta=config.number("rope_local_base_freq"),
-    )
     return Family(
-        windows=tuple(window if kind == sliding else None for kind in kinds),
-        rope=ropes[full],
-        ropes=tuple(ropes[kind] for kind in kinds),
+        **full_and_sliding(config, sizes, every=every, sliding_theta=theta),
         qkv_bias=bias,
         o_bias=bias,
         qk_norm=True,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from mnemosyne.model_zoo.config import Config
+from mnemosyne.model_zoo.family import Sizes, layer_kinds
 from mnemosyne.model_zoo.rope import RopeSpec
 
 MAX_RATIO = 1e6  # of a factor or a number of turns
@@ -70,7 +72,7 @@ def _section(config: Config) -> Config:
     return new or old or Config({})
 
 
-def read_ropes_by_kind(
+def _ropes_by_kind(
     config: Config, head_dim: int, max_positions: int, *, sliding_theta: float
 ) -> dict[str, RopeSpec]:
     """The rotation of full and of sliding layers, by what ``layer_types`` calls them.
@@ -101,6 +103,33 @@ def read_ropes_by_kind(
     if both:
         both.refuse_rest()
     return ropes
+
+
+def full_and_sliding(
+    config: Config, sizes: Sizes, *, every: int, sliding_theta: float
+) -> dict[str, Any]:
+    """Windows and rotations of layers of both kinds, as fields of ``Family``.
+
+    Args:
+        config: the whole config.json.
+        sizes: those that all families have.
+        every: one layer in so many is full, the last of them, where ``layer_types`` is absent.
+        sliding_theta: as for ``_ropes_by_kind``.
+
+    Raises:
+        ValueError: as ``layer_kinds`` and ``_ropes_by_kind`` do, or for no window.
+    """
+    full, sliding = KINDS
+    kinds = layer_kinds(
+        config, sizes, lambda index: sliding if (index + 1) % every else full, KINDS
+    )
+    window = config.integer("sliding_window")
+    ropes = _ropes_by_kind(config, sizes.head_dim, sizes.max_positions, sliding_theta=sliding_theta)
+    return {
+        "windows": tuple(window if kind == sliding else None for kind in kinds),
+        "rope": ropes[full],
+        "ropes": tuple(ropes[kind] for kind in kinds),
+    }
 
 
 def _read_kind(
