@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from mnemosyne.request import Logprobs, SamplingParams
+from mnemosyne.request import SamplingParams
+from mnemosyne.serve.unread import Unread
 from mnemosyne.server.backend import Event, Job
 
 PROOF_TOKENS = 2  # new ones that a request must get to be cleared: of its prefill and a decode
@@ -32,7 +33,7 @@ class Task:
     further: asyncio.Event = field(default_factory=asyncio.Event)  # it got on, or ended
     has_event: asyncio.Event = field(default_factory=asyncio.Event)
     error: Exception | None = None  # what its reader is to be told in place of further events
-    _unread: dict[int, Unread] = field(default_factory=dict)  # by sample
+    _unread: Unread[Event] = field(default_factory=Unread)  # by sample
 
     def __post_init__(self) -> None:
         given = self.job.given or ((),) * self.job.params.n
@@ -66,11 +67,7 @@ class Task:
         if self.is_ended or self.num_tokens >= self.num_before + PROOF_TOKENS:
             self.num_deaths = 0
             self.further.set()
-        unread = self._unread.get(event.sample)
-        if unread is None:
-            self._unread[event.sample] = Unread(event)
-        else:
-            unread.add(event)
+        self._unread.add(event.sample, event)
         self.has_event.set()
 
     def note_death(self) -> None:
@@ -101,35 +98,4 @@ class Task:
         self.has_event.clear()
         if self.error is not None:
             raise self.error
-        unread, self._unread = self._unread, {}
-        return [entry.event() for entry in unread.values()]
-
-
-class Unread:
-    """Events of one sample, joined."""
-
-    __slots__ = ("_last", "_logprobs", "_prompt_logprobs", "_texts", "_token_ids")
-
-    def __init__(self, first: Event) -> None:
-        self._last = first
-        self._token_ids = list(first.token_ids)
-        self._texts = [first.text]
-        self._logprobs: list[Logprobs] = list(first.logprobs)
-        self._prompt_logprobs = first.prompt_logprobs
-
-    def add(self, event: Event) -> None:
-        """Append what came next."""
-        self._last = event
-        self._token_ids += event.token_ids
-        self._texts.append(event.text)
-        self._logprobs += event.logprobs
-        self._prompt_logprobs = self._prompt_logprobs or event.prompt_logprobs
-
-    def event(self) -> Event:
-        """All of it as one."""
-        return self._last._replace(
-            token_ids=tuple(self._token_ids),
-            text="".join(self._texts),
-            logprobs=tuple(self._logprobs),
-            prompt_logprobs=self._prompt_logprobs,
-        )
+        return self._unread.take()
