@@ -161,9 +161,10 @@ class Mxfp4(NamedTuple):
         stored_rows = slice(first, self.start + self.step * (rows.stop - 1) + 1)
         groups = slice(columns.start // GROUP, -(-columns.stop // GROUP))
         part = experts, stored_rows, groups
-        blocks = tensors(f"{self.name}_blocks")[part][:, :: self.step].long()
+        blocks = tensors(f"{self.name}_blocks")[part][:, :: self.step].int()
         scales = tensors(f"{self.name}_scales")[part][:, :: self.step].int() - 127
-        numbers = torch.tensor(FP4)[torch.stack((blocks & 15, blocks >> 4), dim=-1)]
+        pairs = torch.tensor([(FP4[byte & 15], FP4[byte >> 4]) for byte in range(256)])
+        numbers = pairs[blocks]
         values = torch.ldexp(numbers.flatten(-2), scales.unsqueeze(-1)).flatten(-2)
         before = columns.start - GROUP * groups.start
         return values[..., before : before + columns.stop - columns.start]

@@ -67,9 +67,10 @@ def load_weights(
     """Fill a model's parameters from a Hugging Face checkpoint.
 
     Besides the parameters at most two blocks of 64 MiB exist at a time: one in the dtype of the
-    file and its converted copy. Names and shapes of the whole checkpoint are checked before the
-    first weight is read, also those that other ranks hold. Of a DTensor only the slice of this
-    rank is read, and a plain tensor takes its place.
+    file and its converted copy; of 4-bit numbers, which are unpacked in float32, some ten. Names
+    and shapes of the whole checkpoint are checked before the first weight is read, also those that
+    other ranks hold. Of a DTensor only the slice of this rank is read, and a plain tensor takes
+    its place.
 
     Args:
         model: parameters keep their dtype; those on the meta device are allocated on ``device``.
