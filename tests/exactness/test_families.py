@@ -13,6 +13,7 @@ import torch
 
 from mnemosyne import LLM, SamplingParams
 from mnemosyne.kernels.cpu.processor import INSTRUCTION_SETS
+from tests.engines import worker_of
 from tests.model_zoo.families import FAMILIES, tiny_family
 from tests.model_zoo.tiny import VOCAB_SIZE
 from tests.model_zoo.wide import Wide, wide_oracle
@@ -37,6 +38,12 @@ WIDE: dict[str, dict[str, Any]] = {  # rows of multiples of 32, as the kernels t
     "glm4_moe": {"head_dim": 32, "moe_intermediate_size": 32, "intermediate_size": 64},
     "gemma3": {"head_dim": 32, "intermediate_size": 64},
     "llama4": {"head_dim": 32, "intermediate_size": 64},
+}
+
+RECORDED: dict[str, dict[str, Any]] = {  # those whose decodes are replayed on the CPU
+    "seed_oss-biased": {"head_dim": 32, "intermediate_size": 64},
+    "smollm3-windows": {"hidden_size": 128, "intermediate_size": 64},
+    "olmo3-yarn": {"hidden_size": 128, "intermediate_size": 64},
 }
 
 
@@ -182,6 +189,26 @@ def test_the_kernels_are_close_to_the_reference_in_float32(tmp_path: Path, name:
 
     for exact, kernels in zip(*found, strict=True):
         assert kernels == pytest.approx(exact, abs=2e-3)
+
+
+@pytest.mark.skipif(not NATIVE, reason="no kernels for this processor")
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_decodes_give_the_bits_of_computed_ones(tmp_path: Path, name: str) -> None:
+    path = tiny_family(tmp_path, name, **RECORDED[name])
+    params, found = SamplingParams(max_tokens=40, temperature=0.0, logprobs=1), []
+    for compiles in ("auto", "none"):
+        with LLM(
+            str(path),
+            dtype="bfloat16",
+            device="cpu",
+            compile=compiles,
+            cache={"max_tokens": 1024, "page_size": 16},
+        ) as llm:
+            assert (worker_of(llm)._graphs is not None) == (compiles == "auto")
+            outputs = llm.generate(prompts(), params)
+        found.append([(o.token_ids, [entry.logprob for entry in o.logprobs]) for o in outputs])
+
+    assert found[0] == found[1]
 
 
 @pytest.mark.timeout(900)
