@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 DESCRIPTOR_HEAD_DIMS = (16, 32, 64, 128)  # whole heads in a block
 SPECIALIZED_HEAD_DIMS = (64, 128)
-# Whether kernels of this process run in the interpreter; read when they are defined.
+# True where kernels of this process run in the interpreter; read when they are defined.
 INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 

@@ -16,7 +16,7 @@ DEFAULTS = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 5_000_000.0,
 }
-# What the published files say of switches that the family does not turn.
+# Switches that the family does not turn, as the published files have them.
 FIXED: dict[str, Any] = {
     "use_qk_norm": True,
     "qk_norm_type": "per_layer",

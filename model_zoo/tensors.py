@@ -11,7 +11,7 @@ from mnemosyne.model_zoo.spec import ModelSpec
 from mnemosyne.model_zoo.stored import Ones, Reordered, Shape, Source, Whole
 from mnemosyne.model_zoo.stored_experts import stored_experts
 
-# What the Hugging Face format calls the modules of a layer, by our names.
+# Names of the modules of a layer in the Hugging Face format, by our names.
 MODULES = {
     "attn.wq": "self_attn.q_proj",
     "attn.wk": "self_attn.k_proj",

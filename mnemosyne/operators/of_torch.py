@@ -80,7 +80,7 @@ class TorchOperators:
 
     def route(self, x_TE: Tensor, weight_XE: Tensor, bias_X: Tensor | None) -> Tensor:
         """See ``Operators``."""
-        # What float64 rounds by the order of its sums is lost in float32.
+        # Differences of float64 by the order of its sums are lost in float32.
         logits_TX = x_TE.double() @ weight_XE.double().t()
         if bias_X is not None:
             logits_TX = logits_TX + bias_X.double()
