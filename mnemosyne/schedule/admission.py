@@ -157,7 +157,7 @@ class AdmissionQueue:
                 break
             table = self._place(prompt)
             if table is not None:
-                prompt.table = table
+                prompt.table, prompt.leader = table, None
                 if prompt.num_planned:
                     self._router.advance(table, 0, prompt.num_planned)
                 if prompt.chain is not None and self._prefixes is not None:
@@ -240,16 +240,20 @@ class AdmissionQueue:
         """
         if prompt.chain is None or self._prefixes is None or not self._prefixes.has_leaders:
             return False
-        num_known = self._prefixes.count(prompt)
-        leader = self._prefixes.leader(prompt, num_known)
-        if leader is None or leader.request.priority > prompt.request.priority:
-            return False
-        num_common = self._prefixes.num_common(prompt, leader)
+        leader, num_common = prompt.leader, prompt.num_common
+        # a thousand may wait for the same one: they look again once it has no more for them
+        if leader is None or not self._prefixes.is_ahead(leader, num_common):
+            prompt.leader = None
+            leader = self._prefixes.leader(prompt, self._prefixes.count(prompt))
+            if leader is None or leader.request.priority > prompt.request.priority:
+                return False
+            num_common = self._prefixes.num_common(prompt, leader)
+            prompt.leader, prompt.num_common = leader, num_common
+            self._note_needed(prompt, prompt.num_reserved - num_common)
         if prompt.leader_planned != leader.num_planned:  # it goes on
             prompt.leader_planned = leader.num_planned
             left_s = self._table.seconds(min(leader.num_planned, num_common), num_common)
             prompt.waits_until_s = now_s + PATIENCE * left_s + PATIENCE_S
-        self._note_needed(prompt, prompt.num_reserved - num_common)
         return now_s < prompt.waits_until_s
 
     def _note_needed(self, prompt: RequestState, num_needed: int) -> None:

@@ -67,6 +67,10 @@ class Prefixes:
             return None
         return self._leaders.get(state.chain.digests[num_known])
 
+    def is_ahead(self, leader: RequestState, num_tokens: int) -> bool:
+        """Return whether a request still computes pages below ``num_tokens`` that will be known."""
+        return self._leaders.get(leader.leads) is leader and leader.num_computed < num_tokens
+
     def num_common(self, state: RequestState, leader: RequestState) -> int:
         """Tokens of full pages that a prompt may have of another that is computed."""
         assert state.chain is not None

@@ -35,7 +35,9 @@ class RequestState(Urgency[float]):
     is_broken: bool = False  # what it computes from now on is not shared
     hit: Hit | None = None  # once it is admitted
     leads: bytes = b""  # digest of the page that it computes next, while others may wait for it
-    leader_planned: int = -1  # tokens that the request whose pages it waits for had planned
+    leader: RequestState | None = None  # while it waits: the request whose pages it waits for
+    num_common: int = 0  # tokens of those pages
+    leader_planned: int = -1  # tokens that that one had planned
     waits_until_s: float = 0.0  # when it goes ahead, unless that one has more planned by then
     num_needed: int = 0  # tokens of free pages that it needs, as far as that is known
     ticket: int = 0  # drawn from the queue that it is in: how many came there before it

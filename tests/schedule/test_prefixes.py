@@ -8,6 +8,7 @@ import pytest
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request, SamplingParams
 from mnemosyne.schedule.plan import Plan
+from mnemosyne.schedule.prefixes import Prefixes
 from mnemosyne.schedule.scheduler import Scheduler, build_scheduler
 from mnemosyne.schedule.work import WorkModel
 from tests.schedule.clocked import PAGE_SIZE, Rates, tokens_of
@@ -122,6 +123,16 @@ def test_samples_of_one_prompt_wait_for_the_first_of_them_and_share_its_pages():
     computed = sum(c.num_tokens for p in plans for c in p.chunks if not c.is_decode)
     assert computed == LONG + 7 * PAGE_SIZE
     assert scheduler.ledger.num_used == 0
+
+
+def test_who_waits_for_a_prompt_looks_no_page_up_while_it_goes_on(monkeypatch):
+    scheduler = make_scheduler()
+    for request_id in range(9):
+        scheduler.add(make_request(request_id, range(LONG)))
+    step(scheduler)
+    monkeypatch.setattr(Prefixes, "count", None)
+
+    assert starts_of(step(scheduler)) == {0: 16}
 
 
 def test_a_more_urgent_class_waits_for_nobody_less_urgent():
