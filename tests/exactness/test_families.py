@@ -169,8 +169,11 @@ def test_no_company_changes_a_bit_of_what_the_kernels_give(tmp_path: Path, name:
 
 
 @pytest.mark.skipif(not NATIVE, reason="no kernels for this processor")
+@pytest.mark.parametrize("chunk", [1, 17])  # decodes, and prompts
 @pytest.mark.parametrize("name", WIDE)
-def test_the_kernels_are_close_to_the_reference_in_float32(tmp_path: Path, name: str) -> None:
+def test_the_kernels_are_close_to_the_reference_in_float32(
+    tmp_path: Path, name: str, chunk: int
+) -> None:
     path = tiny_family(tmp_path, name, **WIDE[name])
     found = []
     for dtype, backend in (("float64", "reference"), ("float32", "auto")):
@@ -179,7 +182,7 @@ def test_the_kernels_are_close_to_the_reference_in_float32(tmp_path: Path, name:
             dtype=dtype,
             device="cpu",
             attention=backend,
-            schedule={"chunk": 17},
+            schedule={"chunk": chunk},
             cache={"max_tokens": 1024, "page_size": 16},
         ) as llm:
             outputs = llm.generate(
