@@ -10,6 +10,7 @@ import msgspec
 from mnemosyne.plain import refusal
 from mnemosyne.request import Logprobs
 from mnemosyne.server.answer import Answer, Part
+from mnemosyne.server.dialects.envelope import envelope, extras
 from mnemosyne.server.dialects.streaming import read_streaming
 from mnemosyne.server.fields import Fields
 from mnemosyne.server.inquiry import Inquiry
@@ -131,20 +132,14 @@ def delta(answer: Answer, part: Part, names: TokenNames) -> dict[str, Any]:
         "delta": {"content": part.text} if part.text or not part.finish_reason else {},
         "logprobs": _logprobs(part.logprobs, names) if answer.inquiry.logprobs else None,
         "finish_reason": part.finish_reason,
-        **_extras(answer, part),
+        **extras(answer, part),
     }
     return {**chunk(answer, [choice]), **_prompt([part])}
 
 
 def chunk(answer: Answer, choices: list[dict[str, Any]]) -> dict[str, Any]:
     """A chunk of a stream; without choices it is a sign of life."""
-    return {
-        "id": answer.id,
-        "object": CHUNK,
-        "created": answer.created_s,
-        "model": answer.inquiry.model,
-        "choices": choices,
-    }
+    return envelope(answer, CHUNK, choices)
 
 
 def whole(answer: Answer, parts: Sequence[Part], names: TokenNames) -> dict[str, Any]:
@@ -155,11 +150,11 @@ def whole(answer: Answer, parts: Sequence[Part], names: TokenNames) -> dict[str,
             "message": {"role": "assistant", "content": part.text, "refusal": None},
             "logprobs": _logprobs(part.logprobs, names) if answer.inquiry.logprobs else None,
             "finish_reason": part.finish_reason,
-            **_extras(answer, part),
+            **extras(answer, part),
         }
         for part in parts
     ]
-    made = {**chunk(answer, choices), "object": WHOLE, "usage": answer.usage()}
+    made = {**envelope(answer, WHOLE, choices), "usage": answer.usage()}
     return {**made, **_prompt(parts)}
 
 
@@ -167,15 +162,6 @@ def _prompt(parts: Sequence[Part]) -> dict[str, Any]:
     """The prompt's ids, where the client asked for them; a conversation is one prompt."""
     given = next((part.prompt_ids for part in parts if part.prompt_ids is not None), None)
     return {} if given is None else {"prompt_token_ids": given}
-
-
-def _extras(answer: Answer, part: Part) -> dict[str, Any]:
-    extras: dict[str, Any] = {}
-    if part.finish_reason is not None:
-        extras["stop_reason"] = part.stop_reason
-    if answer.inquiry.return_token_ids:
-        extras["token_ids"] = part.token_ids
-    return extras
 
 
 def _logprobs(logprobs: Sequence[Logprobs], names: TokenNames) -> dict[str, Any]:

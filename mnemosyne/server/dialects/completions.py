@@ -7,6 +7,7 @@ from typing import Any
 
 from mnemosyne.request import Logprobs
 from mnemosyne.server.answer import Answer, Part
+from mnemosyne.server.dialects.envelope import envelope, extras
 from mnemosyne.server.dialects.streaming import read_streaming
 from mnemosyne.server.fields import Fields
 from mnemosyne.server.inquiry import Inquiry
@@ -61,35 +62,17 @@ def opening(answer: Answer) -> list[dict[str, Any]]:
 
 def delta(answer: Answer, part: Part, names: TokenNames) -> dict[str, Any]:
     """The chunk of an event."""
-    choice = {
-        **_choice(part.index, part.text, part.finish_reason),
-        "logprobs": _logprobs(part, names) if answer.inquiry.logprobs else None,
-        **_extras(answer, part),
-    }
-    return chunk(answer, [choice])
+    return chunk(answer, [_said(answer, part, names)])
 
 
 def chunk(answer: Answer, choices: list[dict[str, Any]]) -> dict[str, Any]:
     """A chunk of a stream; without choices it is a sign of life."""
-    return {
-        "id": answer.id,
-        "object": OBJECT,
-        "created": answer.created_s,
-        "model": answer.inquiry.model,
-        "choices": choices,
-    }
+    return envelope(answer, OBJECT, choices)
 
 
 def whole(answer: Answer, parts: Sequence[Part], names: TokenNames) -> dict[str, Any]:
     """The answer in one piece."""
-    choices = [
-        {
-            **_choice(part.index, part.text, part.finish_reason),
-            "logprobs": _logprobs(part, names) if answer.inquiry.logprobs else None,
-            **_extras(answer, part),
-        }
-        for part in parts
-    ]
+    choices = [_said(answer, part, names) for part in parts]
     return {**chunk(answer, choices), "usage": answer.usage()}
 
 
@@ -97,15 +80,15 @@ def _choice(index: int, text: str, finish_reason: str | None = None) -> dict[str
     return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
 
 
-def _extras(answer: Answer, part: Part) -> dict[str, Any]:
-    extras: dict[str, Any] = {}
-    if part.finish_reason is not None:
-        extras["stop_reason"] = part.stop_reason
-    if answer.inquiry.return_token_ids:
-        extras["token_ids"] = part.token_ids
-        if part.prompt_ids is not None:
-            extras["prompt_token_ids"] = part.prompt_ids
-    return extras
+def _said(answer: Answer, part: Part, names: TokenNames) -> dict[str, Any]:
+    made = {
+        **_choice(part.index, part.text, part.finish_reason),
+        "logprobs": _logprobs(part, names) if answer.inquiry.logprobs else None,
+        **extras(answer, part),
+    }
+    if part.prompt_ids is not None:  # the client asked for them
+        made["prompt_token_ids"] = part.prompt_ids
+    return made
 
 
 def _logprobs(part: Part, names: TokenNames) -> dict[str, Any]:
