@@ -42,7 +42,7 @@ def serve(config: ServeConfig) -> int:
         return _serve_front(config, connection)
     log.warning(
         "streams end with this process: rank 0 serves HTTP itself under torchrun; see "
-        "docs/launch.md for a server whose streams outlive the ranks"
+        "docs/deploy.md for a server whose streams outlive the ranks"
     )
     return asyncio.run(_serve(config))
 
