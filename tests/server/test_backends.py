@@ -249,6 +249,42 @@ def test_the_exit_status_tells_of_requests_that_were_cut_off(how: str, is_cut: b
     assert asyncio.run(served()) == (1 if is_cut else 0)
 
 
+class Cancelling(Played):
+    """A backend that ends late jobs itself, as that of a front does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_late = asyncio.Event()
+
+    async def submit(self, job: Job) -> AsyncIterator[Event]:
+        yield Event(0, (7,), "a")
+        await self.is_late.wait()
+        yield Event(0, finish_reason="cancelled")
+
+    async def drain(self, timeout_s: float) -> bool:
+        self.is_late.set()
+        await asyncio.sleep(0.2)  # the streams have ended before the server does
+        return False
+
+
+def test_the_exit_status_tells_of_requests_that_the_backend_cancelled() -> None:
+    async def served() -> int:
+        server = HttpServer(Cancelling(), HttpConfig(port=0, shutdown_timeout="10ms"))
+        running = asyncio.create_task(server.run())
+        async with httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as client:
+            while (await client.get("/ready")).status_code != 200:
+                await asyncio.sleep(0.01)
+            answer = client.post("/v1/completions", json={**ASKED, "stream": True})
+            asking = asyncio.create_task(answer)
+            while not server.app.state.service.gate.num_taken:
+                await asyncio.sleep(0.01)
+            server.begin_drain()
+            assert "the server ended the request" in (await asking).text
+            return await running
+
+    assert asyncio.run(served()) == 1
+
+
 def test_a_port_that_is_taken_is_said() -> None:
     with serving(Played()) as live, pytest.raises(ValueError, match="must be free to listen on"):
         HttpServer(Played(), HttpConfig(port=live.port))
