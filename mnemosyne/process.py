@@ -69,6 +69,41 @@ def ended_at_once() -> Iterator[None]:
         yield
 
 
+class KeptBack:
+    """Ctrl-C and SIGTERM that wait until whoever is in between can be interrupted."""
+
+    def __init__(self) -> None:
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._usual = {number: usual for number, usual in handlers.items() if callable(usual)}
+        self._came: list[int] = []
+        self._process = os.getpid()
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Note what comes while this lasts, and let it have its way afterwards."""
+        with _handling(dict.fromkeys(self._usual, self._note)):
+            yield
+        self._let_go()
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """Let have its way what came before, and at once what comes while this lasts.
+
+        In another process nothing is held: its signals are a matter of whoever began it.
+        """
+        with _handling(self._usual if os.getpid() == self._process else {}):
+            self._let_go()
+            yield
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._came.append(number)
+
+    def _let_go(self) -> None:
+        while self._came:
+            number = signal.Signals(self._came.pop(0))
+            self._usual[number](number, None)
+
+
 def end_quietly(status: int) -> None:
     """Have Ctrl-C end the process at once from here on: all is done but the interpreter's exit."""
 

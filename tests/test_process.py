@@ -50,6 +50,33 @@ def test_a_signal_during_imports_ends_the_command_without_a_word(module: str, na
     assert (done.stdout, done.stderr) == ("", "")
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("function", ["update", "merge"])
+def test_what_omegaconf_makes_of_a_signal_is_not_heard(function: str, name: str) -> None:
+    code = f"""
+import os, signal, sys
+from omegaconf import OmegaConf
+from mnemosyne.__main__ import main
+
+usual = OmegaConf.{function}
+
+def interrupted(*arguments, **named):
+    try:
+        os.kill(os.getpid(), signal.{name})
+    except BaseException as error:
+        raise AttributeError("'NoneType' object has no attribute") from error
+    return usual(*arguments, **named)
+
+OmegaConf.{function} = interrupted
+sys.exit(main())
+"""
+
+    done = subprocess.run([sys.executable, "-c", code, *PLAN[3:]], capture_output=True, text=True)
+
+    assert done.returncode == 128 + signal.Signals[name]
+    assert (done.stdout, done.stderr) == ("", "")
+
+
 def test_a_ctrl_c_at_the_very_end_changes_neither_status_nor_words() -> None:
     code = """
 import atexit, signal, sys

@@ -29,6 +29,7 @@ from mnemosyne.process import (
     INTERRUPTED,
     TERMINATED,
     UNREAD,
+    KeptBack,
     drop_output,
     ended_at_once,
     flush_output,
@@ -124,12 +125,16 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
     flags, words = prepare(arguments, command.config)
     statuses = []
     process = os.getpid()
+    # Hydra and OmegaConf make errors of their own of an exception that comes in their midst.
+    signals = KeptBack()
 
     def job(composed: DictConfig) -> None:
         # One run of a sweep may be refused; the others are not affected.
         try:
             again = partial(command_of_run, name, flags)
-            status = _run_composed(command, to_config(composed, command.config), again)
+            config = to_config(composed, command.config)
+            with signals.released():
+                status = _run_composed(command, config, again)
         except BrokenPipeError:
             drop_output()
             status = UNREAD
@@ -146,6 +151,7 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
         config_path="pkg://mnemosyne.conf", config_name=file_of(name), version_base="1.3"
     )(job)
     with (
+        signals.holding(),
         sweep_folder(flags) as folder,
         process_arguments(f"mnemosyne {name}", *flags, *folder, *words),
     ):
