@@ -147,7 +147,9 @@ def test_16_prompts_together_are_answered_as_by_transformers(
 def test_log_probabilities_of_prose_are_those_of_transformers(
     smollm2: Path, num_tokens: int
 ) -> None:
-    prose = (Path(__file__).parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
+    prose = (Path(__file__).parents[2] / "docs" / "performance" / "log.md").read_text(
+        encoding="utf-8"
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
     ids = tokenizer(prose[: 10 * num_tokens], return_tensors="pt")["input_ids"][:, :num_tokens]
     logits_SV = logits(oracle(smollm2, torch.float32), ids)
