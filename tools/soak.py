@@ -136,7 +136,7 @@ async def soak_streams(llm: LLM, *, seconds: float, coroutines: int, seed: int) 
         await asyncio.gather(*clients)
         while llm.engine.has_work:  # those that were left
             await asyncio.sleep(0.01)
-        report.num_streams = len(engine._streams)
+        report.num_streams = engine.num_streams
     gc.collect()
     report.growth_bytes = resident_bytes() - warm_bytes
     report.num_pages = llm.engine.scheduler.ledger.num_used

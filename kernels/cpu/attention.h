@@ -138,7 +138,7 @@ inline void finish(const Step& step, int64_t row, int head, const float* out, fl
   step.lse[row * step.num_heads + head] = sum == 0 ? NONE : top * LN2 + std::log(sum);
 }
 
-// What folds tiles into rows, one for each thread. A kernel gives a type of this form:
+// Folding of tiles into rows, one object for each thread. A kernel gives a type of this form:
 //
 //   static constexpr int BLOCK;  // folded rows (token, head) that it takes at most
 //   element q[BLOCK][D];            // of the rows, written by the caller before anything is called

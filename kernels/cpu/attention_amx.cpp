@@ -28,7 +28,7 @@ struct alignas(64) Block {
   float sum[COLUMNS], top[COLUMNS];  // largest score, in units of log2
 };
 
-// Which keys of a tile sixteen rows may see.
+// Keys of a tile that each of sixteen rows may see.
 struct Mask {
   __m512i low, high;
 
@@ -115,7 +115,7 @@ struct alignas(64) Folds {
   }
 
  private:
-  // Which dim is the n-th of 16 after unpacking.
+  // Dim that is the n-th of 16 after unpacking.
   static constexpr int dim_of(int d, int n) { return d / 2 * 32 + n / 4 * 8 + d % 2 * 4 + n % 4; }
 
   // Where sixteen keys stand row after row: in the pool if they are neighbours there.

@@ -10,7 +10,7 @@ namespace {
 constexpr int BLOCK = 192;  // folded rows that share a packed tile
 constexpr int NARROW = 18;  // folded rows up to which reading bounds the speed
 
-// What a block of rows carries from tile to tile.
+// State of a block of rows, carried from tile to tile.
 struct alignas(64) Running {
   float out[BLOCK][D];
   float sum[BLOCK][16];

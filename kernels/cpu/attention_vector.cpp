@@ -72,7 +72,7 @@ inline void sum_elements(const float* q, const float* k, vec acc[R][SPAN]) {
   }
 }
 
-// What a block of rows carries from tile to tile.
+// State of a block of rows, carried from tile to tile.
 struct alignas(64) Running {
   float out[BLOCK][D];
   float sum[BLOCK][LANES];

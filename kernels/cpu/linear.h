@@ -1,4 +1,4 @@
-// What the kernels of linear layers take, and the function of a gate.
+// Arguments of the kernels of linear layers, and the function of a gate.
 
 #pragma once
 

@@ -1,6 +1,6 @@
-// What happens to rows between products, with float32 inside: embedding and angles, RMSNorm,
+// Operations on rows between products, with float32 inside: embedding and angles, RMSNorm,
 // rotation, sums, and the way of keys and values to the cache. The bits of a row depend on that row
-// alone. The caller says how many threads are worth their start.
+// alone. The caller says how many threads are worth starting.
 
 #include "vector.h"
 

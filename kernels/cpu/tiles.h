@@ -1,4 +1,4 @@
-// What the kernels share: products of small tiles in bfloat16, a transpose, 2^x.
+// Building blocks of the kernels: products of small tiles in bfloat16, a transpose, 2^x.
 
 #pragma once
 

@@ -53,7 +53,7 @@ inline void store(float* to, vec x) { std::memcpy(to, &x, sizeof x); }
 
 [[gnu::always_inline]] inline void prefetch_line(const void* at) { __builtin_prefetch(at, 0, 2); }
 
-// What the instruction sets spell differently: a * b + c rounded once; the larger one, b where
+// Operations that instruction sets spell differently: a * b + c rounded once; the larger one, b where
 // either is nan; the sum and the largest of all lanes; elements in and out, rounded to even.
 
 #if defined(__AVX512F__)

@@ -18,6 +18,7 @@ from typing import Self, TypeVar
 
 from mnemosyne.request import Piece, SamplingParams, own_params
 from mnemosyne.serve.engine import Engine
+from mnemosyne.serve.futures import fail, fulfil
 from mnemosyne.serve.intake import Given
 from mnemosyne.serve.mailbox import Addressee, Mailbox
 from mnemosyne.serve.ownership import Claim
@@ -164,6 +165,11 @@ class AsyncEngine:
         return 0.0 if turned_s is None else time.monotonic() - turned_s
 
     @property
+    def num_streams(self) -> int:
+        """Requests whose tokens somebody still reads."""
+        return len(self._streams)
+
+    @property
     def failure(self) -> BaseException | None:
         """The error that ended the engine before its time, if any did."""
         return self._failure
@@ -203,9 +209,9 @@ class AsyncEngine:
             try:
                 value = function()
             except Exception as error:  # noqa: BLE001  # whoever asked gets it, whatever it is
-                self._to_loop(_fail, future, error)
+                self._to_loop(fail, future, error)
             else:
-                self._to_loop(_fulfil, future, value)
+                self._to_loop(fulfil, future, value)
 
         self._post(run)
         return await future
@@ -298,11 +304,11 @@ class AsyncEngine:
                         "AsyncEngine must have an idle engine, got one with requests that were "
                         "added to it; step it until they are done"
                     )
-                self._to_loop(_fulfil, started, 0)
+                self._to_loop(fulfil, started, 0)
                 self._serve(claim)
         except ValueError as error:  # of the claim; serving lets nothing out
             self._stop()
-            self._to_loop(_fail, started, error)
+            self._to_loop(fail, started, error)
 
     def _serve(self, claim: Claim) -> None:
         try:
@@ -335,13 +341,3 @@ class AsyncEngine:
             self._calls.popleft()()
         for request_id in list(self._streams):
             self._end(request_id, reason, error=error)
-
-
-def _fail(future: asyncio.Future[T], error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)
-
-
-def _fulfil(future: asyncio.Future[T], value: T) -> None:
-    if not future.done():
-        future.set_result(value)
