@@ -39,9 +39,13 @@ class PageTable:
 
     The group to which a position belongs *stores* its key and value. Every group that *holds* a
     key computes the rows that see it. One of them, the *reporter*, speaks for the request.
+
+    While a prompt is computed, other groups may lend pages for copies of all its keys. They take no
+    part in these roles: a slice of a chunk that one group alone computes has its ``lane`` instead.
     """
 
     extents: tuple[Extent, ...]
+    lent: tuple[Extent, ...] = ()  # copies of all keys of a lone extent, each on another group
 
     @classmethod
     def on(cls, group: int, pages: np.ndarray) -> Self:
@@ -63,6 +67,22 @@ class PageTable:
         """
         numbered = enumerate(parts)
         return cls(tuple([Extent(g, index * tokens_each, pages) for index, (g, pages) in numbered]))
+
+    def lane(self, group: int | None) -> PageTable:
+        """The table as the rows of one chunk see it.
+
+        Args:
+            group: that computes them alone, over its extent or copy; None: the roles decide.
+        """
+        if group is None:
+            return self
+        (extent,) = (extent for extent in self.lanes if extent.group == group)
+        return PageTable((extent,))
+
+    @property
+    def lanes(self) -> tuple[Extent, ...]:
+        """Where slices may be computed: the extents, of which there is one then, and copies."""
+        return self.extents + self.lent
 
     @property
     def reporter(self) -> int:
@@ -106,5 +126,5 @@ class PageTable:
 
     def pages_on(self, group: int) -> np.ndarray:
         """All pages on one group, int64, in key order."""
-        parts = [extent.pages for extent in self.extents if extent.group == group]
+        parts = [extent.pages for extent in self.lanes if extent.group == group]
         return parts[0] if parts else np.empty(0, dtype=np.int64)

@@ -62,6 +62,7 @@ class _Admission(Struct, array_like=True):
 class _Table(Struct, array_like=True):
     request_id: int
     extents: list[tuple[int, int, bytes]]  # group, start, page runs
+    lent: list[tuple[int, int, bytes]]
 
 
 class _Plan(Struct, array_like=True, tag="plan"):
@@ -104,7 +105,7 @@ class _Outputs(Struct, array_like=True, tag="outputs"):
 class _Result(Struct, array_like=True):
     index: int
     sampled: dict[int, Sampled]
-    prompt_logprobs: dict[int, list[Logprobs]]
+    prompt_logprobs: dict[tuple[int, int], list[Logprobs]]
     broken: tuple[int, ...]
 
 
@@ -194,16 +195,21 @@ def _admission_from_wire(wire: _Admission) -> Admission:
 
 
 def _table_to_wire(request_id: int, table: PageTable) -> _Table:
-    extents = [(e.group, e.start, pages_to_runs(e.pages).tobytes()) for e in table.extents]
-    return _Table(request_id, extents)
+    return _Table(request_id, _extents_to_wire(table.extents), _extents_to_wire(table.lent))
 
 
-def _table_from_wire(wire: _Table) -> PageTable:
-    return PageTable(
-        tuple(
-            Extent(group, start, runs_to_pages(np.frombuffer(runs, RUN_DTYPE).reshape(-1, 2)))
-            for group, start, runs in wire.extents
-        )
+def _extents_to_wire(extents: Sequence[Extent]) -> list[tuple[int, int, bytes]]:
+    return [(e.group, e.start, pages_to_runs(e.pages).tobytes()) for e in extents]
+
+
+def _table_from_wire(table: _Table) -> PageTable:
+    return PageTable(_extents_from_wire(table.extents), _extents_from_wire(table.lent))
+
+
+def _extents_from_wire(wire: Sequence[tuple[int, int, bytes]]) -> tuple[Extent, ...]:
+    return tuple(
+        Extent(group, start, runs_to_pages(np.frombuffer(runs, RUN_DTYPE).reshape(-1, 2)))
+        for group, start, runs in wire
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -113,3 +113,42 @@ def gather_counts(value: int, mesh: Mesh) -> list[int]:
     counts[mesh.rank] = value
     dist.all_reduce(counts)
     return [int(count) for count in counts]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Message:
+    """A tensor on its way between two ranks of an axis; it must stay as it is until the end."""
+
+    x: Tensor  # sent, or filled
+    works: tuple[dist.Work, ...]
+
+    def wait(self) -> Tensor:
+        """The tensor, once it has come or may be written to again."""
+        for work in self.works:
+            work.wait()
+        return self.x
+
+
+def start_messages(
+    sent: Sequence[tuple[int, Tensor]], received: Sequence[tuple[int, Tensor]], axis: Axis
+) -> tuple[list[Message], list[Message]]:
+    """Start to send tensors to single ranks of an axis, and to fill others with what they send.
+
+    Both ends of a pair must list the tensors that pass between them in the same order.
+
+    Args:
+        sent: receiver and tensor, contiguous.
+        received: sender and a tensor of the shape and dtype of what it sends, contiguous.
+        axis: the ranks.
+    """
+    if not sent and not received:
+        return [], []
+    group = axis.group
+    operations = [dist.P2POp(dist.isend, x, group=group, group_peer=peer) for peer, x in sent]
+    operations += [dist.P2POp(dist.irecv, x, group=group, group_peer=peer) for peer, x in received]
+    works = dist.batch_isend_irecv(operations)  # nccl has one work for all of them
+    is_each = len(works) == len(operations)
+    each = [(work,) for work in works] if is_each else [tuple(works)] * len(operations)
+    tensors = [x for _, x in (*sent, *received)]
+    messages = [Message(x, own) for x, own in zip(tensors, each, strict=True)]
+    return messages[: len(sent)], messages[len(sent) :]

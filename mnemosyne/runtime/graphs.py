@@ -124,7 +124,7 @@ class DecodeGraphs:
 
     def holds(self, inputs: StepInputs) -> bool:
         """Return whether a graph was captured for such a step."""
-        alone = inputs.shared is None and inputs.wide is None
+        alone = inputs.shared is None and inputs.wide is None and inputs.handed is None
         decodes = all(segment.num_rows == 1 for segment in inputs.batch.segments)
         return alone and decodes and inputs.batch.num_rows in self._captured
 

@@ -10,17 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mnemosyne.attention.handing import HandedRows
 from mnemosyne.attention.segments import AttentionBatch, Segment
 from mnemosyne.attention.shared_rows import SharedRows
 from mnemosyne.cache.layout import slots_of
 from mnemosyne.cache.page_ids import PageIds
 from mnemosyne.cache.table import Held, PageTable
 from mnemosyne.parallel.feed_forward import WideRows
+from mnemosyne.runtime.handed import handed_rows
 from mnemosyne.runtime.sequences import SequenceState
 from mnemosyne.schedule.plan import Chunk, Plan
 
 SMALLEST_MULTIPLE = 8  # powers of two below it
 BUCKETS_PER_DOUBLING = 32  # at most 1/32 of a long step is padding
+
+FirstRows = Mapping[tuple[int, int], int]  # of chunks, by request and first position
 
 
 class PlacedChunk(NamedTuple):
@@ -46,6 +50,7 @@ class StepInputs:
     chunks: tuple[PlacedChunk, ...]  # those of the plan that this group takes part in
     shared: SharedRows | None = None  # rows that other groups compute as well
     wide: WideRows | None = None  # how rows of all groups meet in a wide MLP
+    handed: HandedRows | None = None  # slices that pass between this group and others
 
 
 def bucket_size(num_tokens: int) -> int:
@@ -61,7 +66,7 @@ def count_rows(plan: Plan, tables: Mapping[int, PageTable], group: int) -> int:
     """T of a step on one group, padding included. The tokens need not be known yet."""
     num_tokens = 0
     for chunk in plan.chunks:
-        if tables[chunk.request_id].held_by(group, chunk.stop) is not None:
+        if tables[chunk.request_id].lane(chunk.group).held_by(group, chunk.stop) is not None:
             num_tokens += chunk.num_tokens
     return bucket_size(max(num_tokens, 1))
 
@@ -100,9 +105,12 @@ def build_inputs(
     num_rows, shared, wide = len(ids), None, None
     shared_ids = _shared_ids(plan, sequences) if num_groups > 1 else set()
     if is_wide or shared_ids:
-        first_rows = {placed.chunk.request_id: placed.first_row for placed in chunks}
+        first_rows = {(c.request_id, c.start): row for c, row in chunks}
     if is_wide:
         wide = _wide_rows(plan, sequences, first_rows, group, num_groups).to(device)
+    handed = None
+    if num_groups > 1:
+        handed = handed_rows(plan, sequences, group=group, page_size=page_size, device=device)
     if shared_ids:
         common, segments = _parted(chunks, segments, shared_ids)
         batch = AttentionBatch(tuple(common), num_rows, page_size, page_ids.tensor)
@@ -115,6 +123,7 @@ def build_inputs(
         chunks=tuple(chunks),
         shared=shared,
         wide=wide,
+        handed=handed,
     )
 
 
@@ -156,6 +165,8 @@ class _Packing:
     def add(self, chunk: Chunk, sequence: SequenceState) -> None:
         """Take a chunk in, if the group takes part in it."""
         row, table = self._num_rows, sequence.table
+        if chunk.group is not None:
+            table = table.lane(chunk.group)
         if chunk.token_id is not None and len(table.extents) == 1:
             # A step may hold a thousand of these.
             start, extent = chunk.start, table.extents[0]
@@ -167,7 +178,7 @@ class _Packing:
             first_page = self._page_ids.first(chunk.request_id)
             segment = Segment(row, 1, start, start + 1, extent.pages, 0, first_page)
         else:
-            view = _local_view(chunk, sequence, self._group)
+            view = _local_view(chunk, sequence, table, self._group)
             if view is None:
                 return
             self._views.append((row, view))
@@ -207,20 +218,21 @@ def _shared_ids(plan: Plan, sequences: Mapping[int, SequenceState]) -> set[int]:
     return {
         chunk.request_id
         for chunk in plan.chunks
-        if sequences[chunk.request_id].table.num_holding(chunk.stop) > 1
+        if chunk.group is None and sequences[chunk.request_id].table.num_holding(chunk.stop) > 1
     }
 
 
 def _shared_rows(
-    plan: Plan, shared_ids: set[int], first_rows: Mapping[int, int], batch: AttentionBatch
+    plan: Plan, shared_ids: set[int], first_rows: FirstRows, batch: AttentionBatch
 ) -> SharedRows:
     """The rows that several groups compute, counted alike on every group."""
     local, exchange, num_rows = [], [], 0
     for chunk in plan.chunks:
         if chunk.request_id not in shared_ids:
             continue
-        if chunk.request_id in first_rows:
-            local.append(_rows(first_rows[chunk.request_id], chunk))
+        first_row = first_rows.get((chunk.request_id, chunk.start))
+        if first_row is not None:
+            local.append(_rows(first_row, chunk))
             exchange.append(_rows(num_rows, chunk))
         num_rows += chunk.num_tokens
     return SharedRows(num_rows, _joined(local), _joined(exchange), batch)
@@ -229,17 +241,18 @@ def _shared_rows(
 def _wide_rows(
     plan: Plan,
     sequences: Mapping[int, SequenceState],
-    first_rows: Mapping[int, int],
+    first_rows: FirstRows,
     group: int,
     num_groups: int,
 ) -> WideRows:
-    """Each row is sent by the reporter of its request, which always computes it."""
+    """Each row is sent by the reporter of its lane, which always computes it."""
     num_sent = [0] * num_groups
     owned, local, gathered = [], [], []  # gathered: (owner, rows of what the owner sends)
     for chunk in plan.chunks:
-        owner = sequences[chunk.request_id].table.reporter
-        if chunk.request_id in first_rows:
-            rows = _rows(first_rows[chunk.request_id], chunk)
+        owner = sequences[chunk.request_id].table.lane(chunk.group).reporter
+        first_row = first_rows.get((chunk.request_id, chunk.start))
+        if first_row is not None:
+            rows = _rows(first_row, chunk)
             local.append(rows)
             gathered.append((owner, _rows(num_sent[owner], chunk)))
             if owner == group:
@@ -271,10 +284,12 @@ class _LocalView(NamedTuple):
     stores: bool  # whether the chunk's own keys are among them
 
 
-def _local_view(chunk: Chunk, sequence: SequenceState, group: int) -> _LocalView | None:
+def _local_view(
+    chunk: Chunk, sequence: SequenceState, table: PageTable, group: int
+) -> _LocalView | None:
     assert chunk.stop <= sequence.num_tokens, "a chunk holds only tokens that exist"
-    held = sequence.table.held_by(group, chunk.stop)
+    held = table.held_by(group, chunk.stop)
     if held is None:
         return None
-    stores = sequence.table.storing(chunk.start) is held.extent
+    stores = table.storing(chunk.start) is held.extent
     return _LocalView(chunk=chunk, sequence=sequence, held=held, stores=stores)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from mnemosyne.attention.chunked import Reach, prepare
+from mnemosyne.attention.handing import Handing
 from mnemosyne.attention.kvp import StartExchange, start_exchange
 from mnemosyne.attention.lse import with_sink
 from mnemosyne.attention.segments import AttentionBackend, AttentionBatch
@@ -138,6 +139,7 @@ class PagedAttention:
         layers: windows of the local layers and the scale of their scores.
         kvp: the groups among which the rows of long requests are shared.
         exchange: brings the partials of those rows together.
+        handing: passes slices of prompts between the groups, if the step has any.
     """
 
     def __init__(
@@ -150,6 +152,7 @@ class PagedAttention:
         layers: LayerShape,
         kvp: Axis,
         exchange: StartExchange = start_exchange,
+        handing: Handing | None = None,
     ) -> None:
         self._pool = pool
         self._backend = backend
@@ -158,6 +161,7 @@ class PagedAttention:
         self._layers = layers
         self._kvp = kvp
         self._start_exchange = exchange
+        self._handing = handing
         self._prepared = self._prepare(inputs.batch)
         self._prepared_shared = self._prepare(inputs.shared.batch) if inputs.shared else {}
 
@@ -175,6 +179,8 @@ class PagedAttention:
             self._operators.write(k_TKD, v_TKD, *where)
         else:
             q_THD = self._operators.rotate_and_write(q_THD, k_TKD, v_TKD, rotary, *where)
+        if self._handing is not None:
+            self._handing.start(layer)
         shared = self._inputs.shared
         if shared is None:
             return self._attend_own(layer, q_THD, sink_H)

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mnemosyne.attention.handing import Handing
 from mnemosyne.attention.kvp import StartExchange, start_exchange
 from mnemosyne.attention.segments import AttentionBackend
 from mnemosyne.cache.pages import PagePool
@@ -117,7 +118,7 @@ class Worker:
         self._apply(plan)
         result = StepResult(plan.index)
         if plan.chunks:
-            hidden_TE, inputs, is_finite_T = self._forward(plan)
+            hidden_TE, inputs, is_finite_T, came_broken = self._forward(plan)
             if hidden_TE is not None:
                 prompt_logprobs = self._prompt_logprobs(inputs, hidden_TE)
                 result = StepResult(plan.index, self._sample(inputs, hidden_TE), prompt_logprobs)
@@ -125,17 +126,21 @@ class Worker:
                 broken = _failed(inputs, result)
             else:
                 broken = _not_finite(inputs, is_finite_T)
-            for chunk in broken:
-                self._sequences[chunk.request_id].note_broken(chunk.start)
-            result = replace(result, broken=tuple(chunk.request_id for chunk in broken))
+            places = [(chunk.request_id, chunk.start) for chunk in broken] + came_broken
+            for request_id, start in places:
+                self._sequences[request_id].note_broken(start)
+            result = replace(result, broken=tuple(request_id for request_id, _ in places))
         is_last_stage = self._mesh.pp.index == self._mesh.pp.degree - 1
         return result if is_last_stage and self._mesh.tp.index == 0 else None
 
     @torch.inference_mode()
-    def _forward(self, plan: Plan) -> tuple[Tensor | None, StepInputs, Tensor | None]:
+    def _forward(
+        self, plan: Plan
+    ) -> tuple[Tensor | None, StepInputs, Tensor | None, list[tuple[int, int]]]:
         """Hidden states of the last stage, and which rows are finite; a GPU may still be at it.
 
-        None if logits will tell: those of a row that is not finite are not.
+        None if logits will tell: those of a row that is not finite are not. Then the slices that
+        other groups handed over broken, by request and first position.
         """
         inputs = build_inputs(
             plan,
@@ -148,12 +153,15 @@ class Worker:
             page_ids=self._pool.ids,
             device=self._device,
         )
-        forward, is_finite = self._forward_pass(inputs), list[Tensor]()
+        handing = self._handing(inputs)
+        forward, is_finite = self._forward_pass(inputs, handing), list[Tensor]()
         is_here = self._mesh.pp.degree == self._mesh.kvp.degree == 1
         logits_tell = is_here and plan.chunks[-1].is_decode  # decodes come first, so all of it is
 
         def stage(x: Tensor) -> Tensor:
             hidden_TE = forward(x)
+            if handing is not None:
+                handing.finish()
             if not logits_tell:
                 sum_T = hidden_TE.sum(-1, dtype=torch.float32)
                 is_finite.append(sum_T - sum_T == 0)  # nan otherwise; isfinite is four operators
@@ -166,9 +174,18 @@ class Worker:
         else:
             num_rows = len(inputs.token_ids_T)
             last_TE = self._pipeline.run(stage, num_rows, inputs.token_ids_T, step=plan.index)
-        return last_TE, inputs, is_finite[0] if is_finite else None
+        came_broken = [(h.request_id, h.start) for h in handing.broken()] if handing else []
+        return last_TE, inputs, is_finite[0] if is_finite else None, came_broken
 
-    def _forward_pass(self, inputs: StepInputs) -> Callable[[Tensor], Tensor]:
+    def _handing(self, inputs: StepInputs) -> Handing | None:
+        if inputs.handed is None:
+            return None
+        pools = list(zip(self._pool.k, self._pool.v, strict=True))
+        return Handing(inputs.handed, pools, self._mesh.kvp)
+
+    def _forward_pass(
+        self, inputs: StepInputs, handing: Handing | None
+    ) -> Callable[[Tensor], Tensor]:
         """The forward pass of a step, its tables ready before its input arrives."""
         graphs = self._graphs
         if graphs is not None and graphs.holds(inputs):
@@ -181,6 +198,7 @@ class Worker:
             layers=self._layers,
             kvp=self._mesh.kvp,
             exchange=self._exchange,
+            handing=handing,
         )
         context = StepContext(attend, feed_forward_over(inputs.wide, self._mesh.kvp))
         return lambda x: self._model(x, inputs.positions_T, context)
@@ -201,7 +219,11 @@ class Worker:
         for admission in plan.admitted:
             self._sequences[admission.request_id] = SequenceState.start(admission)
         for request_id, table in plan.tables:
-            self._sequences[request_id].table = table
+            sequence = self._sequences[request_id]
+            is_dismissed = len(table.pages_on(group)) < len(sequence.table.pages_on(group))
+            if is_dismissed and sequence.broken_from is not None:
+                self._clear(sequence.table, sequence.broken_from)
+            sequence.table = table
             self._pool.ids.enter(request_id, table.pages_on(group))
         for copy in plan.copies:
             if copy.group == group:
@@ -216,7 +238,7 @@ class Worker:
         A backend may read slots that a row does not see, and 0 times nan is nan. Pages before the
         first one that broke are whole; others may read them.
         """
-        for extent in table.extents:
+        for extent in table.lanes:
             if extent.group == self._mesh.kvp.index:
                 first = max(0, broken_from - extent.start) // self._pool.page_size
                 self._pool.clear(extent.pages[first:])
@@ -224,7 +246,7 @@ class Worker:
     def _reports(self, placed: PlacedChunk) -> bool:
         """Return whether this group speaks for a chunk: the first of several does."""
         table = self._sequences[placed.chunk.request_id].table
-        return table.reporter == self._mesh.kvp.index
+        return table.lane(placed.chunk.group).reporter == self._mesh.kvp.index
 
     @torch.inference_mode()
     def _sample(self, inputs: StepInputs, hidden_TE: Tensor) -> dict[int, Sampled]:
@@ -245,7 +267,9 @@ class Worker:
         results = sample(logits_BV, [sequence.sampler for sequence in sequences])
         return dict(zip(request_ids, results, strict=True))
 
-    def _prompt_logprobs(self, inputs: StepInputs, hidden_TE: Tensor) -> dict[int, list[Logprobs]]:
+    def _prompt_logprobs(
+        self, inputs: StepInputs, hidden_TE: Tensor
+    ) -> dict[tuple[int, int], list[Logprobs]]:
         found = {}
         for placed in inputs.chunks:
             if placed.chunk.token_id is not None:
@@ -253,7 +277,7 @@ class Worker:
             request_id = placed.chunk.request_id
             asked = self._sequences[request_id].prompt_logprobs is not None
             if asked and self._reports(placed):
-                found[request_id] = self._chunk_logprobs(placed, hidden_TE)
+                found[request_id, placed.chunk.start] = self._chunk_logprobs(placed, hidden_TE)
         return found
 
     @torch.inference_mode()

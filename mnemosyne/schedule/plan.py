@@ -48,6 +48,9 @@ class PageCopy(NamedTuple):
 class Chunk(NamedTuple):
     """A run of one request's tokens computed in one step. A decode is a chunk of one token.
 
+    What a step takes of a prompt may be cut into slices, one after the other, each on a group of
+    its own: that group alone computes the rows, and hands their keys and values to the others.
+
     A tuple, because a step may hold a thousand of them: it is made three times as fast as a
     frozen dataclass, and travels as it is.
     """
@@ -57,6 +60,7 @@ class Chunk(NamedTuple):
     num_tokens: int
     samples: bool  # the last row is sampled
     token_id: int | None = None  # of a decode: the token to compute, sampled in an earlier step
+    group: int | None = None  # of a slice; None: every group that holds its keys computes it
 
     @property
     def is_decode(self) -> bool:
@@ -101,7 +105,8 @@ class StepResult:
 
     index: int
     sampled: dict[int, Sampled] = field(default_factory=dict)  # by request
-    prompt_logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)
+    # by request and first position of the chunk
+    prompt_logprobs: dict[tuple[int, int], list[Logprobs]] = field(default_factory=dict)
     error: str | None = None  # why the step failed; its requests end with it
     broken: tuple[int, ...] = ()  # requests whose keys or values of this step may not be finite
 

@@ -234,7 +234,7 @@ class Scheduler:
         if shares is not None:
             shares.complete(plan, self._requests, broken)
         rows: list[tuple[Chunk, PageTable]] = []
-        for request_id, start, num_tokens, samples, token_id in plan.chunks:
+        for request_id, start, num_tokens, samples, token_id, _ in plan.chunks:
             running = self._requests[request_id]
             if token_id is None:
                 running.num_in_flight -= 1

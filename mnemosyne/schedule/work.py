@@ -155,7 +155,7 @@ class WorkModel:
     def add(self, work: Work, chunk: Chunk, table: PageTable) -> Work:
         """The work of a step with one more chunk: each group that holds keys computes its rows."""
         total = list(work)
-        holding = table.holding(chunk.stop)
+        holding = table.lane(chunk.group).holding(chunk.stop)
         for extent, positions in holding:
             total[extent.group] += self.chunk(
                 chunk.start,

@@ -251,7 +251,8 @@ class Engine:
             active.prefilled = max(active.prefilled, done)  # less if it was set back
             output.metrics.chunks.append(chunk.num_tokens)
         if output.prompt_logprobs is not None:
-            output.prompt_logprobs += result.prompt_logprobs.get(chunk.request_id, [])
+            found = result.prompt_logprobs.get((chunk.request_id, chunk.start), [])
+            output.prompt_logprobs += found
         if not chunk.samples:
             return active.piece()
         sampled = result.sampled[chunk.request_id]

@@ -77,7 +77,7 @@ class SimulatedCluster:
             return [load]
         loads = [GroupLoad() for _ in range(self.cost.mesh.kvp)]
         for chunk in plan.chunks:
-            table = self._tables[chunk.request_id]
+            table = self._tables[chunk.request_id].lane(chunk.group)
             holding = table.holding(chunk.stop)
             loads[table.reporter].owned_rows += chunk.num_tokens
             for extent, positions in holding:

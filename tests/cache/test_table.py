@@ -51,3 +51,26 @@ def test_a_lone_extent_holds_everything() -> None:
 def test_no_group_holds_anything_before_the_first_token() -> None:
     assert EQUAL.holding(0) == []
     assert EQUAL.held_by(2, 0) is None
+
+
+def test_a_lane_is_one_group_alone_over_its_extent_or_copy() -> None:
+    home, copy = Extent(3, 0, PAGES), Extent(1, 0, PAGES + 5)
+    table = PageTable((home,), lent=(copy,))
+
+    assert table.lane(None) is table
+    for extent in (home, copy):
+        lane = table.lane(extent.group)
+        assert lane.reporter == extent.group
+        assert [held.extent for held in lane.holding(LENGTH)] == [extent]
+        assert lane.storing(LENGTH) is extent
+    assert table.lanes == (home, copy)
+    assert table.pages_on(1) is copy.pages
+
+
+def test_a_copy_takes_no_part_in_the_roles_of_a_table() -> None:
+    table = PageTable.on(3, PAGES)
+    lent = PageTable(table.extents, lent=(Extent(1, 0, PAGES),))
+
+    assert lent.reporter == 3
+    assert lent.holding(LENGTH) == table.holding(LENGTH)
+    assert lent.held_by(1, LENGTH) is None

@@ -78,7 +78,8 @@ written = st.fixed_dictionaries(
     },
 )
 extents = st.builds(Extent, st.integers(0, 63), counts, page_arrays)
-tables = st.builds(PageTable, st.lists(extents, max_size=3).map(tuple))
+several_extents = st.lists(extents, max_size=3).map(tuple)
+tables = st.builds(PageTable, several_extents, several_extents)
 copies = st.builds(PageCopy, st.integers(0, 63), counts, counts)
 admissions = st.builds(
     Admission,
@@ -89,7 +90,8 @@ admissions = st.builds(
     st.lists(tokens, max_size=3).map(tuple),
     counts,
 )
-chunks = st.builds(Chunk, request_ids, counts, counts, st.booleans(), st.none() | tokens)
+groups = st.none() | st.integers(0, 63)
+chunks = st.builds(Chunk, request_ids, counts, counts, st.booleans(), st.none() | tokens, groups)
 plans = st.builds(
     Plan,
     counts,
@@ -115,7 +117,7 @@ results = st.builds(
         st.builds(Sampled, tokens, st.none() | logprobs, st.none() | st.just("not finite")),
         max_size=4,
     ),
-    st.dictionaries(request_ids, st.lists(logprobs, max_size=3), max_size=2),
+    st.dictionaries(st.tuples(request_ids, counts), st.lists(logprobs, max_size=3), max_size=2),
 )
 
 

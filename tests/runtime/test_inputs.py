@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mnemosyne.cache.page_ids import PageIds
-from mnemosyne.cache.table import PageTable
+from mnemosyne.cache.table import Extent, PageTable
 from mnemosyne.request import SamplingParams
 from mnemosyne.runtime.inputs import StepInputs, bucket_size, build_inputs, count_rows
 from mnemosyne.runtime.sequences import SequenceState
@@ -145,6 +145,58 @@ def test_rows_that_other_groups_compute_too_are_a_batch_of_their_own() -> None:
     tables = {0: long.table, 1: short.table}
     rows = [count_rows(plan, tables, group) for group in range(3)]
     assert rows == [len(inputs.token_ids_T) for inputs in by_group] == [8, 2, 1]
+
+
+def lent(num_tokens: int) -> SequenceState:
+    """A sequence at home on group 2, with copies on groups 0 and 1."""
+    copies = tuple(Extent(group, 0, 10 * group + np.arange(5)) for group in range(2))
+    table = PageTable((Extent(2, 0, np.arange(5)),), lent=copies)
+    return placed(list(range(num_tokens)), table)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_slices_are_computed_apart_and_handed_to_whoever_still_reads_them(ends: bool) -> None:
+    sequences = {1: lent(20)}
+    stop = 20 if ends else 18
+    cuts = [(0, 8, 14), (1, 14, 16), (2, 16, stop)]
+    chunks = [Chunk(1, a, b - a, samples=b == 20, group=group) for group, a, b in cuts]
+    plan = Plan(0, tuple(chunks))
+
+    by_group = [
+        build_inputs(
+            plan,
+            sequences,
+            group=group,
+            num_groups=3,
+            page_size=PAGE_SIZE,
+            padding_slot=PADDING_SLOT,
+            page_ids=ids_of(sequences, group),
+            device=torch.device("cpu"),
+        )
+        for group in range(3)
+    ]
+
+    for (group, start, stop), inputs in zip(cuts, by_group, strict=True):
+        num_rows = stop - start
+        assert inputs.shared is None
+        assert inputs.positions_T[:num_rows].tolist() == list(range(start, stop))
+        (segment,) = inputs.batch.segments
+        assert (segment.num_rows, segment.num_keys, segment.first_key) == (num_rows, stop, 0)
+        assert count_rows(plan, {1: sequences[1].table}, group) == len(inputs.token_ids_T)
+    sent = {(g, h.start, h.peer) for g, i in enumerate(by_group) for h in i.handed.sent}
+    came = {(h.peer, h.start, g) for g, i in enumerate(by_group) for h in i.handed.received}
+    onward = {(0, 8, 1), (0, 8, 2), (1, 14, 2)}
+    back = set() if ends else {(1, 14, 0), (2, 16, 0), (2, 16, 1)}
+    assert sent == came == onward | back
+    needed = {
+        (h.peer, h.start, g)
+        for g, i in enumerate(by_group)
+        for h in i.handed.received
+        if h.is_needed
+    }
+    assert needed == onward
+    (first, *_) = by_group[1].handed.received
+    assert first.slots_T.tolist() == [12 * 4 + i for i in range(4)] + [13 * 4 + i for i in range(2)]
 
 
 def test_the_rows_of_a_step_can_be_counted_before_its_tokens_are_known() -> None:
