@@ -30,9 +30,10 @@ from mnemosyne.parallel.control import DriverChannel, FollowerChannel
 from mnemosyne.request import Request, Sampled, SamplingParams
 from mnemosyne.runtime.inputs import build_inputs
 from mnemosyne.runtime.sequences import SequenceState
+from mnemosyne.schedule.build_scheduler import build_scheduler
 from mnemosyne.schedule.plan import Plan, StepResult
 from mnemosyne.schedule.predictor import LinearPredictor
-from mnemosyne.schedule.scheduler import Scheduler, build_scheduler
+from mnemosyne.schedule.scheduler import Scheduler
 from mnemosyne.schedule.work import WorkModel
 
 HOST = "127.0.0.1"

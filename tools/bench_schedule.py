@@ -34,8 +34,8 @@ from mnemosyne.cache.ledger import Ledger, Place
 from mnemosyne.config import ScheduleConfig, SloConfig, parse_size
 from mnemosyne.metrics import percentiles
 from mnemosyne.request import Request, SamplingParams
+from mnemosyne.schedule.build_scheduler import build_scheduler
 from mnemosyne.schedule.predictor import LinearPredictor
-from mnemosyne.schedule.scheduler import build_scheduler
 from mnemosyne.schedule.work import StepWork, WorkModel
 
 PAGE_SIZE = 128

@@ -29,9 +29,10 @@ import numpy as np
 from mnemosyne.cache.table import PageTable
 from mnemosyne.config import POLICIES, ScheduleConfig, SloConfig
 from mnemosyne.request import Request, SamplingParams
+from mnemosyne.schedule.build_scheduler import build_scheduler
 from mnemosyne.schedule.plan import Plan
 from mnemosyne.schedule.predictor import LinearPredictor
-from mnemosyne.schedule.scheduler import Scheduler, build_scheduler
+from mnemosyne.schedule.scheduler import Scheduler
 from mnemosyne.schedule.work import StepWork, WorkModel
 
 COSTS = np.array([2e-3, 1e-5, 3e-9, 2e-8, 1e-4, 2e-4, 5e-6, 2e-2])  # seconds per feature

@@ -10,10 +10,10 @@ from typing import Protocol
 from mnemosyne.cache.capacity import tokens_per_group
 from mnemosyne.config import CacheConfig, MeshConfig, ScheduleConfig, SloConfig
 from mnemosyne.metrics import StepRecord
+from mnemosyne.schedule.build_scheduler import build_scheduler
 from mnemosyne.schedule.calibrate import Limits
 from mnemosyne.schedule.plan import Executor
 from mnemosyne.schedule.predictor import Predictor
-from mnemosyne.schedule.scheduler import build_scheduler
 from mnemosyne.schedule.work import WorkModel
 from mnemosyne.serve.engine import Engine
 from mnemosyne.serve.intake import Intake

@@ -7,8 +7,9 @@ import pytest
 
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request, SamplingParams
+from mnemosyne.schedule.build_scheduler import build_scheduler
 from mnemosyne.schedule.policy import POLICIES, Urgency, relative_slack
-from mnemosyne.schedule.scheduler import Scheduler, build_scheduler
+from mnemosyne.schedule.scheduler import Scheduler
 from mnemosyne.schedule.work import StepWork, WorkModel
 from tests.schedule.clocked import Rates, make_request, make_scheduler, serve
 

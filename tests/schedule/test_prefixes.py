@@ -7,9 +7,10 @@ import pytest
 
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request, SamplingParams
+from mnemosyne.schedule.build_scheduler import build_scheduler
 from mnemosyne.schedule.plan import Plan
 from mnemosyne.schedule.prefixes import Prefixes
-from mnemosyne.schedule.scheduler import Scheduler, build_scheduler
+from mnemosyne.schedule.scheduler import Scheduler
 from mnemosyne.schedule.work import WorkModel
 from tests.schedule.clocked import PAGE_SIZE, Rates, tokens_of
 

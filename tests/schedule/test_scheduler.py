@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request, SamplingParams
+from mnemosyne.schedule.build_scheduler import build_scheduler
 from mnemosyne.schedule.plan import Chunk, Plan
-from mnemosyne.schedule.scheduler import Scheduler, build_scheduler
+from mnemosyne.schedule.scheduler import Scheduler
 from mnemosyne.schedule.work import StepWork, WorkModel
 
 
