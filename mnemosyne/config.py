@@ -280,6 +280,15 @@ class SloConfig:
     def ttft_min_s(self) -> float:
         return float(self.ttft_min)
 
+    @property
+    def max_wait_s(self) -> float:
+        """Seconds that a prompt may wait, however long it is, and then be prefilled in time.
+
+        After a wait of ``t`` a prefill of ``w`` meets ``max(ttft_min, ttft_scale * w)`` for every
+        ``w`` if it does for the one that is due at both.
+        """
+        return self.ttft_min_s * max(0.0, 1 - 1 / self.ttft_scale)
+
 
 @dataclass(kw_only=True, slots=True)
 class MetricsConfig:

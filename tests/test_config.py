@@ -132,6 +132,15 @@ def test_times_are_seconds_once_they_are_checked() -> None:
     assert SloConfig(ttft_min="1min").ttft_min == 60.0
 
 
+@pytest.mark.parametrize(("scale", "max_wait_s"), [(2.0, 0.5), (4.0, 0.75), (1.0, 0.0), (0.5, 0.0)])
+def test_after_the_longest_wait_prefills_of_every_length_are_in_time(scale, max_wait_s):
+    slo = SloConfig(ttft_min=1.0, ttft_scale=scale)
+
+    assert slo.max_wait_s == max_wait_s
+    for work_s in (0.0, 0.1, 1 / scale, 1.0, 100.0) if scale > 1 else ():
+        assert max_wait_s + work_s <= max(1.0, scale * work_s)
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [("30ms", 0.03), ("60s", 60.0), ("2min", 120.0), (0.5, 0.5), ("15us", 15e-6)],

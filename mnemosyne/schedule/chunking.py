@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 
 CHUNK_MULTIPLE = 32  # sizes fill matrix tiles
 MAX_LINES = 6  # tries before a search halves what is left
@@ -141,6 +142,7 @@ def solve_lone_count(
     *,
     min_chunk: int = 32,
     max_chunk: int = 8192,
+    max_s: float = inf,
 ) -> int:
     """In how many chunks a prompt that delays nobody passes soonest through several stages.
 
@@ -156,22 +158,28 @@ def solve_lone_count(
         depth: stages.
         min_chunk: smallest chunk, tokens.
         max_chunk: largest chunk, tokens.
+        max_s: seconds that a step may take, as far as the smallest chunk allows.
 
     Returns:
         The largest number of chunks at nearly the least time: smaller ones let new arrivals in
-        sooner. At most ``MAX_PER_STAGE`` by stage, however cheap a step looks.
+        sooner. At most ``MAX_PER_STAGE`` by stage, however cheap a step looks, unless larger ones
+        take more than ``max_s``.
 
     Source: a flow shop in which a job takes as long on each machine; the choice is ours.
     """
-    fewest = -(-total // max_chunk)
-    most = max(fewest, min(total // min_chunk, MAX_PER_STAGE * depth))
+
+    def step_s(count: int) -> float:
+        size = -(-total // count)
+        return predict((total - size) // 2, size)
+
+    fewest, smallest = -(-total // max_chunk), total // min_chunk
+    while fewest < smallest and step_s(fewest) > max_s:
+        fewest = min(smallest, max(fewest + 1, int(fewest * SPACING)))
+    most = max(fewest, min(smallest, MAX_PER_STAGE * depth))
     counts = [fewest]
     while counts[-1] < most:
         counts.append(min(most, max(counts[-1] + 1, int(counts[-1] * SPACING))))
-    times_s = []
-    for count in counts:
-        size = -(-total // count)
-        times_s.append((count + depth - 1) * predict((total - size) // 2, size))
+    times_s = [(count + depth - 1) * step_s(count) for count in counts]
     enough_s = min(times_s) / LONE_FLOW
     return max(c for c, seconds in zip(counts, times_s, strict=True) if seconds <= enough_s)
 

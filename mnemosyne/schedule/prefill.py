@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import inf
 
 from mnemosyne.config import ScheduleConfig
 from mnemosyne.schedule.chunking import solve_chunk, solve_lone_chunk
@@ -38,6 +39,8 @@ class PrefillPlanner:
         work_model: counts the work of a chunk.
         shard_tokens: tokens of one request that a group holds at most.
         depth: steps that may be in flight.
+        max_lone_s: that a step of a prompt that nobody waits for may take, if ``target_tbt`` is
+            less: a newcomer waits for it.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class PrefillPlanner:
         *,
         shard_tokens: int,
         depth: int,
+        max_lone_s: float = inf,
     ) -> None:
         self.config = config
         self.predictor = predictor
@@ -57,6 +61,7 @@ class PrefillPlanner:
         self._depth = depth
         self._fixed_chunk = config.fixed_chunk
         self._target_s = config.target_tbt_s
+        self._max_lone_s = max(max_lone_s, self._target_s)
         self._max_short_tokens = config.max_short_tokens
         self.table = PrefillTable(
             self._alone,
@@ -135,19 +140,18 @@ class PrefillPlanner:
         too long. On several, chunks that take equally long leave no stage idle between them.
         """
         candidate = ChunkCandidate(step, prompt)
+        min_chunk, max_chunk = self.config.min_chunk, self.config.max_chunk
         if self._depth > 1:
-            pace_s = self.table.pace(prompt.num_planned, prompt.request.num_prompt_tokens)
-            size = self._solve(candidate, self.config.max_chunk, pace_s)
-            candidate.accept(size or min(self.config.min_chunk, candidate.max_tokens))
-            return
-        soonest = solve_lone_chunk(
-            candidate.seconds,
-            remaining=candidate.max_tokens,
-            min_chunk=self.config.min_chunk,
-            max_chunk=self.config.max_chunk,
-        )
-        target_s, max_chunk = self._target_s, self.config.max_chunk
-        candidate.accept(max(soonest, self._solve(candidate, max_chunk, target_s)))
+            length = prompt.request.num_prompt_tokens
+            pace_s = self.table.pace(prompt.num_planned, length, self._max_lone_s)
+            size = self._solve(candidate, max_chunk, pace_s)
+        else:
+            most, limits = candidate.max_tokens, {"min_chunk": min_chunk, "max_chunk": max_chunk}
+            size = solve_lone_chunk(candidate.seconds, remaining=most, **limits)
+            size = max(size, self._solve(candidate, max_chunk, self._target_s))
+            if candidate.seconds(size) > self._max_lone_s:
+                size = self._solve(candidate, max_chunk, self._max_lone_s)
+        candidate.accept(size or min(min_chunk, candidate.max_tokens))
 
     def _add_adaptive(self, step: StepDraft, now_s: float, factor: float) -> None:
         """Chunks in order of the policy until the predicted time of the step is spent.

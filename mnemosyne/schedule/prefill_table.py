@@ -65,26 +65,34 @@ class PrefillTable:
         rate = (self._seconds[node + 1] - start_s) / (self._ends[node + 1] - start)
         return start_s + rate * (num_tokens - start)
 
-    def pace(self, done: int, total: int) -> float:
+    def pace(self, done: int, total: int, max_s: float = inf) -> float:
         """Seconds of the next step of a lone prompt, so that its chunks take equally long.
 
         Args:
             done: tokens that are planned.
             total: of the prompt.
+            max_s: seconds that a step may take; the same for all prompts.
 
         Returns:
-            inf for the last chunk, which takes all that is left.
+            ``max_s`` for the last chunk, which takes all that is left.
         """
         self.extend(total)
         if self._flow[0] != total:
-            limits = {"min_chunk": self._min_chunk, "max_chunk": self._max_chunk}
-            self._flow = (total, solve_lone_count(self._predict_at, total, self._depth, **limits))
+            count = solve_lone_count(
+                self._predict_at,
+                total,
+                self._depth,
+                min_chunk=self._min_chunk,
+                max_chunk=self._max_chunk,
+                max_s=max_s,
+            )
+            self._flow = (total, count)
         done_share = self.at(done) / self.at(total) if self.at(total) > 0 else done / total
         num_left = ceil(self._flow[1] * (1 - done_share) - SPARE)
         if num_left <= 1:
-            return inf
+            return max_s
         size = -(-(total - done) // num_left)
-        return self._predict_at(done + (total - done - size) // 2, size)
+        return min(max_s, self._predict_at(done + (total - done - size) // 2, size))
 
     def until(self, num_tokens: np.ndarray) -> np.ndarray:
         """Seconds of the first tokens of a prompt, before ``factor``.

@@ -65,6 +65,7 @@ class Scheduler:
             work_model,
             shard_tokens=ledger.max_tokens_per_group,
             depth=depth,
+            max_lone_s=slo.max_wait_s,
         )
         self._admission = AdmissionQueue(
             policy, slo, ledger, self._router, self._prefill.table, self._prefixes

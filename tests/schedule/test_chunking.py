@@ -134,6 +134,24 @@ def test_the_number_of_chunks_weighs_the_fill_against_the_cost_of_a_step(
     assert _passed_s(predict, total, depth, count) <= (1.05 if pair_s == 0 else 1.12) * best_s
 
 
+@pytest.mark.parametrize("depth", [1, 2, 16])
+@pytest.mark.parametrize("total", [1000, 40_000, 10**6])
+def test_no_chunk_takes_longer_than_a_newcomer_may_wait(depth, total):
+    def predict(start: int, size: int) -> float:
+        return 5e-3 + 1e-4 * size + 1e-8 * (size * start + size**2 / 2)
+
+    count, free = (solve_lone_count(predict, total, depth, max_s=s) for s in (0.5, float("inf")))
+
+    size = -(-total // count)
+    assert predict((total - size) // 2, size) <= 0.5
+    if predict((total - total // free) // 2, -(-total // free)) <= 0.5:
+        assert count == free
+
+
+def test_the_smallest_chunk_is_taken_where_even_that_takes_too_long():
+    assert solve_lone_count(lambda start, size: 1.0 * size, 320, 2, max_s=0.5) == 10
+
+
 def test_where_steps_look_free_chunks_are_not_made_ever_smaller():
     count = solve_lone_count(lambda start, size: 1e-5 * size, 500_000, 4)
 

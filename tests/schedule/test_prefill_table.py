@@ -146,3 +146,13 @@ def test_the_pace_follows_a_machine_that_becomes_slower():
     speed[0] = 2.0
 
     assert table.pace(0, 50_000) == pytest.approx(2 * before)
+
+
+def test_no_step_of_a_lone_prompt_takes_longer_than_a_newcomer_may_wait():
+    table = _table(_attention_s, depth=4, max_chunk=8192)
+    longest_s = max(table.pace(done, 100_000) for done in range(0, 90_000, 1000))
+
+    bounded_s = [table.pace(done, 100_001, longest_s / 3) for done in range(0, 100_001, 1000)]
+
+    assert max(bounded_s) == longest_s / 3
+    assert min(bounded_s) > longest_s / 6
