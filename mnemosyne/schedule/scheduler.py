@@ -10,6 +10,7 @@ from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request
 from mnemosyne.schedule.admission import AdmissionQueue
 from mnemosyne.schedule.growth import Growth
+from mnemosyne.schedule.in_flight import StepsInFlight
 from mnemosyne.schedule.plan import Admission, Chunk, Plan
 from mnemosyne.schedule.policy import POLICIES
 from mnemosyne.schedule.predictor import LearningPredictor, Predictor
@@ -75,6 +76,7 @@ class Scheduler:
         self._ready = ReadyDecodes(work_model)
         self._num_decoding = 0  # of the running ones, past their prompts
         self._released: list[int] = []
+        self._in_flight = StepsInFlight(depth)
         self._works: dict[int, Work] = {}  # of plans not yet learned from
         self._num_plans = 0
 
@@ -173,6 +175,7 @@ class Scheduler:
         self._ready.clear()
         self._growth.stalled.clear()
         self._num_decoding = 0
+        self._in_flight.clear()
         self._works.clear()
         self.ledger.reset()
         if self._prefixes is not None:
@@ -200,7 +203,9 @@ class Scheduler:
         # decodes that gathered in one of several steps in flight would all wait for each other
         share = -(-self._num_decoding // self.depth)
         chunks, work = self._ready.take(share, self._requests)
-        prefills = self._prefill.plan(work, now_s, delays_decodes=self._num_decoding > 0)
+        # whatever is planned now ends behind the steps in flight
+        behind_s = self._in_flight.done_s(now_s)
+        prefills = self._prefill.plan(work, behind_s, delays_decodes=self._num_decoding > 0)
         for running, chunk in zip(prefills.prompts, prefills.chunks, strict=True):
             self._router.advance(running.table, chunk.start, chunk.stop)
             self._num_decoding += chunk.samples
@@ -208,6 +213,7 @@ class Scheduler:
         if not chunks:
             assert not admitted, "an admitted request always has a chunk to compute"
             return None
+        self._in_flight.add(self._num_plans, now_s, prefills.seconds)
         self._works[self._num_plans] = prefills.work
         released, self._released = tuple(self._released), []
         self._num_plans += 1
@@ -231,6 +237,7 @@ class Scheduler:
             tokens: what it sampled, by request; each is the decode of a step to come.
             broken: requests whose keys or values may not be finite.
         """
+        self._in_flight.remove(plan.index)
         shares, page_size = self._prefixes, self.ledger.page_size
         if shares is not None:
             shares.complete(plan, self._requests, broken)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from mnemosyne.cli.shapes import find_shape
@@ -49,3 +50,30 @@ def test_short_prompts_pass_a_deep_pipeline_in_several_chunks() -> None:
     whole_s = _ttft_s("llama3_70b", 1000, *words, "schedule=fixed", "schedule.chunk=1K")
 
     assert _ttft_s("llama3_70b", 1000, *words) < 0.6 * whole_s
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("llama3_8b", ("hardware=a100_80", "mesh.tp=8", "mesh.pp=2")),
+        ("llama3_70b", ("mesh.tp=8", "mesh.pp=16")),
+    ],
+)
+def test_whoever_comes_while_a_long_prompt_is_alone_gets_its_first_token_in_time(
+    model: str, words: tuple[str, ...]
+) -> None:
+    config, shape = simulate_config(*words, model=model), find_shape(model)
+    alone_s = build_simulation(config, shape).engine.scheduler.prefill_s(2**20)
+    times_s = np.random.default_rng(0).uniform(0.05, 0.95, 8) * alone_s
+    arrivals = [Arrival(0.0, 2**20, 1), *(Arrival(t, 300, 1) for t in np.sort(times_s).tolist())]
+
+    _, *newcomers = build_simulation(config, shape).run(arrivals)
+
+    assert not any(output.metrics.missed_deadline for output in newcomers)
+
+
+def test_steps_that_newcomers_can_wait_for_cost_a_lone_prompt_nearly_nothing() -> None:
+    words = ("mesh.tp=8", "mesh.pp=4")
+    unbounded_s = _ttft_s("llama3_70b", 2**20, *words, "slo.ttft_min=60min")
+
+    assert _ttft_s("llama3_70b", 2**20, *words) <= 1.01 * unbounded_s
