@@ -87,8 +87,7 @@ def _make(path: Path, progress: Callable[[int, int], None] | None) -> None:
     """Fetch, convert, put into place; only one process is here at a time."""
     if find_spec("gguf") is None:
         raise Unavailable(
-            "model=smollm2 must have the package gguf to be made, got none; "
-            "pip install 'mnemosyne[smollm2]'"
+            "model=smollm2 must have the package gguf to be made, got none; pip install gguf"
         )
     prefix = f".{path.name}-"
     for left in path.parent.glob(f"{prefix}*"):  # by a process that was killed

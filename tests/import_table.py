@@ -181,6 +181,7 @@ TABLE = {
     "config": Rule(),
     "shape": Rule(("config",)),
     "files": Rule(),
+    "version": Rule(),
     "config_bench": Rule(("config",)),
     "config_generate": Rule(("config",)),
     "config_client": Rule(("config",)),
@@ -240,7 +241,10 @@ TABLE = {
     ),
     # HTTP over an engine in this process or another one: the extra `serve`
     "server": Rule(
-        ("config", "config_serve", "files", "plain", "process", "request", "metrics", "serve"),
+        (
+            *("config", "config_serve", "files", "plain", "process", "request", "metrics"),
+            *("serve", "version"),
+        ),
         (
             *("numpy", "msgspec", "tokenizers", "fastapi", "starlette", "uvicorn"),
             *("prometheus_client", "zmq"),
@@ -248,7 +252,10 @@ TABLE = {
     ),
     # an engine is stuck when its watchdog would say so
     "server.embedded": Rule(
-        ("metrics", "parallel.watchdog", "request", "serve", "server.backend", "server.totals"),
+        (
+            *("metrics", "parallel.watchdog", "request", "serve", "server.backend"),
+            *("server.totals", "version"),
+        ),
         itself=False,
     ),
     # the process model: the front starts ranks, and asks the kernel who is at the other end

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from mnemosyne.version import VERSION
+
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ("mnemosyne", "kernels", "model_zoo", "conf", "pyproject.toml", "README.md", "LICENSE")
 
@@ -58,7 +60,7 @@ def test_a_wheel_holds_every_module_and_config_as_a_real_file(wheel: Path) -> No
     sources = [
         path.relative_to(ROOT).as_posix()
         for room in ("mnemosyne", "mnemosyne/kernels", "mnemosyne/model_zoo", "mnemosyne/conf")
-        for pattern in ("**/*.py", "**/*.yaml", "conf/*.json", "py.typed")
+        for pattern in ("**/*.py", "**/*.yaml", "*.json", "py.typed", "cpu/*.cpp", "cpu/*.h")
         for path in (ROOT / room).glob(pattern)
     ]
 
@@ -66,6 +68,7 @@ def test_a_wheel_holds_every_module_and_config_as_a_real_file(wheel: Path) -> No
         sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
 
     assert "mnemosyne/conf/generate.yaml" in sources
+    assert "mnemosyne/kernels/cpu/vector.h" in sources
     assert "mnemosyne/conf/attention_cuda.json" in sources
     assert {name: sizes.get(name) for name in sources} == {
         name: (ROOT / name).stat().st_size for name in sources
@@ -77,6 +80,20 @@ def test_nothing_but_the_package_is_installed(wheel: Path) -> None:
         tops = {name.partition("/")[0] for name in archive.namelist()}
 
     assert {top for top in tops if not top.endswith(".dist-info")} == {"mnemosyne"}
+
+
+def test_the_distribution_has_a_name_of_its_own_and_the_command_that_of_the_package(
+    wheel: Path,
+) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        files = {
+            name.rpartition("/")[2]: name for name in archive.namelist() if "dist-info" in name
+        }
+        metadata = archive.read(files["METADATA"]).decode()
+        scripts = archive.read(files["entry_points.txt"]).decode()
+
+    assert metadata.splitlines()[1:3] == ["Name: mnemosyne-serving", f"Version: {VERSION}"]
+    assert "mnemosyne = mnemosyne.__main__:main" in scripts
 
 
 def test_a_wheel_works(wheel: Path, tmp_path: Path) -> None:

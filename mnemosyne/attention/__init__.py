@@ -142,7 +142,7 @@ def _triton_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
     if find_spec("triton") is None:
         raise ValueError(
             "triton must be installed for attention=triton, got none; "
-            "pip install 'mnemosyne[gpu]' or choose another attention backend"
+            "pip install triton or choose another attention backend"
         )
     # Not at the top: the package works where triton is missing.
     from mnemosyne.attention.triton import TRITON_DTYPES, TritonBackend

@@ -234,7 +234,7 @@ def _check_output(path: str) -> None:
 
 def _draw(results: Sequence[Result], path: str) -> None:
     if find_spec("matplotlib") is None:
-        print("no picture: matplotlib is not installed; pip install 'mnemosyne[plots]'")
+        print("no picture: matplotlib is not installed; pip install matplotlib")
         return
     from mnemosyne.bench.picture import draw
 

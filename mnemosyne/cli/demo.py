@@ -126,7 +126,7 @@ def _check_plot(plot: str) -> None:
 
 def _draw(records: list[StepRecord], config: DemoConfig) -> None:
     if find_spec("matplotlib") is None:
-        print("no plot: matplotlib is not installed; pip install 'mnemosyne[plots]'")
+        print("no plot: matplotlib is not installed; pip install matplotlib")
         return
     from mnemosyne.plot import draw_run
 

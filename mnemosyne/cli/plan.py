@@ -133,7 +133,7 @@ def as_json(
 def draw_plot(config: PlanConfig, shape: ModelShape, verdicts: list[Verdict]) -> None:
     """TTFT against TBT of the best layouts, if matplotlib is there."""
     if find_spec("matplotlib") is None:
-        print("no plot: matplotlib is not installed; pip install 'mnemosyne[plots]'")
+        print("no plot: matplotlib is not installed; pip install matplotlib")
         return
     from mnemosyne.plot import draw_frontier
 

@@ -108,7 +108,7 @@ def write_json(path: str, value: object) -> None:
 def draw_plot(path: str, records: list[StepRecord], target_s: float) -> None:
     """The picture of a run, if matplotlib is there."""
     if find_spec("matplotlib") is None:
-        print("no plot: matplotlib is not installed; pip install 'mnemosyne[plots]'")
+        print("no plot: matplotlib is not installed; pip install matplotlib")
         return
     from mnemosyne.plot import draw_run
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -23,6 +22,7 @@ from mnemosyne.server.errors import INVALID, NOT_FOUND, ApiError
 from mnemosyne.server.exposition import CONTENT_TYPE
 from mnemosyne.server.openapi import BODIES, RESPONSES, document
 from mnemosyne.server.service import Service, json_response
+from mnemosyne.version import VERSION
 
 
 def create_app(
@@ -62,7 +62,7 @@ def create_app(
 
     app = FastAPI(
         title="Mnemosyne",
-        version=version("mnemosyne"),
+        version=VERSION,
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
@@ -160,7 +160,7 @@ def _add_operations(app: FastAPI, service: Service, drain: Drain) -> None:
 
     @app.get("/version", responses=RESPONSES["version"])
     async def show_version() -> Response:
-        return json_response({"version": version("mnemosyne")})
+        return json_response({"version": VERSION})
 
     @app.post("/drain", responses=RESPONSES["drain"])
     async def drain_all(request: Request) -> Response:

@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,6 +19,7 @@ from mnemosyne.serve.engine import Engine
 from mnemosyne.serve.prompts import PromptIds
 from mnemosyne.server.backend import About, Event, Job, Status
 from mnemosyne.server.totals import Totals
+from mnemosyne.version import VERSION
 
 IDLE_LIMIT_S = 300.0  # between two steps, in which requests are taken and step times measured
 LOOK_S = 0.25  # between two looks at all requests
@@ -110,7 +110,7 @@ class EmbeddedBackend:
         intake, ledger = engine.intake, engine.scheduler.ledger
         return About(
             model=intake.model,
-            version=version("mnemosyne"),
+            version=VERSION,
             vocab_size=intake.vocab_size,
             max_model_len=intake.max_positions,
             max_request_tokens=ledger.max_request_tokens(),
