@@ -5,19 +5,14 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from mnemosyne.llm import LLM
 from mnemosyne.model_zoo.needle import write_needle
-from tools.live_server import serving
-from tools.soak_http import WRITE_S, Found, expect, soak
+from tools.soak_http import Found, soak, soaked
 
 
 def test_clients_that_misbehave_leave_nothing_behind(tmp_path: Path) -> None:
     model = str(write_needle(tmp_path / "needle"))
-    options = {"schedule": {"chunk": 64}, "cache": {"max_tokens": "16K"}}
-    with LLM(model, dtype="float64", device="cpu", **options) as llm:  # type: ignore[arg-type]
-        expected = expect(llm)
-        with serving(llm.engine, access_log=False, write_timeout=WRITE_S) as live:
-            found = asyncio.run(soak(live, llm, expected, seconds=6, clients=40, seed=1))
+    with soaked(model, is_front=False) as (server, expected):
+        found = asyncio.run(soak(server, expected, seconds=6, clients=40, seed=1))
 
     assert found.faults() == []
     assert len(found.ends) == 8, "every manner of ending came up"

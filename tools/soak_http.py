@@ -5,7 +5,8 @@ the middle of a long prompt, or send what is refused. What is left of pages, req
 tasks and memory afterwards, wrong answers, and how long /health took meanwhile. Exit 1 if a bound
 is passed.
 
-Usage: python -m tools.soak_http [--seconds 300] [--clients 200] [--seed 0]
+Usage: python -m tools.soak_http [--front] [--seconds 300] [--clients 200] [--seed 0]
+With ``--front`` the server is `mnemosyne serve`, whose engine is a process of its own.
 """
 
 from __future__ import annotations
@@ -21,18 +22,21 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from resource import getpagesize
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from mnemosyne import LLM, SamplingParams
 from mnemosyne.client.http import NoAnswerError, asked, checked
 from mnemosyne.model_zoo.needle import write_needle
-from tools.live_server import Live, serving
+from tools.health_probe import Sample, probed
+from tools.live_server import serving
+from tools.soaked import OwnServer, Soaked, front
 
 PROMPTS = [[5 + i, 6, 7 + i] * (1 + 3 * i) for i in range(8)]
 LONG = [5, 6, 7] * 1000
@@ -88,14 +92,14 @@ class Client:
     """One client that asks again and again, each time in another manner.
 
     Args:
-        live: the server.
+        url: of the server.
         rng: of its own.
         expected: texts of the prompts.
         found: where ends are noted.
     """
 
-    def __init__(self, live: Live, rng: random.Random, expected: list[str], found: Found) -> None:
-        self._live, self._rng, self._expected, self._found = live, rng, expected, found
+    def __init__(self, url: str, rng: random.Random, expected: list[str], found: Found) -> None:
+        self._url, self._rng, self._expected, self._found = url, rng, expected, found
         self._manners: dict[str, Callable[[], Awaitable[None]]] = {
             "read": self._read,
             "reset": self._reset,
@@ -119,7 +123,7 @@ class Client:
 
     async def _read(self) -> None:
         index = self._rng.randrange(len(PROMPTS))
-        async with asked(f"{self._live.url}/v1/completions", body_of(index)) as reply:
+        async with asked(f"{self._url}/v1/completions", body_of(index)) as reply:
             events = [event async for event in (await checked(reply)).events()]
         self._compare(index, events)
 
@@ -146,7 +150,7 @@ class Client:
 
     async def _pause(self) -> None:
         index = self._rng.randrange(len(PROMPTS))
-        async with asked(f"{self._live.url}/v1/completions", body_of(index)) as reply:
+        async with asked(f"{self._url}/v1/completions", body_of(index)) as reply:
             await asyncio.sleep(self._rng.random())
             events = [event async for event in (await checked(reply)).events()]
         self._compare(index, events)
@@ -166,7 +170,7 @@ class Client:
 
     async def _refused(self) -> None:
         body = {"prompt": [5] * 20_000, "max_tokens": 1, "stream": True}
-        async with asked(f"{self._live.url}/v1/completions", body) as reply:
+        async with asked(f"{self._url}/v1/completions", body) as reply:
             if reply.status != 400:
                 self._found.wrong.append(f"status {reply.status} for what never fits")
             await reply.text()
@@ -181,7 +185,8 @@ class Client:
     async def _sent(
         self, body: dict[str, Any]
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self._live.port)
+        address = urlsplit(self._url)
+        reader, writer = await asyncio.open_connection(address.hostname, address.port)
         data = json.dumps(body).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
         writer.write(head.encode() + data)
@@ -198,47 +203,41 @@ def sampling(index: int) -> dict[str, Any]:
 
 
 async def soak(
-    live: Live, llm: LLM, expected: list[str], *, seconds: float, clients: int, seed: int
+    server: Soaked, expected: list[str], *, seconds: float, clients: int, seed: int
 ) -> Found:
     """Let clients come and go for a while; what is left once they are gone."""
     found = Found(seconds)
     rng = random.Random(seed)
-    made = [Client(live, random.Random(rng.random()), expected, found) for _ in range(clients)]
+    made = [
+        Client(server.url, random.Random(rng.random()), expected, found) for _ in range(clients)
+    ]
     await made[0]._read()
-    files, tasks, end_s = num_files(), live.num_tasks(), time.monotonic() + seconds
-    memory: list[tuple[float, int]] = []
+    files, tasks, end_s = num_files(server), server.num_tasks(), time.monotonic() + seconds
 
     async def behave(client: Client) -> None:
         while time.monotonic() < end_s:
             await client.once()
 
-    async def watch() -> None:
-        while True:
-            start_s = time.monotonic()
-            async with asked(f"{live.url}/health") as reply:
-                await (await checked(reply)).text()
-            found.health_s.append(time.monotonic() - start_s)
-            memory.append((start_s, resident_bytes()))
-            await asyncio.sleep(0.1)
-
-    watching = asyncio.create_task(watch())
-    await asyncio.gather(*(behave(client) for client in made))
-    watching.cancel()
-    await asyncio.gather(watching, return_exceptions=True)
+    with probed(server.url, server.processes()) as samples:
+        await asyncio.gather(*(behave(client) for client in made))
     settled_s = time.monotonic() + SETTLE_S
-    while time.monotonic() < settled_s and (llm.engine.has_work or live.service.gate.num_taken):
+    while time.monotonic() < settled_s and server.num_taken():
         await asyncio.sleep(0.05)
-    await asyncio.sleep(0.5)  # for the kernel and the loop to close what was left
-    found.num_pages = llm.engine.scheduler.ledger.num_used
-    found.num_taken = live.service.gate.num_taken
-    found.num_files = max(0, num_files() - files)
-    found.num_tasks = max(0, live.num_tasks() - tasks)
-    late = memory[len(memory) // 4 :]
+    await asyncio.sleep(1)  # for the kernel and the loops to close and tell what was left
+    found.num_pages, found.num_taken = server.num_pages(), server.num_taken()
+    found.num_files = max(0, num_files(server) - files)
+    found.num_tasks = max(0, server.num_tasks() - tasks)
+    _note(samples, found)
+    return found
+
+
+def _note(samples: list[Sample], found: Found) -> None:
+    found.health_s = [health_s for _, health_s, _ in samples]
+    late = samples[len(samples) // 4 :]
     if len(late) > 2:
-        times, sizes = np.array(late).T
+        times, _, sizes = np.array(late).T
         found.slope_bytes = float(np.polyfit(times - times[0], sizes, 1)[0])
         found.growth_bytes = int(sizes[-1] - sizes[0])
-    return found
 
 
 def expect(llm: LLM) -> list[str]:
@@ -247,37 +246,46 @@ def expect(llm: LLM) -> list[str]:
     return [output.text for output in llm.generate(PROMPTS, params)]
 
 
-def num_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
+def num_files(server: Soaked) -> int:
+    """Descriptors that its processes hold."""
+    return sum(len(os.listdir(f"/proc/{process}/fd")) for process in server.processes())
 
 
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * getpagesize()
+@contextmanager
+def soaked(model: str, *, is_front: bool) -> Iterator[tuple[Soaked, list[str]]]:
+    """A server over a model, and the texts of the prompts."""
+    options: dict[str, Any] = {"schedule": {"chunk": 64}, "cache": {"max_tokens": "16K"}}
+    with LLM(model, dtype="float64", device="cpu", **options) as llm:
+        expected = expect(llm)
+        if not is_front:
+            with serving(llm.engine, access_log=False, write_timeout=WRITE_S) as live:
+                yield OwnServer(live, llm), expected
+            return
+    with front(
+        f"model={model}",
+        "dtype=float64",
+        "device=cpu",
+        "schedule.chunk=64",
+        "cache.max_tokens=16K",
+        "serve.access_log=false",
+        f"serve.write_timeout={WRITE_S}",
+    ) as server:
+        yield server, expected
 
 
 def main(words: list[str]) -> int:
     """Soak, print, and tell whether a bound was passed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--front", action="store_true")
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(words)
+    given = parser.parse_args(words)
     with tempfile.TemporaryDirectory() as folder:
         model = str(write_needle(Path(folder) / "needle"))
-        options: dict[str, Any] = {"schedule": {"chunk": 64}, "cache": {"max_tokens": "16K"}}
-        with LLM(model, dtype="float64", device="cpu", **options) as llm:
-            expected = expect(llm)
-            with serving(llm.engine, access_log=False, write_timeout=WRITE_S) as live:
-                found = asyncio.run(
-                    soak(
-                        live,
-                        llm,
-                        expected,
-                        seconds=arguments.seconds,
-                        clients=arguments.clients,
-                        seed=arguments.seed,
-                    )
-                )
+        with soaked(model, is_front=given.front) as (server, expected):
+            sizes = {"seconds": given.seconds, "clients": given.clients, "seed": given.seed}
+            found = asyncio.run(soak(server, expected, **sizes))
     print(f"{sum(found.ends.values()):,} requests: {dict(found.ends)}")
     print(
         f"/health: p99 {1000 * found.p99_health_s:.1f} ms of {len(found.health_s)}; memory "
