@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -40,6 +41,8 @@ class Readers:
         self._long = [_Process("long") for _ in range(num_long)]
         self._short = [_Process("short") for _ in range(max(1, num_readers - num_long))]
         self._free: dict[str, asyncio.LifoQueue[_Process]] = {}
+        self._replacing: set[asyncio.Task[None]] = set()
+        self._is_closed = False
         self._rules: Rules | None = None
 
     def start(self) -> None:
@@ -79,19 +82,18 @@ class Readers:
 
     async def _ask(self, lane: str, kind: str, body: Body) -> tuple[Any, np.ndarray]:
         assert self._rules is not None, "the model is known before bodies are read"
-        free = self._free[lane]
-        process = await free.get()
-        is_whole = False
+        process = await self._free[lane].get()
+        asking = asyncio.ensure_future(process.ask(self._rules, kind, body))
+        asking.add_done_callback(partial(self._release, lane, process))
         try:
-            answer, ids = await process.ask(self._rules, kind, body)
-            is_whole = True
+            answer, ids = await asyncio.shield(asking)
         except ReaderLost as error:
             message = "the process that read this request ended; send it again"
             raise ApiError(500, message, kind=FAILED) from error
-        finally:
-            if not is_whole:  # the client left, and what it sent is not worth the time
-                process.replace()
-            free.put_nowait(process)
+        except asyncio.CancelledError:  # the client left: a long body is not worth the time
+            if lane == "long":
+                asking.cancel()
+            raise
         if "error" in answer:
             raise invalid(ValueError(answer["error"]))
         if "api_error" in answer:
@@ -99,7 +101,25 @@ class Readers:
             raise ApiError(status, message, kind=error_kind, param=param, code=code)
         return answer["said"], ids
 
-    def close(self) -> None:
+    def _release(self, lane: str, process: _Process, asking: asyncio.Future[Any]) -> None:
+        """Let others have a process; one that did not say all it had to is replaced before."""
+        if not asking.cancelled() and asking.exception() is None:
+            self._free[lane].put_nowait(process)
+            return
+        if self._is_closed:
+            return
+        task = asyncio.ensure_future(self._replace(lane, process))
+        self._replacing.add(task)
+        task.add_done_callback(self._replacing.discard)
+
+    async def _replace(self, lane: str, process: _Process) -> None:
+        await asyncio.to_thread(process.replace)  # an end and a start take milliseconds
+        self._free[lane].put_nowait(process)
+
+    async def close(self) -> None:
+        """End the processes."""
+        self._is_closed = True
+        await asyncio.gather(*self._replacing)
         for process in (*self._short, *self._long):
             process.stop()
 

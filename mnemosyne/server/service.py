@@ -71,7 +71,7 @@ class Service:
         if self._knowing is not None:
             self._knowing.cancel()
             await asyncio.gather(self._knowing, return_exceptions=True)
-        self._readers.close()
+        await self._readers.close()
 
     async def _know(self) -> None:
         self._readers.know(self.gate.know(await self.backend.about()))
