@@ -6,6 +6,7 @@ Heavy modules are imported once the ranks are starting, which takes them longer.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -78,10 +79,12 @@ class _Front:
 
         server = self._server = HttpServer(backend, self._config.serve)
         serving = asyncio.create_task(server.run())
+        settling = asyncio.create_task(_settle(backend))
         await asyncio.wait({serving, running}, return_when=asyncio.FIRST_COMPLETED)
         if running.done():
             server.stop()
         status = await serving
+        settling.cancel()
         with sigterm_ignored():  # it is ending
             await backend.close()
             try:
@@ -96,3 +99,13 @@ class _Front:
         log.info("ranks: %s: running requests finish, new ones are refused", reason)
         if self._server is not None:
             self._server.begin_drain()
+
+
+async def _settle(backend: RemoteBackend) -> None:
+    """Leave what is there once the model is known out of the search for garbage.
+
+    It is modules, and a search through all of them would hold the loop for 80 ms.
+    """
+    await backend.about()
+    gc.collect()
+    gc.freeze()
