@@ -71,7 +71,7 @@ class EventStream:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send it all; returns early if the client leaves or does not read."""
-        self._send_raw = send
+        self._send_raw = scope["state"]["send"]
         task = asyncio.current_task()
         assert task is not None, "it runs in one"
         helpers = [
@@ -79,7 +79,7 @@ class EventStream:
             asyncio.create_task(self._tick(task)),
         ]
         try:
-            await self._run(helpers)
+            await self._run(send, helpers)
         except asyncio.CancelledError:
             if self.outcome == "finished":  # somebody else's: the server ends
                 self.outcome = "cancelled"
@@ -92,8 +92,8 @@ class EventStream:
             await asyncio.gather(*helpers, self._first, return_exceptions=True)
             await self._events.aclose()  # type: ignore[attr-defined]
 
-    async def _run(self, helpers: list[asyncio.Task[None]]) -> None:
-        await self._send_raw({"type": "http.response.start", "status": 200, "headers": HEADERS})
+    async def _run(self, send: Any, helpers: list[asyncio.Task[None]]) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
         for opened in self._dialect.opening(self._answer):
             await self._send_object(opened)
         try:

@@ -26,26 +26,25 @@ class Task:
     job: Job
     params: SamplingParams
     tokens: list[list[int]] = field(init=False)  # of each sample, all that came
+    num_tokens: int = field(init=False)  # of all of them
     ends: set[int] = field(default_factory=set)  # samples that are at their end
     is_given: bool = False  # to the engine that runs now
     num_deaths: int = 0  # of engines, since it last got further
     num_before: int = 0  # tokens that it had when the last of them died
     further: asyncio.Event = field(default_factory=asyncio.Event)  # it got on, or ended
-    has_event: asyncio.Event = field(default_factory=asyncio.Event)
     error: Exception | None = None  # what its reader is to be told in place of further events
     _unread: Unread[Event] = field(default_factory=Unread)  # by sample
+    _has_event: bool = False
+    _reader: asyncio.Future[None] | None = None  # which waits for an event
 
     def __post_init__(self) -> None:
         given = self.job.given or ((),) * self.job.params.n
         self.tokens = [list(ids) for ids in given]
+        self.num_tokens = sum(map(len, given))
 
     @property
     def is_ended(self) -> bool:
         return len(self.ends) == self.job.params.n
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(map(len, self.tokens))
 
     @property
     def num_to_compute(self) -> int:
@@ -59,16 +58,25 @@ class Task:
 
     def enter(self, event: Event) -> None:
         """Take an event; one of a sample that is at its end, or that nobody asked for, is none."""
-        if not 0 <= event.sample < self.job.params.n or event.sample in self.ends:
+        sample, ids = event.sample, event.token_ids
+        if not 0 <= sample < self.job.params.n or sample in self.ends:
             return
-        self.tokens[event.sample] += event.token_ids
+        self.tokens[sample] += ids
+        self.num_tokens += len(ids)
         if event.finish_reason is not None:
-            self.ends.add(event.sample)
-        if self.is_ended or self.num_tokens >= self.num_before + PROOF_TOKENS:
+            self.ends.add(sample)
+        if not self.further.is_set() and (
+            self.is_ended or self.num_tokens >= self.num_before + PROOF_TOKENS
+        ):
             self.num_deaths = 0
             self.further.set()
-        self._unread.add(event.sample, event)
-        self.has_event.set()
+        self._unread.add(sample, event)
+        self._wake_reader()
+
+    def _wake_reader(self) -> None:
+        self._has_event = True
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def note_death(self) -> None:
         """The engine that had it died."""
@@ -86,16 +94,18 @@ class Task:
         """Have its reader get an exception."""
         self.error = error
         self.further.set()
-        self.has_event.set()
+        self._wake_reader()
 
     async def events(self) -> list[Event]:
-        """Wait for events; what has come since the last call, one per sample.
+        """Wait for events; what has come since the last call, one per sample; for one reader.
 
         Raises:
             Exception: that it was refused with.
         """
-        await self.has_event.wait()
-        self.has_event.clear()
+        if not self._has_event:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        self._has_event = False
         if self.error is not None:
             raise self.error
         return self._unread.take()
