@@ -29,6 +29,20 @@ def test_a_context_of_many_reads_is_exact(layout: str, monkeypatch: pytest.Monke
     assert_exact(lse, expected_lse)
 
 
+def test_no_read_is_longer_than_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "MAX_KEYS", 300)
+    monkeypatch.setattr(cpu, "MAX_GATHERED", 256)
+    monkeypatch.setattr(cpu, "MIN_RUN", 33)
+    case = make_case([Rows(1, 2000), Rows(90, 1500)], layout="shuffled", num_pages=512)
+
+    tiles = BACKEND.prepare(case.batch, None, torch.device("cpu"))
+
+    slots = [call.slots for tile in tiles for call in tile.calls]
+    gathered = [len(each) for each in slots if isinstance(each, torch.Tensor)]
+    assert len(gathered) > 10
+    assert max(gathered) <= 256
+
+
 @pytest.mark.parametrize("window", WINDOWS)
 def test_rows_of_several_tiles_are_exact(
     window: int | None, monkeypatch: pytest.MonkeyPatch

@@ -262,6 +262,16 @@ def test_a_larger_budget_never_takes_longer() -> None:
     assert ttfts == sorted(ttfts, reverse=True)
 
 
+def test_where_no_decode_fits_the_budgets_are_those_of_one() -> None:
+    config, shape = _plan_config("gpus=8", "context=128K"), find_shape("llama3_8b")
+    best = plan_layouts(config, shape, stages_of)[0]
+
+    none, one, two = (replace(best, decodes=number) for number in (0, 1, 2))
+
+    assert frontier(config, shape, none, stages_of) == frontier(config, shape, one, stages_of)
+    assert frontier(config, shape, none, stages_of) != frontier(config, shape, two, stages_of)
+
+
 def test_more_activations_for_more_rows_and_logits_for_many_samples() -> None:
     shape, mesh = find_shape("llama3_8b"), MeshConfig()
 
