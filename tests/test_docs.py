@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tools import doc_references
+
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = doc_references.pages()
+MOVED = 50  # lines that code may move before its references are to be brought up to date
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)")
 PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
@@ -18,6 +21,24 @@ def test_every_link_inside_the_repository_leads_somewhere(page: Path) -> None:
     targets = LINK.findall(page.read_text(encoding="utf-8"))
 
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_every_reference_to_code_names_what_the_file_defines_there() -> None:
+    found = [(page, ref) for page in PAGES for ref in doc_references.references(page)]
+
+    assert len(found) > 40
+    for page, ref in found:
+        line = doc_references.line_of(ROOT / ref.path, ref.name)
+        assert line is not None, f"{page.name}: {ref.path} defines no {ref.name}"
+        assert abs(line - ref.line) <= MOVED, f"{page.name}: {ref}; python tools/doc_references.py"
+
+
+def test_a_name_that_a_file_does_not_define_is_noticed() -> None:
+    policy = ROOT / "mnemosyne" / "schedule" / "policy.py"
+
+    assert doc_references.line_of(policy, "Policy.nothing") is None
+    assert doc_references.line_of(ROOT / "kernels" / "cpu" / "vector.h", "fmb") is None
+    assert doc_references.line_of(policy.with_name("none.py"), "Policy") is None
 
 
 def test_the_first_page_is_short_and_leads_to_every_other() -> None:
