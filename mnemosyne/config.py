@@ -156,6 +156,8 @@ class CacheConfig:
     page_size: int = 128  # tokens per page
     max_tokens_per_group: int | str | None = None  # of one request; unset: all that a group holds
     prefix: str = "auto"  # auto: requests share the pages of equal beginnings; off: they do not
+    dir: str | None = None  # a folder that keeps long prefixes for later starts; unset: none are
+    dir_max_bytes: int | str = "16G"  # that its files hold at most
 
     def __post_init__(self) -> None:
         check_types(self, "cache.")
@@ -164,6 +166,12 @@ class CacheConfig:
                 f"cache.prefix must be one of {', '.join(PREFIX_MODES)}, got {self.prefix!r}; "
                 "off computes every prompt from its first token"
             )
+        if self.dir is not None and self.prefix == "off":
+            raise ValueError(
+                f"cache.prefix must be auto where cache.dir is set, got {self.prefix!r}; "
+                "what is not shared is not kept either"
+            )
+        self.dir_max_bytes = parse_size(self.dir_max_bytes, "cache.dir_max_bytes")
         if self.max_tokens is not None:
             self.max_tokens = parse_size(self.max_tokens, "cache.max_tokens")
         if self.max_tokens_per_group is not None:

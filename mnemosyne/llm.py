@@ -263,7 +263,7 @@ class LLM:
             self._session.tell_outputs(outputs)
 
     def clear_cache(self) -> None:
-        """Forget the cached prefixes of all prompts so far."""
+        """Forget the cached prefixes of all prompts so far, those in ``cache.dir`` included."""
         self.engine.clear_cache()
 
     def follow(self) -> None:

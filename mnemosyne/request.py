@@ -239,6 +239,7 @@ class RequestMetrics:
     chunks: list[int] = field(default_factory=list)  # tokens per prefill chunk
     num_set_back: int = 0  # how often it gave its pages up, to compute all of them again
     num_cached: int = 0  # prompt tokens that the cache held, and that were not computed again
+    num_restored: int = 0  # of those, tokens that came from the disk
     differs_at: int | None = None  # first position where a long prompt differs from the nearest
     # cached one, if there is one that goes on there; and both texts from there on
     cache_miss: str | None = None

@@ -15,6 +15,7 @@ from mnemosyne.metrics import StepListener, StepLog, StepRecord
 from mnemosyne.parallel.keys import MeshKey, mesh_key
 from mnemosyne.parallel.trace import Trace, claim_trace, write_trace
 from mnemosyne.request import RequestOutput
+from mnemosyne.runtime.leaves import RankLeaves
 from mnemosyne.schedule.foreign_predictor import check_predictor
 from mnemosyne.schedule.predictor import Predictor
 from mnemosyne.serve.engine import Engine
@@ -61,12 +62,13 @@ class Session:
         self._ownership = Ownership()
         self._engine: Engine | None = None
         self._trace: Trace | None = None
+        self._leaves: RankLeaves | None = None
         self._driver: Driver | None = None
         self.follower: Follower | None = None
         try:
             key = mesh_key(config.mesh.key) if config.mesh.world_size > 1 else None
             rank = build_rank(config, progress=progress, compiling=compiling)
-            self._trace = rank.trace
+            self._trace, self._leaves = rank.trace, rank.leaves
             if rank.mesh.world_size > 1:
                 self._driver, self.follower = _join(rank, key)
             if self.follower is None:
@@ -147,7 +149,9 @@ class Session:
             write_trace(self._config.metrics.trace, [self._trace.dump()])
         if self.follower is not None:
             self.follower.close(error)
-        self._engine = self._driver = self.follower = self._trace = None
+        if self._leaves is not None:
+            self._leaves.close()
+        self._engine = self._driver = self.follower = self._trace = self._leaves = None
         if self._step_log is not None:
             self._step_log.close()
 

@@ -22,13 +22,21 @@ from tests.model_zoo.tiny import VOCAB_SIZE
 PAGE_SIZE = 16
 
 
-def open_tiny(path: Path, *, chunk: int | str = 7, max_tokens: int = 2048, **options: Any) -> LLM:
+def open_tiny(
+    path: Path,
+    *,
+    chunk: int | str = 7,
+    max_tokens: int = 2048,
+    cache: dict[str, Any] | None = None,
+    **options: Any,
+) -> LLM:
     """An LLM in float64 over a checkpoint of ``tiny_checkpoint``, with small pages.
 
     Args:
         path: the checkpoint.
         chunk: the chunk rule; a fixed one needs no sweep at start-up.
         max_tokens: of the cache.
+        cache: further fields of ``CacheConfig``.
         options: fields of ``ScheduleConfig``, and arguments of ``LLM`` among ``device``,
             ``attention``, ``compile``, ``on_step``, ``metrics``, ``operators``, ``predictor``.
     """
@@ -49,7 +57,7 @@ def open_tiny(path: Path, *, chunk: int | str = 7, max_tokens: int = 2048, **opt
         str(path),
         dtype="float64",
         schedule={"chunk": chunk, **options},
-        cache={"max_tokens": max_tokens, "page_size": PAGE_SIZE},
+        cache={"max_tokens": max_tokens, "page_size": PAGE_SIZE} | (cache or {}),
         **arguments,
     )
 

@@ -41,7 +41,11 @@ class Breach:
 
 
 _PAGELESS_CACHE = tuple(
-    f"cache.{name}" for name in ("allocator", "chain", "layout", "ledger", "prefix", "table")
+    f"cache.{name}"
+    for name in (
+        *("allocator", "chain", "layout", "ledger", "prefix", "table"),
+        *("leaf_file", "leaf_folder", "leaf_storage"),
+    )
 )
 _PAGELESS = Rule(("config", *_PAGELESS_CACHE), ("numpy",), itself=False)
 _DEMO = Rule(
@@ -75,7 +79,7 @@ TABLE = {
     "session": Rule(
         (
             *("joining", "config", "metrics", "request", "serve"),
-            *("parallel.keys", "parallel.trace"),
+            *("parallel.keys", "parallel.trace", "runtime.leaves"),
             *("schedule.foreign_predictor", "schedule.predictor"),
         ),
     ),
@@ -156,12 +160,21 @@ TABLE = {
         ),
         ("torch",),
     ),
+    "joining.fingerprint": Rule(
+        ("joining.checkpoint", "kept", "machine", "model_zoo"), ("torch",), itself=False
+    ),
+    "joining.leaves": Rule(
+        (
+            *("joining.checkpoint", "joining.compute", "joining.fingerprint", "cache", "config"),
+            *("files", "machine", "model_zoo", "parallel", "runtime"),
+        )
+    ),
     "joining.roofline": Rule(("config", "shape"), ("torch",)),
     "joining.step_times": Rule(("machine", "schedule"), ("numpy", "torch")),
     "joining.rank": Rule(
         (
-            *("joining.checkpoint", "joining.compute", "joining.device", "config", "metrics"),
-            "attention.kvp",
+            *("joining.checkpoint", "joining.compute", "joining.device", "joining.leaves"),
+            *("config", "metrics", "attention.kvp"),
             *("cache", "kernels", "model_zoo", "parallel", "runtime", "serve", "shape"),
         ),
         ("torch",),
@@ -202,6 +215,9 @@ TABLE = {
     "cache.pages": Rule(
         ("config", "kernels", "memory_limits", "cache.layout", "cache.page_ids"),
         ("torch", "numpy"),
+    ),
+    "cache.leaf_copies": Rule(
+        ("cache.layout", "cache.leaf_file", "cache.pages"), ("torch", "numpy"), itself=False
     ),
     "cache.page_ids": Rule(("cache.layout",), ("torch", "numpy"), itself=False),
     "cache.capacity": Rule(("config", "cache.pages", "cache.layout"), ("torch",)),

@@ -42,6 +42,11 @@ class Chain:
         for start in range(0, len(data), page_bytes):
             self._hash(data[start : start + page_bytes])
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that it has."""
+        return len(self.digests) * self._page_size + len(self._open)
+
     def before(self, page: int) -> bytes:
         """Digest of all that is before a page, model and salt included."""
         return self.digests[page - 1] if page else self._seed

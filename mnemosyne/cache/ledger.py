@@ -148,6 +148,14 @@ class Ledger:
         """Known pages of a group that hold a part of a chain (see ``PrefixIndex.match``)."""
         return self._indexes[group].match(chain, first, stop)
 
+    def find(self, digest: bytes, near: int = 0) -> tuple[int, int] | None:
+        """Group and id of a known page by its digest, on the group ``near`` if it is there."""
+        for group in (near, *self.groups):
+            page = self._indexes[group].page_of(digest)
+            if page is not None:
+                return group, page
+        return None
+
     def num_held(self, place: Place) -> int:
         """Pages of a place that somebody holds, and that are not taken from the free ones."""
         return self._indexes[place.group].num_held(place.shared) if len(place.shared) else 0

@@ -14,6 +14,7 @@ from mnemosyne.schedule.build_scheduler import build_scheduler
 from mnemosyne.schedule.calibrate import Limits
 from mnemosyne.schedule.plan import Executor
 from mnemosyne.schedule.predictor import Predictor
+from mnemosyne.schedule.saves import Disk
 from mnemosyne.schedule.work import WorkModel
 from mnemosyne.serve.engine import Engine
 from mnemosyne.serve.intake import Intake
@@ -43,6 +44,7 @@ def join(
     clock: Callable[[], float] = time.perf_counter,
     on_step: Callable[[StepRecord], None] | None = None,
     fingerprint: bytes | None = None,
+    disk: Disk | None = None,
 ) -> Engine:
     """Scheduler, executor and intake as one engine, before its first request.
 
@@ -57,6 +59,7 @@ def join(
         clock: seconds; a simulation brings its own.
         on_step: called with the record of each step.
         fingerprint: of a model whose requests share prefixes; None: they share nothing.
+        disk: where prefixes outlive the process, if anywhere.
     """
     num_groups = config.mesh.kvp
     work_model = WorkModel(shape.windows, num_groups, unread_share=shape.unread_share())
@@ -71,6 +74,7 @@ def join(
         work_model=work_model,
         depth=executor.depth,
         fingerprint=fingerprint,
+        disk=disk,
     )
     limits = Limits(
         num_pages=num_pages,

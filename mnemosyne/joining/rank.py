@@ -15,6 +15,7 @@ from mnemosyne.config import CacheConfig, EngineConfig, MetricsConfig
 from mnemosyne.joining.checkpoint import Checkpoint, Progress, find_checkpoint, weight_bytes
 from mnemosyne.joining.compute import AS_THEY_ARE, Compute, Wraps, choose_compute
 from mnemosyne.joining.device import choose_device
+from mnemosyne.joining.leaves import open_leaves
 from mnemosyne.kernels.cpu.memory import keep_freed
 from mnemosyne.model_zoo.decoder import Decoder
 from mnemosyne.model_zoo.spec import ModelSpec
@@ -29,6 +30,7 @@ from mnemosyne.parallel.mesh import (
 )
 from mnemosyne.parallel.pipeline import Pipeline
 from mnemosyne.parallel.trace import Trace
+from mnemosyne.runtime.leaves import RankLeaves
 from mnemosyne.runtime.step import LayerShape, Model
 from mnemosyne.runtime.worker import Worker
 from mnemosyne.serve.intake import Intake
@@ -51,6 +53,7 @@ class Rank:
     metrics: MetricsConfig  # where rank 0 writes it
     backend: str  # of attention
     operators: str  # of all else
+    leaves: RankLeaves | None  # the way to the disk, if there is one
 
 
 def build_rank(
@@ -95,11 +98,13 @@ def build_rank(
     trace = _trace(config.metrics, mesh, device)
     model = wraps.model(compute.model(decoder, compiling))
     pool = _pool(config.cache, num_pages, local, len(decoder.layers), compute)
-    worker = _worker(decoder, model, pool, compute, mesh, wraps, trace)
+    leaves = open_leaves(config.cache, checkpoint, compute, pool, mesh)
+    worker = _worker(decoder, model, pool, compute, mesh, wraps, trace, leaves)
     rank = Rank(
         *(mesh, checkpoint, worker, intake, num_pages, max_tokens, trace, config.metrics),
         backend=compute.backend.name,
         operators=compute.operators.name,
+        leaves=leaves,
     )
     _announce(rank, f"{compute.dtype} on {device}", num_bytes, token_bytes)
     return rank
@@ -119,6 +124,7 @@ def _worker(
     mesh: Mesh,
     wraps: Wraps,
     trace: Trace | None,
+    leaves: RankLeaves | None,
 ) -> Worker:
     layers = _layer_shape(decoder, decoder.spec)
     return Worker(
@@ -133,6 +139,7 @@ def _worker(
         trace=trace,
         graphs=compute.graphs(model, layers, pool),
         exchange=wraps.exchange(start_exchange),
+        leaves=leaves,
     )
 
 

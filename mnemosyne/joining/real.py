@@ -51,7 +51,8 @@ def build_engine(
         predictor=ours if predictor is None else ForeignPredictor(predictor, ours),
         sweep=_sweep(ours, executor, config, rank) if is_fitted else None,
         on_step=on_step,
-        fingerprint=_fingerprint(config, rank) if config.cache.prefix == "auto" else None,
+        fingerprint=_fingerprint(rank) if config.cache.prefix == "auto" else None,
+        disk=rank.leaves,
     )
     if crew is not None:
         engine.measure()  # the other ranks follow now; later they may be elsewhere
@@ -63,7 +64,13 @@ def executor_of(rank: Rank, crew: Crew | None = None) -> Executor:
     if crew is None:
         return LocalExecutor(rank.worker)
     mesh = rank.mesh
-    return MeshExecutor(rank.worker, crew, num_groups=mesh.kvp.degree, num_stages=mesh.pp.degree)
+    return MeshExecutor(
+        rank.worker,
+        crew,
+        num_groups=mesh.kvp.degree,
+        num_stages=mesh.pp.degree,
+        num_ranks=mesh.world_size,
+    )
 
 
 def fit_key(config: EngineConfig, rank: Rank) -> dict[str, str]:
@@ -81,8 +88,10 @@ def fit_key(config: EngineConfig, rank: Rank) -> dict[str, str]:
     }
 
 
-def _fingerprint(config: EngineConfig, rank: Rank) -> bytes:
-    """The model that this process holds; no other process reads what begins with it."""
+def _fingerprint(rank: Rank) -> bytes:
+    """The model that this process holds, told from all others where other processes read of it."""
+    if rank.leaves is not None:
+        return bytes.fromhex(rank.leaves.folder.layout.model)
     spec, dtype = rank.checkpoint.spec, rank.worker.pool.k[0].dtype
     return f"{rank.checkpoint.name} {spec!r} {dtype}".encode()
 

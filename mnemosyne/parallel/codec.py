@@ -15,7 +15,16 @@ from msgspec import Struct
 
 from mnemosyne.cache.table import Extent, PageTable
 from mnemosyne.request import Logprobs, RequestMetrics, RequestOutput, Sampled, SamplingParams
-from mnemosyne.schedule.plan import Admission, Chunk, PageCopy, Plan, StepResult
+from mnemosyne.schedule.plan import (
+    Admission,
+    Chunk,
+    Fetch,
+    PageCopy,
+    Plan,
+    Restore,
+    Save,
+    StepResult,
+)
 
 RUN_DTYPE = np.dtype("<i8")
 
@@ -73,6 +82,9 @@ class _Plan(Struct, array_like=True, tag="plan"):
     released: tuple[int, ...]
     tables: list[_Table]
     copies: tuple[PageCopy, ...]
+    saves: tuple[Save, ...]
+    fetches: tuple[Fetch, ...]
+    restores: tuple[Restore, ...]
 
 
 class _Stop(Struct, array_like=True, tag="stop"):
@@ -107,6 +119,7 @@ class _Result(Struct, array_like=True):
     sampled: dict[int, Sampled]
     prompt_logprobs: dict[tuple[int, int], list[Logprobs]]
     broken: tuple[int, ...]
+    restored: dict[int, int]
 
 
 _ENCODER = msgspec.msgpack.Encoder()
@@ -143,20 +156,27 @@ def decode(data: bytes) -> Message:
 
 def encode_result(result: StepResult) -> bytes:
     """The answer of a group to a step."""
-    wire = _Result(result.index, result.sampled, result.prompt_logprobs, result.broken)
+    found = result.sampled, result.prompt_logprobs, result.broken, result.restored
+    wire = _Result(result.index, *found)
     return _ENCODER.encode(wire)
 
 
 def decode_result(data: bytes) -> StepResult:
     """The result that ``encode_result`` was given."""
     wire = _RESULTS.decode(data)
-    return StepResult(wire.index, wire.sampled, wire.prompt_logprobs, broken=wire.broken)
+    return StepResult(
+        wire.index,
+        wire.sampled,
+        wire.prompt_logprobs,
+        broken=wire.broken,
+        restored=wire.restored,
+    )
 
 
 def _plan_to_wire(plan: Plan) -> _Plan:
     admitted = [_admission_to_wire(admission) for admission in plan.admitted]
     tables = [_table_to_wire(*entry) for entry in plan.tables]
-    changed = plan.released, tables, plan.copies
+    changed = plan.released, tables, plan.copies, plan.saves, plan.fetches, plan.restores
     return _Plan(plan.index, plan.predicted_s, plan.chunks, admitted, *changed)
 
 
@@ -168,6 +188,9 @@ def _plan_from_wire(wire: _Plan) -> Plan:
         released=wire.released,
         tables=tuple((table.request_id, _table_from_wire(table)) for table in wire.tables),
         copies=wire.copies,
+        saves=wire.saves,
+        fetches=wire.fetches,
+        restores=wire.restores,
         predicted_s=wire.predicted_s,
     )
 

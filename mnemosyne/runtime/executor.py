@@ -79,13 +79,16 @@ class MeshExecutor:
         crew: the others.
         num_groups: degree of the kvp axis.
         num_stages: degree of the pp axis.
+        num_ranks: of the mesh; all of them say what they restored.
     """
 
-    def __init__(self, worker: Worker, crew: Crew, *, num_groups: int, num_stages: int) -> None:
+    def __init__(
+        self, worker: Worker, crew: Crew, *, num_groups: int, num_stages: int, num_ranks: int
+    ) -> None:
         self.worker = worker
         self.depth = num_stages
         self._crew = crew
-        self._num_groups = num_groups
+        self._num_groups, self._num_ranks = num_groups, num_ranks
         self._in_flight: deque[Plan] = deque()  # oldest first
         self._parts: dict[int, list[StepResult]] = {}
 
@@ -102,8 +105,9 @@ class MeshExecutor:
     def collect(self) -> StepResult:
         """Wait for all groups to be done with the oldest step."""
         plan = self._in_flight[0]
+        num_parts = self._num_ranks if plan.restores else self._num_groups
         with self._crew.watch_step(plan.index, plan.predicted_s):
-            while len(self._parts[plan.index]) < self._num_groups:
+            while len(self._parts[plan.index]) < num_parts:
                 result = self._crew.recv_result()
                 self._parts[result.index].append(result)
         self._in_flight.popleft()
@@ -111,9 +115,11 @@ class MeshExecutor:
 
 
 def _joined(parts: list[StepResult]) -> StepResult:
-    """One result of a step; each request is reported by one group."""
+    """One result of a step; each request is reported by one group, and is whole if all say so."""
     whole = StepResult(parts[0].index, broken=tuple(i for part in parts for i in part.broken))
     for part in parts:
         whole.sampled.update(part.sampled)
         whole.prompt_logprobs.update(part.prompt_logprobs)
+        for request_id, count in part.restored.items():
+            whole.restored[request_id] = min(count, whole.restored.get(request_id, count))
     return whole

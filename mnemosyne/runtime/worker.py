@@ -23,6 +23,7 @@ from mnemosyne.parallel.trace import Trace
 from mnemosyne.request import Logprobs, Sampled
 from mnemosyne.runtime.graphs import DecodeGraphs
 from mnemosyne.runtime.inputs import PlacedChunk, StepInputs, build_inputs, count_rows
+from mnemosyne.runtime.leaves import RankLeaves
 from mnemosyne.runtime.sampler import sample, token_logprobs
 from mnemosyne.runtime.sequences import SequenceState
 from mnemosyne.runtime.step import LayerShape, Model, PagedAttention
@@ -47,6 +48,7 @@ class Worker:
         trace: records what this rank does, if anybody wants to know.
         graphs: replay the steps that they hold; the model runs the others.
         exchange: brings the partials of rows together that several groups compute.
+        leaves: the way to the disk, if there is one.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Worker:
         trace: Trace | None = None,
         graphs: DecodeGraphs | None = None,
         exchange: StartExchange = start_exchange,
+        leaves: RankLeaves | None = None,
     ) -> None:
         self._model = model
         self._layers = layers
@@ -75,6 +78,7 @@ class Worker:
         self._trace = trace
         self._graphs = graphs
         self._exchange = exchange
+        self._leaves = leaves
         self._sequences: dict[int, SequenceState] = {}
         self._expected: deque[Plan] = deque()  # announced, and not run yet
         self._tables: dict[int, PageTable] = {}  # as of the last of them
@@ -107,7 +111,7 @@ class Worker:
 
         Returns:
             What the step gave, on the one rank of each group that reports it (the first of tp on
-            the last stage); None on the others.
+            the last stage); None on the others, but for what each restored.
         """
         if self._trace is not None:
             chunks = ((c.request_id, c.start, c.num_tokens) for c in plan.chunks)
@@ -115,7 +119,10 @@ class Worker:
         self.expect(plan)
         announced = self._expected.popleft()
         assert announced is plan, f"step {announced.index} was announced before step {plan.index}"
+        if self._leaves is not None:
+            self._leaves.save_all(plan)  # before pages change hands
         self._apply(plan)
+        restored = self._leaves.follow(plan, self._sequences) if self._leaves is not None else {}
         result = StepResult(plan.index)
         if plan.chunks:
             hidden_TE, inputs, is_finite_T, came_broken = self._forward(plan)
@@ -131,7 +138,9 @@ class Worker:
                 self._sequences[request_id].note_broken(start)
             result = replace(result, broken=tuple(request_id for request_id, _ in places))
         is_last_stage = self._mesh.pp.index == self._mesh.pp.degree - 1
-        return result if is_last_stage and self._mesh.tp.index == 0 else None
+        if is_last_stage and self._mesh.tp.index == 0:
+            return replace(result, restored=restored) if restored else result
+        return StepResult(plan.index, restored=restored) if plan.restores else None
 
     @torch.inference_mode()
     def _forward(

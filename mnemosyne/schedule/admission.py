@@ -108,7 +108,7 @@ class AdmissionQueue:
             self._note_cached(prompt, self._prefixes.count(prompt) * self._ledger.page_size)
             prompt.num_needed -= prompt.num_cached
         else:
-            self._look_up(prompt)
+            self.look_up(prompt)
         if due_s is not None:
             prompt.deadline_s = due_s - request.arrival_s
         elif request.deadline_s is not None:
@@ -269,9 +269,10 @@ class AdmissionQueue:
     def _note_cached(self, prompt: RequestState, num_cached: int) -> None:
         """Count only what is left of a prompt."""
         prompt.num_cached = prompt.num_planned = num_cached
-        self._look_up(prompt)
+        self.look_up(prompt)
 
-    def _look_up(self, prompt: RequestState) -> None:
+    def look_up(self, prompt: RequestState) -> None:
+        """Note the predicted time of what is left of a prompt."""
         cached_s = self._table.at(prompt.num_cached)
         prompt.total_s = self._table.at(prompt.request.num_prompt_tokens) - cached_s
         prompt.done_s = self._table.at(prompt.num_planned) - cached_s
@@ -289,3 +290,22 @@ class AdmissionQueue:
             if not self._router.has_room(num_tokens):
                 return Reservation(prompt, self._router.best_groups(num_tokens))
         return None
+
+
+def check_fits(request: Request, ledger: Ledger) -> None:
+    """Refuse a request that no empty cache could hold.
+
+    Raises:
+        ValueError: with the tokens asked, the tokens that fit, and what would help.
+    """
+    capacity, key = ledger.max_request_tokens(), ledger.bound_by()
+    place = f"the cache of {capacity} tokens"
+    if key == "cache.max_tokens_per_group":
+        place = f"the {capacity} tokens that the groups of the cache take of one request"
+    num_output = request.params.max_tokens or 0
+    if request.max_tokens > capacity:
+        raise ValueError(
+            f"prompt and max_tokens must fit {place}, got "
+            f"{request.max_tokens - num_output} + {num_output} = "
+            f"{request.max_tokens}; shorten one of them or raise {key}"
+        )

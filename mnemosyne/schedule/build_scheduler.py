@@ -5,6 +5,7 @@ from __future__ import annotations
 from mnemosyne.cache.ledger import Ledger
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.schedule.predictor import Predictor
+from mnemosyne.schedule.saves import Disk
 from mnemosyne.schedule.scheduler import Scheduler
 from mnemosyne.schedule.work import WorkModel
 
@@ -21,6 +22,7 @@ def build_scheduler(
     work_model: WorkModel,
     depth: int = 1,
     fingerprint: bytes | None = None,
+    disk: Disk | None = None,
 ) -> Scheduler:
     """A scheduler over empty caches.
 
@@ -35,6 +37,7 @@ def build_scheduler(
         work_model: counts the work of a chunk.
         depth: steps that may be in flight.
         fingerprint: of a model whose requests share prefixes; None: they share nothing.
+        disk: where prefixes outlive the process, if anywhere.
     """
     ledger = Ledger(
         [num_pages] * num_groups,
@@ -50,4 +53,5 @@ def build_scheduler(
         predictor=predictor,
         work_model=work_model,
         depth=depth,
+        disk=disk,
     )

@@ -45,6 +45,45 @@ class PageCopy(NamedTuple):
     target: int
 
 
+class SaveFrom(NamedTuple):
+    """Neighbouring tokens of a leaf, and the pages of one group that hold them."""
+
+    group: int
+    first: int  # token of the leaf
+    stop: int
+    pages: tuple[int, ...]  # in key order
+    offset: int  # slot of the first token, counted from the first of the pages
+
+
+class Save(NamedTuple):
+    """A leaf of a chain that goes to the disk (see ``cache.leaf_file``)."""
+
+    digest: bytes
+    before: bytes
+    start: int  # position of its first token
+    ids: bytes
+    sources: tuple[SaveFrom, ...]
+
+
+class Fetch(NamedTuple):
+    """Leaves of an admitted request that ranks begin to read; nothing waits for them."""
+
+    request_id: int
+    start: int  # position of the first token of the first leaf
+    before: bytes
+    digests: tuple[bytes, ...]
+    parts: tuple[tuple[str, ...], ...]  # of each, those that the disk has
+
+
+class Restore(NamedTuple):
+    """Leaves that were read and become keys and values of their request."""
+
+    request_id: int
+    first: int  # of those fetched
+    stop: int
+    from_position: int  # what is before it is there already
+
+
 class Chunk(NamedTuple):
     """A run of one request's tokens computed in one step. A decode is a chunk of one token.
 
@@ -82,6 +121,10 @@ class Plan:
     # page tables that changed, by request: with its admission, or later
     tables: tuple[tuple[int, PageTable], ...] = ()
     copies: tuple[PageCopy, ...] = ()  # in order, before anything is computed
+    # to the disk and from it, before anything is computed, in this order
+    saves: tuple[Save, ...] = ()
+    fetches: tuple[Fetch, ...] = ()
+    restores: tuple[Restore, ...] = ()
     predicted_s: float = 0.0
     slack_s: tuple[float, ...] = ()  # of each prefill chunk's request as planned; not sent to ranks
     set_back: tuple[int, ...] = ()  # requests that gave their pages up; not sent to ranks
@@ -109,6 +152,7 @@ class StepResult:
     prompt_logprobs: dict[tuple[int, int], list[Logprobs]] = field(default_factory=dict)
     error: str | None = None  # why the step failed; its requests end with it
     broken: tuple[int, ...] = ()  # requests whose keys or values of this step may not be finite
+    restored: dict[int, int] = field(default_factory=dict)  # by request: leaves that were whole
 
 
 class Executor(Protocol):

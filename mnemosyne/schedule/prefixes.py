@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from mnemosyne.cache.chain import Chain, seed_of
 from mnemosyne.cache.ledger import Ledger, Place
@@ -22,17 +22,25 @@ class Prefixes:
     Args:
         ledger: of pages, which shares them.
         fingerprint: tells models apart.
+
+    Attributes:
+        on_whole: told of a request of which more pages are whole than before.
     """
 
     def __init__(self, ledger: Ledger, fingerprint: bytes) -> None:
         self._ledger = ledger
         self._fingerprint = fingerprint
+        self.on_whole: Callable[[RequestState], None] | None = None
         self._leaders: dict[bytes, RequestState] = {}  # by digest of the page that is next
 
     def chain_of(self, request: Request) -> Chain:
         """The tokens of a request; other models and other salts share nothing with it."""
+        return self.chain_by(request, self._ledger.page_size)
+
+    def chain_by(self, request: Request, num_tokens: int) -> Chain:
+        """The same in pages of another size."""
         seed = seed_of(self._fingerprint, request.params.cache_salt)
-        return Chain(seed, request.prompt_ids, self._ledger.page_size)
+        return Chain(seed, request.prompt_ids, num_tokens)
 
     def num_cacheable(self, request: Request) -> int:
         """Pages that need not be computed if they are known: one token is left to sample from."""
@@ -136,27 +144,34 @@ class Prefixes:
                 self._catch_up(state)
                 state.is_broken = True
                 self._follow(state)
-        page_size = self._ledger.page_size
         for chunk in plan.chunks[plan.num_decodes :]:
             state = states[chunk.request_id]
-            if state.chain is None or state.is_broken:
-                continue
-            before, state.num_computed = state.num_computed, chunk.stop
-            if before // page_size != chunk.stop // page_size:
-                self._ledger.publish(chunk.request_id, state.chain, chunk.stop)
-                self._lead(state)
+            if state.chain is not None and not state.is_broken:
+                self.advance(state, chunk.stop)
+
+    def advance(self, state: RequestState, stop: int) -> None:
+        """Take note that the keys and values of a prompt are there up to a position."""
+        assert state.chain is not None
+        page_size = self._ledger.page_size
+        before, state.num_computed = state.num_computed, stop
+        if before // page_size != stop // page_size:
+            self._ledger.publish(state.request.request_id, state.chain, stop)
+            self._lead(state)
+            self._tell(state)
 
     def fill(self, state: RequestState) -> None:
         """Take note that a decode filled a page, once what it sampled is entered."""
         if state.chain is not None and not state.is_broken:
             self._catch_up(state)
             self._ledger.publish(state.request.request_id, state.chain, state.num_computed)
+            self._tell(state)
 
     def end(self, state: RequestState) -> None:
         """Give the pages of a request back; those that are whole stay for others."""
         self._follow(state)
         self._catch_up(state)
         self._ledger.release(state.request.request_id, state.chain, state.num_computed)
+        self._tell(state)
 
     def _catch_up(self, state: RequestState) -> None:
         """Count the tokens that decodes computed since this was last asked: all but the newest."""
@@ -171,6 +186,10 @@ class Prefixes:
     def clear(self) -> None:
         """Forget who computes what."""
         self._leaders.clear()
+
+    def _tell(self, state: RequestState) -> None:
+        if self.on_whole is not None:
+            self.on_whole(state)
 
     def _lead(self, state: RequestState) -> None:
         """Let others know which page of its prompt a request computes next."""

@@ -40,6 +40,9 @@ class RequestState(Urgency[float]):
     leader_planned: int = -1  # tokens that that one had planned
     waits_until_s: float = 0.0  # when it goes ahead, unless that one has more planned by then
     num_needed: int = 0  # tokens of free pages that it needs, as far as that is known
+    leaves: Chain | None = None  # its tokens by leaves, where there is a disk
+    num_noted: int = 0  # of those, the first ones, that were looked at for the disk
+    num_restored: int = 0  # prompt tokens that came from the disk
     ticket: int = 0  # drawn from the queue that it is in: how many came there before it
 
     @property

@@ -8,9 +8,10 @@ from mnemosyne.cache.ledger import Ledger
 from mnemosyne.cache.table import PageTable
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request
-from mnemosyne.schedule.admission import AdmissionQueue
+from mnemosyne.schedule.admission import AdmissionQueue, check_fits
 from mnemosyne.schedule.growth import Growth
 from mnemosyne.schedule.in_flight import StepsInFlight
+from mnemosyne.schedule.leaves import Leaves
 from mnemosyne.schedule.plan import Admission, Chunk, Plan
 from mnemosyne.schedule.policy import POLICIES
 from mnemosyne.schedule.predictor import LearningPredictor, Predictor
@@ -18,7 +19,8 @@ from mnemosyne.schedule.prefill import PrefillPlanner
 from mnemosyne.schedule.prefixes import Prefixes
 from mnemosyne.schedule.ready import ReadyDecodes
 from mnemosyne.schedule.request_state import UNPLACED, RequestState
-from mnemosyne.schedule.routing import Router
+from mnemosyne.schedule.routing import NOTHING, Router
+from mnemosyne.schedule.saves import Disk
 from mnemosyne.schedule.work import Work, WorkModel
 
 
@@ -37,6 +39,7 @@ class Scheduler:
         predictor: step time; decides sizes only when ``config.chunk`` is "adaptive".
         work_model: counts the work of a chunk.
         depth: steps that may be in flight.
+        disk: where prefixes outlive the process, if anywhere.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Scheduler:
         predictor: Predictor,
         work_model: WorkModel,
         depth: int = 1,
+        disk: Disk | None = None,
     ) -> None:
         self.config = config
         self.ledger = ledger
@@ -71,6 +75,8 @@ class Scheduler:
         self._admission = AdmissionQueue(
             policy, slo, ledger, self._router, self._prefill.table, self._prefixes
         )
+        advance, compute_s = self._router.advance, self._prefill.table.seconds
+        self._leaves = Leaves(disk, ledger, self._prefixes, advance, compute_s)
         self._growth = Growth(ledger, int(config.expected_tokens))
         self._requests: dict[int, RequestState] = {}  # of all, those that wait included
         self._ready = ReadyDecodes(work_model)
@@ -88,6 +94,10 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._requests) - len(self._admission)
 
+    def num_restored(self, request_id: int) -> int:
+        """Tokens of a request's prompt that came from the disk."""
+        return self._requests[request_id].num_restored
+
     def prefill_s(self, num_tokens: int) -> float:
         """Predicted time of prefilling a prompt of ``num_tokens`` tokens alone."""
         return self._prefill.table.seconds(0, num_tokens)
@@ -98,17 +108,7 @@ class Scheduler:
         Raises:
             ValueError: with the tokens asked, the tokens that fit, and what would help.
         """
-        capacity, key = self.ledger.max_request_tokens(), self.ledger.bound_by()
-        place = f"the cache of {capacity} tokens"
-        if key == "cache.max_tokens_per_group":
-            place = f"the {capacity} tokens that the groups of the cache take of one request"
-        num_output = request.params.max_tokens or 0
-        if request.max_tokens > capacity:
-            raise ValueError(
-                f"prompt and max_tokens must fit {place}, got "
-                f"{request.max_tokens - num_output} + {num_output} = "
-                f"{request.max_tokens}; shorten one of them or raise {key}"
-            )
+        check_fits(request, self.ledger)
 
     def add(self, request: Request, *, is_filled: bool = False) -> float:
         """Queue a request.
@@ -145,12 +145,17 @@ class Scheduler:
             return
         running.is_released = True
         if running.is_prefilling:
-            self._prefill.discard(running)
+            self._stop_prefill(running)
             is_in_flight = running.num_in_flight > 0
         else:
             is_in_flight = not self._withdraw(running)
         if not is_in_flight:
             self._forget(running)
+
+    def _stop_prefill(self, running: RequestState) -> None:
+        """Have a prompt computed, or restored, no further."""
+        if not self._leaves.discard(running):
+            self._prefill.discard(running)
 
     def _withdraw(self, running: RequestState) -> bool:
         """Have a request decode no more; whether it was in no step."""
@@ -180,13 +185,16 @@ class Scheduler:
         self.ledger.reset()
         if self._prefixes is not None:
             self._prefixes.clear()
+        self._leaves.clear()
         self._router.clear()
 
-    def clear_cache(self) -> None:
-        """Know no prefix any more; requests keep the pages that they hold."""
+    def clear_cache(self, *, on_disk: bool = False) -> None:
+        """Know no prefix any more, ``on_disk`` neither; requests keep the pages that they hold."""
         if self._prefixes is not None:
             self.ledger.clear()
             self._prefixes.clear()
+        if on_disk:
+            self._leaves.remove_all()
 
     def plan(self, now_s: float) -> Plan | None:
         """The next step, or None if nothing can run.
@@ -198,8 +206,9 @@ class Scheduler:
         num_places = self.config.max_sequences - self.num_running
         admitted = self._admission.admit(num_places, now_s)
         for running in admitted:
-            self._prefill.add(running)
             tables[running.request.request_id] = running.table
+            if not self._leaves.begin(running):
+                self._prefill.add(running)
         # decodes that gathered in one of several steps in flight would all wait for each other
         share = -(-self._num_decoding // self.depth)
         chunks, work = self._ready.take(share, self._requests)
@@ -210,7 +219,8 @@ class Scheduler:
             self._router.advance(running.table, chunk.start, chunk.stop)
             self._num_decoding += chunk.samples
         chunks += prefills.chunks
-        if not chunks:
+        restores = self._leaves.restores(has_others=bool(chunks))
+        if not chunks and not restores:
             assert not admitted, "an admitted request always has a chunk to compute"
             return None
         self._in_flight.add(self._num_plans, now_s, prefills.seconds)
@@ -223,24 +233,49 @@ class Scheduler:
             admitted=tuple([Admission.of(running.request) for running in admitted]),
             released=released,
             tables=tuple(tables.items()),
+            saves=self._leaves.saves(prefills.seconds, delays_decodes=self._num_decoding > 0),
+            fetches=self._leaves.fetches(),
+            restores=restores,
             set_back=tuple(set_back),
             predicted_s=prefills.seconds,
             slack_s=tuple(prefills.slack_s),
             hits=tuple([running.hit for running in admitted if running.hit is not None]),
         )
 
-    def complete(self, plan: Plan, tokens: Mapping[int, int], broken: Collection[int] = ()) -> None:
+    def plan_saves(self) -> Plan | None:
+        """A step that only copies what goes to the disk, for when no other follows, or None."""
+        saves = self._leaves.rest()
+        if not saves:
+            return None
+        released, self._released = tuple(self._released), []
+        self._num_plans += 1
+        return Plan(self._num_plans - 1, (), released=released, saves=saves)
+
+    def complete(
+        self,
+        plan: Plan,
+        tokens: Mapping[int, int],
+        broken: Collection[int] = (),
+        restored: Mapping[int, int] = NOTHING,
+    ) -> None:
         """Take note that a step is back.
 
         Args:
             plan: the step.
             tokens: what it sampled, by request; each is the decode of a step to come.
             broken: requests whose keys or values may not be finite.
+            restored: by request, how many of its leaves were whole.
         """
         self._in_flight.remove(plan.index)
         shares, page_size = self._prefixes, self.ledger.page_size
         if shares is not None:
             shares.complete(plan, self._requests, broken)
+        for running in self._leaves.complete(plan, restored, self._requests):
+            if running.is_released:
+                self._forget(running)
+            else:
+                self._admission.look_up(running)
+                self._prefill.add(running)
         rows: list[tuple[Chunk, PageTable]] = []
         for request_id, start, num_tokens, samples, token_id, _ in plan.chunks:
             running = self._requests[request_id]
@@ -265,7 +300,7 @@ class Scheduler:
     def learn(self, plan: Plan, seconds: float) -> None:
         """Tell the predictor how long a step really took, if it wants to know."""
         work = self._works.pop(plan.index)
-        if self._learner is not None:
+        if self._learner is not None and plan.chunks and not plan.restores:
             self._learner.observe(max(work, key=self._learner.predict), seconds)
 
     def _grow(self) -> tuple[dict[int, PageTable], list[int]]:
@@ -289,7 +324,7 @@ class Scheduler:
 
     def _set_back(self, running: RequestState) -> None:
         """Take a request's pages away; its output so far is part of its prompt from now on."""
-        withdraw = self._prefill.discard if running.is_prefilling else self._withdraw
+        withdraw = self._stop_prefill if running.is_prefilling else self._withdraw
         withdraw(running)
         self._forget(running)
         request, num_set_back = self._growth.again(running), running.num_set_back + 1

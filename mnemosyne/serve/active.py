@@ -90,6 +90,13 @@ class Active:
         assert params.max_tokens is not None, "the intake resolves it"
         return "length" if num_output >= params.max_tokens else None
 
+    def note_restored(self, num_tokens: int) -> None:
+        """Take note of how many tokens of the prompt came from the disk so far."""
+        metrics = self.output.metrics
+        metrics.num_cached += num_tokens - metrics.num_restored
+        metrics.num_restored = num_tokens
+        self.prefilled = max(self.prefilled, metrics.num_cached)
+
     def piece(
         self,
         token_ids: tuple[int, ...] = (),

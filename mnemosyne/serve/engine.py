@@ -115,9 +115,9 @@ class Engine:
             measure()
 
     def clear_cache(self) -> None:
-        """Forget all cached prefixes; what runs keeps what it has."""
+        """Forget all cached prefixes, on disk as well; what runs keeps what it has."""
         with self.ownership.use("Engine.clear_cache"):
-            self.scheduler.clear_cache()
+            self.scheduler.clear_cache(on_disk=True)
 
     def accept(self, request: Request, *, is_filled: bool = False) -> RequestOutput:
         """Queue a request that is checked and numbered already, as a replay makes them.
@@ -199,14 +199,26 @@ class Engine:
         if result.error is not None:
             tokens = {chunk.request_id: 0 for chunk in plan.chunks}  # of requests that end here
             broken = tokens
-        self.scheduler.complete(plan, tokens, broken)
+        self.scheduler.complete(plan, tokens, broken, result.restored)
+        for restore in plan.restores:
+            if restore.request_id in self._active:
+                num_tokens = self.scheduler.num_restored(restore.request_id)
+                self._active[restore.request_id].note_restored(num_tokens)
         pieces = [
             self._advance_or_end(self._active[chunk.request_id], chunk, result)
             for chunk in plan.chunks
             if chunk.request_id in self._active
         ]
         self._record(plan, planned_s)
+        if not self._active and not self._in_flight:
+            self._save_rest()
         return pieces
+
+    def _save_rest(self) -> None:
+        """Hand what goes to the disk on, when no step follows that would."""
+        while (plan := self.scheduler.plan_saves()) is not None:
+            self._executor.submit(plan)
+            self._executor.collect()
 
     def abort(self, reason: str, error: str | None = None) -> None:
         """End every request after a step was interrupted or failed, and be ready for new ones."""

@@ -26,7 +26,17 @@ from mnemosyne.parallel.codec import (
     runs_to_pages,
 )
 from mnemosyne.request import Logprobs, RequestMetrics, RequestOutput, Sampled, SamplingParams
-from mnemosyne.schedule.plan import Admission, Chunk, PageCopy, Plan, StepResult
+from mnemosyne.schedule.plan import (
+    Admission,
+    Chunk,
+    Fetch,
+    PageCopy,
+    Plan,
+    Restore,
+    Save,
+    SaveFrom,
+    StepResult,
+)
 from mnemosyne.serve.defaults import GenerationDefaults
 from mnemosyne.serve.intake import Intake
 from mnemosyne.serve.tokenizer import Tokenizer
@@ -92,6 +102,15 @@ admissions = st.builds(
 )
 groups = st.none() | st.integers(0, 63)
 chunks = st.builds(Chunk, request_ids, counts, counts, st.booleans(), st.none() | tokens, groups)
+digests = st.binary(min_size=32, max_size=32)
+sources = st.builds(SaveFrom, counts, counts, counts, st.lists(counts).map(tuple), counts)
+saves = st.builds(
+    Save, digests, digests, counts, st.binary(max_size=64), st.lists(sources, max_size=2).map(tuple)
+)
+parts = st.lists(st.lists(st.text(max_size=9), max_size=2).map(tuple), max_size=2).map(tuple)
+leaves = st.lists(digests, max_size=2).map(tuple)
+fetches = st.builds(Fetch, request_ids, counts, digests, leaves, parts)
+restores = st.builds(Restore, request_ids, counts, counts, counts)
 plans = st.builds(
     Plan,
     counts,
@@ -100,6 +119,9 @@ plans = st.builds(
     st.lists(request_ids, max_size=3).map(tuple),
     st.lists(st.tuples(request_ids, tables), max_size=2).map(tuple),
     st.lists(copies, max_size=2).map(tuple),
+    st.lists(saves, max_size=2).map(tuple),
+    st.lists(fetches, max_size=2).map(tuple),
+    st.lists(restores, max_size=2).map(tuple),
     finite,
 )
 logprobs = st.builds(
@@ -118,6 +140,7 @@ results = st.builds(
         max_size=4,
     ),
     st.dictionaries(st.tuples(request_ids, counts), st.lists(logprobs, max_size=3), max_size=2),
+    restored=st.dictionaries(request_ids, counts, max_size=2),
 )
 
 

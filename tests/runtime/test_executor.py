@@ -57,6 +57,7 @@ def _serve(num_stages: int, num_groups: int = 1) -> tuple[list[list[int]], list[
         crew,
         num_groups=num_groups,
         num_stages=num_stages,
+        num_ranks=num_stages * num_groups,
     )
     intake = Intake(
         vocab_size=100,
