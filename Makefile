@@ -13,7 +13,7 @@ PYTHON ?= $(shell for newest in 12 99; do for python in python3 python3.12 pytho
 
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all lint paper clean
+.PHONY: demo test test-all lint paper picture clean
 
 demo: $(VENV)/installed-plots
 	$(VENV)/bin/mnemosyne demo
@@ -32,6 +32,10 @@ lint: $(VENV)/installed-plots-serve-smollm2-dev
 # docs/paper.md: the paper's figures beside simulated ones; about half an hour
 paper: $(VENV)/installed-plots
 	$(VENV)/bin/python tools/paper
+
+# docs/rooms.svg: the rooms and what they import
+picture: $(VENV)/installed-plots
+	$(VENV)/bin/python tools/rooms_picture.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
