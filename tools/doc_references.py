@@ -36,7 +36,8 @@ def main() -> None:
 
 def pages() -> list[Path]:
     """Return all pages for people."""
-    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    top = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+    return [*top, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def references(page: Path) -> Iterator[Reference]:
