@@ -10,8 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from types import TracebackType
 from typing import Self, TypeVar
@@ -22,12 +21,12 @@ from mnemosyne.serve.futures import fail, fulfil
 from mnemosyne.serve.intake import Given
 from mnemosyne.serve.mailbox import Addressee, Mailbox
 from mnemosyne.serve.ownership import Claim
+from mnemosyne.serve.pieces import Pieces
+from mnemosyne.serve.prompt_threads import PromptThreads
 from mnemosyne.serve.prompts import Prompt, PromptIds
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-NUM_READERS = 4  # prompts that are read at a time; one of a few words waits behind long ones else
 
 
 class AsyncEngine:
@@ -76,7 +75,7 @@ class AsyncEngine:
         except BaseException:
             self._stop()
             raise
-        self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="mnemosyne-prompts")
+        self._readers = PromptThreads(self._engine.intake)
         return self
 
     async def __aexit__(
@@ -88,7 +87,7 @@ class AsyncEngine:
         """Stop the thread after the step it is in; what still runs is cancelled."""
         self._stop()
         # nothing is cancelled there: who waits for a prompt hears that the engine stopped
-        self._readers.shutdown(wait=False)
+        self._readers.close()
         assert self._thread is not None
         await asyncio.to_thread(self._thread.join)
 
@@ -98,12 +97,14 @@ class AsyncEngine:
         self._wake.set()
 
     async def submit(
-        self, prompt: Prompt, params: SamplingParams, given: Given = ()
+        self, prompt: Prompt | Pieces, params: SamplingParams, given: Given = ()
     ) -> AsyncIterator[Piece]:
         """Serve one prompt.
 
         Args:
-            prompt: text, token ids, or a mapping that holds one of them.
+            prompt: text, token ids, or a mapping that holds one of them; or an iterator, async
+                or not, of ids or lists of them: prefill begins with the first, where the cache
+                knows prefixes, and leaving the loop early ends it.
             params: how to sample; with ``params.n`` above 1 the pieces of the samples interleave
                 and are told apart by ``sample``.
             given: tokens that each sample has already (see ``Engine.add``).
@@ -118,6 +119,11 @@ class AsyncEngine:
             ValueError: if the prompt is refused, or this is another event loop than the engine's.
             RuntimeError: if the engine failed or was stopped.
         """
+        if isinstance(prompt, Iterator | AsyncIterator):
+            self._check_runs()
+            ledger, owned = self._engine.scheduler.ledger, own_params(params)
+            page_size = ledger.page_size if ledger.shares else None
+            prompt = await self._readers.gather(prompt, owned, self.submit, page_size)
         mailbox = Mailbox(asyncio.get_running_loop())
         is_done = False
         try:
@@ -190,12 +196,7 @@ class AsyncEngine:
     async def _read(self, prompt: Prompt) -> PromptIds:
         """The ids of a prompt, read in a thread of its own."""
         self._check_runs()
-        if asyncio.get_running_loop() is not self._loop:
-            raise ValueError(
-                "submit must be awaited on the event loop that entered AsyncEngine, got another "
-                "one; submit there by asyncio.run_coroutine_threadsafe"
-            )
-        return await self._loop.run_in_executor(self._readers, self._engine.intake.read, prompt)
+        return await self._readers.read(prompt)
 
     def cancel(self, request_id: int) -> None:
         """End a request; its stream ends with a piece whose ``finish_reason`` is "cancelled"."""
