@@ -40,8 +40,8 @@ class Gathered:
         end = self._num_ids + len(ids)
         if end > self._limit:
             raise ValueError(
-                f"prompt must fit the model's {self._limit} positions, got {end} tokens or more; "
-                "shorten it"
+                f"prompt must hold at most {self._limit} tokens, got {end} or more; shorten it or "
+                "ask for fewer"
             )
         if end > len(self._ids):  # what was given away stays as it is
             larger = np.empty(min(self._limit, max(end, 2 * len(self._ids))), dtype=np.int64)

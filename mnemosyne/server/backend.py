@@ -57,6 +57,7 @@ class About:
     num_pages: int  # of all groups
     page_size: int  # tokens
     end_token_ids: tuple[int, ...] = ()
+    keeps_prefixes: bool = False  # whether the cache knows what was prefilled, page by page
     tokenizer_dir: str | None = None  # holds tokenizer.json and the chat template; None: no text
 
 

@@ -41,26 +41,14 @@ class Body:
             Gone: if the client left.
         """
         if announced is not None and announced > self._limit:
-            raise self._too_large(announced)
+            raise too_large(self._limit, announced)
         while True:
-            message = await self._next(receive)
+            message = await next_part(receive, self._wait_s, self.num_bytes)
             if message["type"] == "http.disconnect":
                 raise Gone
             self.add(message.get("body", b""))
             if not message.get("more_body"):
                 return
-
-    async def _next(self, receive: Any) -> Any:
-        try:
-            async with asyncio.timeout(self._wait_s):
-                return await receive()
-        except TimeoutError as error:
-            raise ApiError(
-                408,
-                f"body must come without a pause of {self._wait_s:g} s, got {self.num_bytes:,} "
-                "bytes of it; send it again",
-                headers={"Connection": "close"},
-            ) from error
 
     def add(self, part: bytes) -> None:
         """Append a part.
@@ -70,7 +58,7 @@ class Body:
         """
         self.num_bytes += len(part)
         if self.num_bytes > self._limit:
-            raise self._too_large(self.num_bytes)
+            raise too_large(self._limit, self.num_bytes)
         if self.file is None and self.num_bytes > SMALL_BYTES:
             self.file = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the body
             self.file.writelines(self._parts)
@@ -80,13 +68,6 @@ class Body:
         else:
             self._parts.append(part)
 
-    def _too_large(self, num_bytes: int) -> ApiError:
-        return ApiError(
-            413,
-            f"body must hold at most {self._limit:,} bytes, got {num_bytes:,} or more; "
-            "shorten it or raise serve.max_body",
-        )
-
     def in_memory(self) -> bytes:
         assert self.file is None, "large ones lie in a file"
         return b"".join(self._parts)
@@ -95,3 +76,30 @@ class Body:
         """Forget it."""
         if self.file is not None:
             self.file.close()
+
+
+async def next_part(receive: Any, wait_s: float | None, num_bytes: int) -> Any:
+    """Wait for the next message of a body of which so many bytes are there.
+
+    Raises:
+        ApiError: 408, if it does not come.
+    """
+    try:
+        async with asyncio.timeout(wait_s):
+            return await receive()
+    except TimeoutError as error:
+        raise ApiError(
+            408,
+            f"body must come without a pause of {wait_s:g} s, got {num_bytes:,} bytes of it; "
+            "send it again",
+            headers={"Connection": "close"},
+        ) from error
+
+
+def too_large(limit_bytes: int, num_bytes: int) -> ApiError:
+    """Make the refusal of a body of so many bytes."""
+    return ApiError(
+        413,
+        f"body must hold at most {limit_bytes:,} bytes, got {num_bytes:,} or more; shorten it or "
+        "raise serve.max_body",
+    )

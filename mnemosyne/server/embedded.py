@@ -117,6 +117,7 @@ class EmbeddedBackend:
             num_pages=ledger.num_pages,
             page_size=ledger.page_size,
             end_token_ids=intake.end_token_ids(),
+            keeps_prefixes=ledger.shares,
             tokenizer_dir=self._tokenizer_dir(engine),
         )
 

@@ -238,6 +238,7 @@ def read_body(reader: Reader, kind: str, body: bytes | memoryview) -> Reading:
     kinds: dict[str, Callable[[Fields], Reading]] = {
         "chat": lambda fields: chat.read(fields, reader),
         "completions": lambda fields: completions.read(fields, reader),
+        "opening": lambda fields: completions.read(fields, reader, is_opening=True),
         "tokenize": reader.tokenize,
         "detokenize": reader.detokenize,
         "names": reader.names_of,

@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing, closing
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mnemosyne.config_serve import HttpConfig
+from mnemosyne.request import SamplingParams
 from mnemosyne.server.answer import Answer, Part
 from mnemosyne.server.backend import Backend, Event, Overloaded
 from mnemosyne.server.body import Body, Gone
@@ -29,6 +31,7 @@ from mnemosyne.server.progress import PromptProgress
 from mnemosyne.server.readers import Readers
 from mnemosyne.server.streams import EventStream
 from mnemosyne.server.token_names import TokenNames
+from mnemosyne.server.upload import LINE_BYTES, Upload, is_upload
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +97,10 @@ class Service:
         self.gate.num_taken += 1
         is_passed_on = False
         try:
-            inquiry, prompts = await self._inquire(request, kind)
+            if kind == "completions" and is_upload(request):
+                inquiry, prompts = await self._gather(request, who)
+            else:
+                inquiry, prompts = await self._inquire(request, kind)
             answer = Answer(f"{dialect.PREFIX}{request.state.request_id}", inquiry, prompts)
             self._accept(answer, who, request)
             response = await self._respond(answer, dialect, request, who)
@@ -140,16 +146,35 @@ class Service:
 
     async def _inquire(self, request: Request, kind: str) -> tuple[Inquiry, list[np.ndarray]]:
         said, ids = await self.read(request, kind)
-        inquiry = msgspec.convert(said, Inquiry)
-        if inquiry.ignored:
-            log.info("%s: ignored fields: %s", request.state.request_id, ", ".join(inquiry.ignored))
+        inquiry = _inquiry(said, request)
         return inquiry, np.split(ids, np.cumsum(inquiry.num_tokens)[:-1])
+
+    async def _gather(self, request: Request, who: str) -> tuple[Inquiry, list[np.ndarray]]:
+        """The same of an upload in pieces, most of whose prompt is prefilled by then."""
+        limit, wait_s = int(self.config.max_body), float(self.config.write_timeout)
+        upload = Upload(request.receive, limit, wait_s)
+        with closing(Body(LINE_BYTES)) as body:
+            body.add(await upload.opening())
+            said, _ = await self._readers.read("opening", body)
+        inquiry = _inquiry(said, request)
+        params, name = self._salted(inquiry.sampling(), who), request.state.request_id
+        try:
+            ids = await upload.prompt(self.backend, self.gate.check_open(), params, name)
+        except (ValueError, Overloaded, RuntimeError) as error:
+            raise _refused(error) from error
+        inquiry.num_tokens = [len(ids)]
+        return inquiry, [ids]
+
+    def _salted(self, params: SamplingParams, who: str) -> SamplingParams:
+        """Parameters under which no other key can find out what this one has cached."""
+        if self.gate.keys.is_open:
+            return params
+        salted = f"{who} {params.cache_salt or ''}"
+        return replace(params, cache_salt=hashlib.sha256(salted.encode()).hexdigest())
 
     def _accept(self, answer: Answer, who: str, request: Request) -> None:
         self.gate.keys.take_tokens(who, answer.num_prompt_tokens)
-        if not self.gate.keys.is_open:  # what one key has cached, no other can find out
-            salted = f"{who} {answer.params.cache_salt or ''}"
-            answer.params.cache_salt = hashlib.sha256(salted.encode()).hexdigest()
+        answer.params = self._salted(answer.params, who)
         self.totals.accept(answer)
         self._answers[answer.id] = answer
         request.state.note = {"prompt_tokens": answer.num_prompt_tokens}
@@ -257,6 +282,13 @@ async def begun(events: AsyncIterator[tuple[int, Event]]) -> asyncio.Future[tupl
         await asyncio.gather(first, return_exceptions=True)
         raise
     return first
+
+
+def _inquiry(said: Any, request: Request) -> Inquiry:
+    inquiry = msgspec.convert(said, Inquiry)
+    if inquiry.ignored:
+        log.info("%s: ignored fields: %s", request.state.request_id, ", ".join(inquiry.ignored))
+    return inquiry
 
 
 def json_response(content: Any, status: int = 200) -> Response:

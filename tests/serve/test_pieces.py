@@ -157,7 +157,7 @@ def test_who_leaves_in_the_middle_of_a_prompt_leaves_nothing(llm: LLM) -> None:
         (lambda: slowly([PROMPT[:300], "text"]), "prompt must be token ids"),
         (lambda: iter([PROMPT[:300], [[1, 2]]]), "prompt must be text or a flat list"),
         (lambda: iter([]), "prompt must hold at least one token"),
-        (lambda: slowly([PROMPT] * 100), "must fit the model's 1024 positions, got 1400"),
+        (lambda: slowly([PROMPT] * 100), "must hold at most 1024 tokens, got 1400"),
     ],
 )
 def test_a_piece_that_is_none_is_refused_and_others_go_on(
@@ -189,7 +189,7 @@ def test_pieces_fit_a_limit_and_the_beginning_is_looked_up_a_few_times() -> None
 
     assert found.tolist() == list(range(20_000))
     assert sum(lengths) < 40 * 20_000
-    with pytest.raises(ValueError, match="must fit the model's 19999 positions, got 20000"):
+    with pytest.raises(ValueError, match="must hold at most 19999 tokens, got 20000"):
         asyncio.run(gather(pieces(), prefill, limit=19_999, page_size=16))
 
 

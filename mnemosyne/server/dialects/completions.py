@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from mnemosyne.plain import refusal
 from mnemosyne.request import Logprobs
 from mnemosyne.server.answer import Answer, Part
 from mnemosyne.server.dialects.envelope import envelope, extras
@@ -21,8 +24,13 @@ MAX_LOGPROBS = 1000
 DEFAULT_MAX_TOKENS = 16  # as OpenAI has it
 
 
-def read(fields: Fields, reader: Reader) -> Reading:
+def read(fields: Fields, reader: Reader, *, is_opening: bool = False) -> Reading:
     """A body as an inquiry.
+
+    Args:
+        fields: of it.
+        reader: of this server.
+        is_opening: whether the prompt is still to come; one token stands for it.
 
     Raises:
         ValueError: naming field, rule and value.
@@ -33,7 +41,7 @@ def read(fields: Fields, reader: Reader) -> Reading:
     max_tokens = read_max_tokens(fields, *names, default=DEFAULT_MAX_TOKENS)
     top, echo = fields.whole("logprobs", low=0, high=MAX_LOGPROBS), fields.flag("echo")
     streaming = read_streaming(fields)
-    prompts, texts = reader.prompts(fields)
+    prompts, texts = _none_yet(fields) if is_opening else reader.prompts(fields)
     params = {**given, "max_tokens": max(max_tokens or 0, 1)}
     if top is not None:
         params["logprobs"] = top
@@ -53,6 +61,14 @@ def read(fields: Fields, reader: Reader) -> Reading:
         pairs = zip(prompts, texts, strict=True)
         inquiry.echo_texts = [reader.echo_text(ids, text) for ids, text in pairs]
     return reader.check(inquiry, prompts)
+
+
+def _none_yet(fields: Fields) -> tuple[list[np.ndarray], list[str | None]]:
+    """In place of a prompt that comes in pieces."""
+    for name in ("prompt", "echo"):
+        if given := fields.get(name):
+            raise refusal(name, "be left out where the prompt comes in lines", given, "drop it")
+    return [np.zeros(1, dtype=np.int64)], [None]
 
 
 def opening(answer: Answer) -> list[dict[str, Any]]:

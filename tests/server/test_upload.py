@@ -1,0 +1,155 @@
+"""Prompts that are uploaded in pieces, through a real socket."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from mnemosyne.llm import LLM
+from mnemosyne.request import SamplingParams
+from mnemosyne.server.upload import LINE_BYTES
+from tests.server.conftest import open_needle
+from tests.server.test_streams import WAIT_S, half_close, reset, until
+from tools.live_server import Live, serving
+
+PROMPT = [5 + 7 * i % 40 for i in range(1500)]
+ASKED = {"max_tokens": 8, "temperature": 1.0, "seed": 3, "n": 2, "logprobs": 1}
+JSONL = {"content-type": "application/jsonl"}
+STALL_S = 0.5
+
+
+@pytest.fixture(scope="module")
+def slow() -> Iterator[tuple[Live, LLM]]:
+    """A server that waits for half a second for what is to come."""
+    with open_needle() as llm, serving(llm.engine, write_timeout=STALL_S) as live:
+        yield live, llm
+
+
+def lines(*contents: object) -> bytes:
+    return b"".join(json.dumps(content).encode() + b"\n" for content in contents)
+
+
+def upload(live: Live, *contents: Any) -> httpx.Response:
+    body = (content if isinstance(content, bytes) else lines(content) for content in contents)
+    return httpx.post(f"{live.url}/v1/completions", content=body, headers=JSONL, timeout=WAIT_S)
+
+
+def begin(live: Live, *contents: object) -> socket.socket:
+    """The beginning of an upload whose end does not come."""
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/jsonl\r\n"
+    made = socket.create_connection(("127.0.0.1", live.port))
+    data = lines(*contents)
+    made.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n{len(data):x}\r\n".encode() + data)
+    made.sendall(b"\r\n")
+    return made
+
+
+@pytest.mark.parametrize("asked", [ASKED, {"max_tokens": 5, "prompt_logprobs": 1}])
+def test_the_answer_is_that_of_the_whole_prompt(live: Live, asked: dict[str, Any]) -> None:
+    whole = httpx.post(
+        f"{live.url}/v1/completions", json={"prompt": PROMPT, **asked}, timeout=WAIT_S
+    ).json()
+
+    pieces = upload(live, asked, PROMPT[:700], [], b"\n", PROMPT[700:701], PROMPT[701:]).json()
+
+    for one, other in zip(pieces["choices"], whole["choices"], strict=True):
+        assert one["text"] == other["text"]
+        assert one["finish_reason"] == other["finish_reason"]
+    assert pieces["usage"]["prompt_tokens"] == whole["usage"]["prompt_tokens"]
+
+
+def test_prefill_begins_before_the_upload_ends_and_is_not_repeated(live: Live) -> None:
+    prompt = PROMPT[::-1]
+    options = {"include_usage": True}
+    opening = {"max_tokens": 1, "stream": True, "stream_options": options, "cache_salt": "begins"}
+    before = num_prefilled(live)
+
+    def body() -> Iterator[bytes]:
+        yield lines(opening, prompt[:1000])
+        until(lambda: num_prefilled(live) >= before + 1000)
+        yield lines(prompt[1000:])
+
+    said = httpx.post(
+        f"{live.url}/v1/completions", content=body(), headers=JSONL, timeout=WAIT_S
+    ).text
+
+    usage = json.loads(said.split("data: ")[-2])["usage"]
+    assert usage["prompt_tokens"] == len(prompt)
+    assert usage["prompt_tokens_details"]["cached_tokens"] >= 1000 - 32
+
+
+def num_prefilled(live: Live) -> float:
+    return live.service.backend.status().counters["prefilled_tokens"]
+
+
+@pytest.mark.parametrize("leave", [reset, half_close, socket.socket.close])
+def test_a_client_that_leaves_in_the_middle_leaves_nothing(
+    slow: tuple[Live, LLM], leave: Callable[[socket.socket], None]
+) -> None:
+    live, llm = slow
+    made = begin(live, {"max_tokens": 9}, PROMPT)
+    until(lambda: live.service.gate.num_taken == 1)
+
+    leave(made)
+
+    until(lambda: live.service.gate.num_taken == 0)
+    until(lambda: not llm.engine.has_work and not llm.engine.scheduler.ledger.num_used)
+    made.close()
+
+
+def test_an_upload_that_stalls_ends_alone(slow: tuple[Live, LLM]) -> None:
+    live, llm = slow
+    stalled = begin(live, {"max_tokens": 9}, PROMPT)
+    body = {"prompt": PROMPT[:9], "max_tokens": 400, "ignore_eos": True}
+    expected = llm_text(live, body)
+
+    said = stalled.recv(1 << 16).decode()
+
+    assert "408 Request Timeout" in said
+    assert "body must come without a pause of 0.5 s" in said
+    assert llm_text(live, body) == expected
+    until(lambda: not llm.engine.has_work and not live.service.gate.num_taken)
+    stalled.close()
+
+
+def llm_text(live: Live, body: dict[str, Any]) -> str:
+    made = httpx.post(f"{live.url}/v1/completions", json=body, timeout=WAIT_S).json()
+    return str(made["choices"][0]["text"])
+
+
+@pytest.mark.parametrize(
+    ("contents", "status", "said"),
+    [
+        ([], 400, "body must hold JSON lines, got none"),
+        ([{"max_tokens": 1}], 400, "prompt must hold at least one token, got none"),
+        ([[5, 6]], 400, "body must be a JSON object"),
+        ([{"prompt": "x"}, [5]], 400, "prompt must be left out where the prompt comes in lines"),
+        ([{"echo": True}, [5]], 400, "echo must be left out where the prompt comes in lines"),
+        ([{"n": 0}, [5]], 400, "n must lie in"),
+        ([{}, [5], 6], 400, "in line 3"),
+        ([{}, [5], ["x"]], 400, "must be lists of token ids in [0, "),
+        ([{}, [5], [10**6]], 400, "got 1000000 in line 3"),
+        ([{}, [5], [[6]]], 400, "in line 3; write lines such as [1, 2, 3]"),
+        ([{"max_tokens": 96}, PROMPT, PROMPT, PROMPT], 400, "at most 4000 tokens, got 4500"),
+        ([{}, [5], b"[" + b" " * LINE_BYTES], 413, "a line must hold at most 131,072 bytes"),
+    ],
+)
+def test_what_is_wrong_is_named(live: Live, contents: list[Any], status: int, said: str) -> None:
+    response = upload(live, *contents)
+
+    assert response.status_code == status, response.text
+    assert said in response.json()["error"]["message"]
+    until(lambda: live.service.gate.num_taken == 0)
+
+
+def test_an_upload_is_as_long_as_its_parameters_leave_room(offline: LLM, live: Live) -> None:
+    expected = offline.generate(PROMPT, SamplingParams(max_tokens=3))[0]
+
+    made = upload(live, {"max_tokens": 3}, *([token] for token in PROMPT)).json()
+
+    assert made["choices"][0]["text"] == expected.text
