@@ -38,6 +38,8 @@ class StepRecord:
     # of requests that started: (request, prompt tokens cached, first position that differs)
     hits: tuple[tuple[int, int, int | None], ...] = ()
     num_set_back: int = 0  # requests that gave their pages up, to compute all of them again
+    leaves_saved: int = 0  # copied out of pages, for cache.dir
+    leaves_restored: int = 0  # of cache.dir, asked for in this step
 
     @property
     def chunk_tokens(self) -> int:

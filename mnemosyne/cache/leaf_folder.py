@@ -67,7 +67,7 @@ class LeafFolder:
         self._lock = threading.Lock()
         self._leaves: dict[bytes, tuple[Part, ...]] = {}  # of this model
         self._whole: set[bytes] = set()
-        self._refused: set[str] = set()  # names of files, should they not have been removed
+        self._doubted: set[bytes] = set()  # digests whose files do not count, if there are any
         self._total_bytes = self._num_foreign = 0
         self._renewed_s = self._paused_s = 0.0
         self._seen_ns = -1
@@ -100,7 +100,7 @@ class LeafFolder:
             self._complain("cannot be read", error)
 
     def write(self, leaf: Leaf, part: Part, pieces: Sequence[memoryview], page_size: int) -> bool:
-        """Write a part of a leaf, unless it is there.
+        """Write a part of a leaf, in place of what is there.
 
         Args:
             leaf: whose part it is.
@@ -115,20 +115,19 @@ class LeafFolder:
         if time.monotonic() < self._paused_s:
             return False
         try:
-            if name in self._refused or not self._storage.has(name):
-                data = encode(self.layout, leaf, part, pieces, page_size)
-                num_bytes = sum(len(each) for each in data)
-                if not self._make_room(num_bytes):
-                    return False
-                self._storage.write(name, data)
-                self._refused.discard(name)
-                self._total_bytes += num_bytes
-                self.counts.bytes_written += num_bytes
+            data = encode(self.layout, leaf, part, pieces, page_size)
+            num_bytes = sum(len(each) for each in data)
+            if not self._make_room(num_bytes):
+                return False
+            self._storage.write(name, data)
         except OSError as error:
             self._paused_s = time.monotonic() + PAUSE_S
             self._complain("cannot be written", error)
             return False
+        self.counts.bytes_written += num_bytes
         with self._lock:
+            self._total_bytes += num_bytes
+            self._doubted.discard(leaf.digest)
             self._enter(leaf.digest, part)
         return True
 
@@ -158,11 +157,16 @@ class LeafFolder:
         return found
 
     def forget(self, digest: bytes) -> None:
-        """Look for a leaf no more, until its names are read again."""
+        """Have the files of a leaf count no more, until it is written again."""
         with self._lock:
+            self._doubted.add(digest)
             self._leaves.pop(digest, None)
             self._whole.discard(digest)
-            self._seen_ns = -2  # what is left of it counts again
+
+    def expect(self, digest: bytes) -> None:
+        """Have the files of a leaf count that ranks write from now on."""
+        with self._lock:
+            self._doubted.discard(digest)
 
     def note_used(self, digests: Sequence[bytes]) -> None:
         """Note that a chain was used, for all processes; its end goes before its beginning."""
@@ -206,7 +210,6 @@ class LeafFolder:
         except (DamagedLeaf, OSError) as error:
             self.counts.files_refused += 1
             log.warning("%s is refused and removed: %s; its tokens are computed", name, error)
-            self._refused.add(name)
             with suppress(OSError):
                 self._storage.remove(name)
             return None
@@ -238,7 +241,7 @@ class LeafFolder:
         for entry in entries:
             total_bytes += entry.num_bytes
             named = parse_name(entry.name)
-            if named is None or entry.name in self._refused:
+            if named is None or named[1] in self._doubted:
                 continue
             if named[0] != self.layout.model[:16]:
                 num_foreign += 1

@@ -46,10 +46,6 @@ class Storage:
         """When a file last came or went."""
         return self.folder.stat().st_mtime_ns
 
-    def has(self, name: str) -> bool:
-        """Return whether there is such a file."""
-        return (self.folder / name).exists()
-
     def write(self, name: str, parts: Sequence[bytes | memoryview]) -> None:
         """Write a file that is whole or not there, whoever else writes it and whenever power fails.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from mnemosyne.cache.leaf_folder import LeafCounts
 from mnemosyne.cache.ledger import Ledger
 from mnemosyne.cache.table import PageTable
 from mnemosyne.schedule.plan import Fetch, Plan, Restore, Save
@@ -65,6 +66,17 @@ class Leaves:
         if not self._saves or self._disk is None:
             return ()
         return tuple(self._saves.take_some(self._disk.num_room))
+
+    def counters(self) -> dict[str, float]:
+        """Counts of what rank 0 did with its folder, by name; any thread may ask."""
+        counts = LeafCounts() if self._disk is None else self._disk.folder.counts
+        return {
+            "cache_restored_tokens": counts.tokens_restored,
+            "cache_written_bytes": counts.bytes_written,
+            "cache_read_bytes": counts.bytes_read,
+            "cache_refused_files": counts.files_refused,
+            "cache_skipped_leaves": counts.leaves_skipped,
+        }
 
     def complete(
         self, plan: Plan, restored: Mapping[int, int], states: Mapping[int, RequestState]

@@ -142,8 +142,10 @@ class Restores:
             count = restored.get(request_id, 0) if first == own.num_done else 0
             own.num_done += count
             if first + count < stop:
+                # those behind it have not been looked at, and may not be whole either
+                digests = self._saves.leaves_of(state).digests
+                self._saves.forget(digests[own.first + own.num_done : own.first + own.num_leaves])
                 own.num_leaves = own.num_planned = own.num_done
-                self._saves.forget(self._saves.leaves_of(state).digests[own.first + own.num_done])
             self._note(own)
             if own.num_done == own.num_leaves and not own.num_in_flight:
                 del self._restoring[request_id]

@@ -120,10 +120,11 @@ class Saves:
                 self._disk.note_used(state.leaves.digests[: index + 1])
         return saves
 
-    def forget(self, digest: bytes) -> None:
-        """Take note that a leaf is not on the disk, whatever was thought of it."""
-        self._disk.folder.forget(digest)
-        self._handed.pop(digest, None)
+    def forget(self, digests: Sequence[bytes]) -> None:
+        """Have leaves written again, whatever the disk has of them."""
+        for digest in digests:
+            self._disk.folder.forget(digest)
+            self._handed.pop(digest, None)
 
     def clear(self) -> None:
         """Forget what waits."""
@@ -143,6 +144,7 @@ class Saves:
         if len(self._handed) >= MAX_PENDING:
             self._handed.clear()
         self._handed[digest] = now_s
+        self._disk.folder.expect(digest)
         ids = state.leaves.tokens(index, index + 1).tobytes()
         before, start = state.leaves.before(index), index * self._leaf_tokens
         return Save(digest, before, start, ids, sources)

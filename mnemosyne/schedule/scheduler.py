@@ -76,7 +76,7 @@ class Scheduler:
             policy, slo, ledger, self._router, self._prefill.table, self._prefixes
         )
         advance, compute_s = self._router.advance, self._prefill.table.seconds
-        self._leaves = Leaves(disk, ledger, self._prefixes, advance, compute_s)
+        self.leaves = Leaves(disk, ledger, self._prefixes, advance, compute_s)
         self._growth = Growth(ledger, int(config.expected_tokens))
         self._requests: dict[int, RequestState] = {}  # of all, those that wait included
         self._ready = ReadyDecodes(work_model)
@@ -154,7 +154,7 @@ class Scheduler:
 
     def _stop_prefill(self, running: RequestState) -> None:
         """Have a prompt computed, or restored, no further."""
-        if not self._leaves.discard(running):
+        if not self.leaves.discard(running):
             self._prefill.discard(running)
 
     def _withdraw(self, running: RequestState) -> bool:
@@ -185,7 +185,7 @@ class Scheduler:
         self.ledger.reset()
         if self._prefixes is not None:
             self._prefixes.clear()
-        self._leaves.clear()
+        self.leaves.clear()
         self._router.clear()
 
     def clear_cache(self, *, on_disk: bool = False) -> None:
@@ -194,7 +194,7 @@ class Scheduler:
             self.ledger.clear()
             self._prefixes.clear()
         if on_disk:
-            self._leaves.remove_all()
+            self.leaves.remove_all()
 
     def plan(self, now_s: float) -> Plan | None:
         """The next step, or None if nothing can run.
@@ -207,7 +207,7 @@ class Scheduler:
         admitted = self._admission.admit(num_places, now_s)
         for running in admitted:
             tables[running.request.request_id] = running.table
-            if not self._leaves.begin(running):
+            if not self.leaves.begin(running):
                 self._prefill.add(running)
         # decodes that gathered in one of several steps in flight would all wait for each other
         share = -(-self._num_decoding // self.depth)
@@ -219,7 +219,7 @@ class Scheduler:
             self._router.advance(running.table, chunk.start, chunk.stop)
             self._num_decoding += chunk.samples
         chunks += prefills.chunks
-        restores = self._leaves.restores(has_others=bool(chunks))
+        restores = self.leaves.restores(has_others=bool(chunks))
         if not chunks and not restores:
             assert not admitted, "an admitted request always has a chunk to compute"
             return None
@@ -233,8 +233,8 @@ class Scheduler:
             admitted=tuple([Admission.of(running.request) for running in admitted]),
             released=released,
             tables=tuple(tables.items()),
-            saves=self._leaves.saves(prefills.seconds, delays_decodes=self._num_decoding > 0),
-            fetches=self._leaves.fetches(),
+            saves=self.leaves.saves(prefills.seconds, delays_decodes=self._num_decoding > 0),
+            fetches=self.leaves.fetches(),
             restores=restores,
             set_back=tuple(set_back),
             predicted_s=prefills.seconds,
@@ -244,7 +244,7 @@ class Scheduler:
 
     def plan_saves(self) -> Plan | None:
         """A step that only copies what goes to the disk, for when no other follows, or None."""
-        saves = self._leaves.rest()
+        saves = self.leaves.rest()
         if not saves:
             return None
         released, self._released = tuple(self._released), []
@@ -270,7 +270,7 @@ class Scheduler:
         shares, page_size = self._prefixes, self.ledger.page_size
         if shares is not None:
             shares.complete(plan, self._requests, broken)
-        for running in self._leaves.complete(plan, restored, self._requests):
+        for running in self.leaves.complete(plan, restored, self._requests):
             if running.is_released:
                 self._forget(running)
             else:

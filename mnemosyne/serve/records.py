@@ -45,6 +45,8 @@ def step_record(
         slack_s=plan.slack_s,
         num_missed=num_missed,
         num_set_back=len(plan.set_back),
+        leaves_saved=len(plan.saves),
+        leaves_restored=sum(restore.stop - restore.first for restore in plan.restores),
         hits=tuple((hit.request_id, hit.num_tokens, hit.differs_at) for hit in plan.hits),
     )
 

@@ -157,7 +157,7 @@ class EmbeddedBackend:
             num_pages=scheduler.ledger.num_pages,
             backlog_s=self._backlog_s if engine.has_work else 0.0,
             prefill_curve=self._curve,
-            counters=self._totals.counters(),
+            counters=self._totals.counters() | scheduler.leaves.counters(),
             tallies=self._totals.tallies(),
         )
 

@@ -20,9 +20,10 @@ from tests.exactness.test_prefix_cache import (
     logprobs_of,
     poison_unused,
 )
-from tests.leaves import counts_of, use_small_leaves
+from tests.leaves import counts_of
 from tests.model_zoo.tiny import tiny_checkpoint
 from tests.ranks import run_ranks
+from tools.damage_leaves import KINDS, Folders, use_small_leaves
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama", "num_layers": 3},
@@ -191,3 +192,12 @@ def test_leaves_of_one_mesh_are_read_on_another(tmp_path: Path) -> None:
         assert [outputs[0][2] for outputs in found] == [0, 128, 128]
     assert_equal(alone, cold)
     assert alone[0].metrics.num_restored == 128
+
+
+def test_damage_costs_no_token_and_heals(tmp_path: Path) -> None:
+    """The short form of ``tools/damage_leaves.py``."""
+    path = tiny_checkpoint(tmp_path / "checkpoint", family="llama")
+    folders, rng = Folders(str(path), tmp_path), np.random.default_rng(0)
+
+    for kind in KINDS:
+        folders.check(kind, rng, kind)
