@@ -26,6 +26,7 @@ COMPILE_MODES = ("auto", "none", "step")
 FFN_LAYOUTS = ("tp", "wide")
 PREFIX_MODES = ("auto", "off")
 POLICIES = ("fcfs", "edf", "lrs", "lars")
+SPREAD_MODES = ("auto", "off")
 
 
 def parse_size(value: int | str, name: str = "size") -> int:
@@ -101,6 +102,16 @@ def check_positive(config: object, names: tuple[str, ...], section: str, usual: 
             raise ValueError(f"{section}{name} must be a positive number, got {value}; {usual}")
 
 
+def check_choice(name: str, value: str, choices: tuple[str, ...], remedy: str) -> None:
+    """Refuse a value that is none of some words.
+
+    Raises:
+        ValueError: with the words and the remedy.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}; {remedy}")
+
+
 @cache
 def _field_kinds(config: type) -> dict[str, tuple[tuple[type, ...], str]]:
     """Of each field: the classes that its value may have, and how to call them."""
@@ -131,11 +142,9 @@ class MeshConfig:
             degree = getattr(self, axis)
             if degree < 1:
                 raise ValueError(f"mesh.{axis} must be >= 1, got {degree}; use 1 to turn it off")
-        if self.ffn not in FFN_LAYOUTS:
-            raise ValueError(
-                f"mesh.ffn must be one of {', '.join(FFN_LAYOUTS)}, got {self.ffn!r}; "
-                "wide shards the MLP over kvp and tp together"
-            )
+        check_choice(
+            "mesh.ffn", self.ffn, FFN_LAYOUTS, "wide shards the MLP over kvp and tp together"
+        )
 
     @property
     def world_size(self) -> int:
@@ -161,11 +170,12 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "cache.")
-        if self.prefix not in PREFIX_MODES:
-            raise ValueError(
-                f"cache.prefix must be one of {', '.join(PREFIX_MODES)}, got {self.prefix!r}; "
-                "off computes every prompt from its first token"
-            )
+        check_choice(
+            "cache.prefix",
+            self.prefix,
+            PREFIX_MODES,
+            "off computes every prompt from its first token",
+        )
         if self.dir is not None and self.prefix == "off":
             raise ValueError(
                 f"cache.prefix must be auto where cache.dir is set, got {self.prefix!r}; "
@@ -209,6 +219,7 @@ class ScheduleConfig:
     policy: str = "lars"  # who is prefilled next: fcfs, edf, lrs or lars
     long_tokens: int | str = "32K"  # a prefill beyond this context is long: one of them per step
     max_relative_slack: float = 0.4  # share of a step that a long prefill with slack gives up
+    spread: str = "auto"  # auto: idle groups help to prefill; off: each prompt stays in its own
     saved_fit: bool = True  # start from the step times that an earlier start measured
     expected_tokens: int | str = "1K"  # of an output whose max_tokens is not set
 
@@ -233,11 +244,10 @@ class ScheduleConfig:
         self._check_policy()
 
     def _check_policy(self) -> None:
-        if self.policy not in POLICIES:
-            raise ValueError(
-                f"schedule.policy must be one of {', '.join(POLICIES)}, got {self.policy!r}; "
-                "lars is usual"
-            )
+        check_choice("schedule.policy", self.policy, POLICIES, "lars is usual")
+        check_choice(
+            "schedule.spread", self.spread, SPREAD_MODES, "auto lets idle groups help to prefill"
+        )
         self.long_tokens = parse_size(self.long_tokens, "schedule.long_tokens")
         self.expected_tokens = parse_size(self.expected_tokens, "schedule.expected_tokens")
         if self.expected_tokens < 1:
@@ -327,23 +337,13 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.dtype not in DTYPES:
-            raise ValueError(
-                f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}; "
-                "auto takes that of the checkpoint"
-            )
+        check_choice("dtype", self.dtype, DTYPES, "auto takes that of the checkpoint")
         if self.attention not in ATTENTION_BACKENDS:
             raise ValueError(
                 f"attention must be one of {', '.join(ATTENTION_BACKENDS)}, "
                 f"got {self.attention!r}; auto takes the usual one of the device"
             )
-        if self.operators not in OPERATORS:
-            raise ValueError(
-                f"operators must be one of {', '.join(OPERATORS)}, got {self.operators!r}; "
-                "auto takes the usual ones of the device"
-            )
-        if self.compile not in COMPILE_MODES:
-            raise ValueError(
-                f"compile must be one of {', '.join(COMPILE_MODES)}, got {self.compile!r}; "
-                "step compiles all but attention"
-            )
+        check_choice(
+            "operators", self.operators, OPERATORS, "auto takes the usual ones of the device"
+        )
+        check_choice("compile", self.compile, COMPILE_MODES, "step compiles all but attention")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -203,9 +204,40 @@ class Ledger:
         if min(self.num_free(group), self.num_listable(group)) < 1:
             return None
         pages = np.concatenate([before, self._take(Place(group), 1)])
-        table = self._tables[holder] = PageTable((*others, Extent(group, start, pages)))
+        table = replace(table, extents=(*others, Extent(group, start, pages)))
+        self._tables[holder] = table
         self._grown.add(holder)
         return table
+
+    def can_lend(self, group: int, num_tokens: int) -> bool:
+        """Return whether a group has pages for a copy of so many keys."""
+        count = pages_for(num_tokens, self.page_size)
+        return min(self.num_free(group), self.num_listable(group)) >= count
+
+    def lend(self, holder: int, groups: Sequence[int], num_tokens: int) -> PageTable:
+        """Take pages on other groups for copies of the first keys of a holder.
+
+        Args:
+            holder: whose pages are on one group.
+            groups: others, which ``can_lend``.
+            num_tokens: keys that a copy holds.
+
+        Returns:
+            The table from now on.
+        """
+        table, count = self._tables[holder], pages_for(num_tokens, self.page_size)
+        assert len(table.extents) == 1, "what several groups hold is not lent to"
+        copies = tuple(Extent(group, 0, self._take(Place(group), count)) for group in groups)
+        self._tables[holder] = replace(table, lent=copies)
+        return self._tables[holder]
+
+    def take_back(self, holder: int) -> PageTable:
+        """Take back the pages that were lent to a holder; the table from now on."""
+        table = self._tables[holder]
+        for extent in table.lent:
+            self._free(extent)
+        self._tables[holder] = replace(table, lent=())
+        return self._tables[holder]
 
     def release(self, holder: int, chain: Chain | None = None, num_computed: int = 0) -> None:
         """Take back whatever a holder has.
@@ -218,14 +250,8 @@ class Ledger:
         if chain is not None:
             self._keep(holder, chain, num_computed // self.page_size)
         self._known.pop(holder, None)
-        for extent in self._tables.pop(holder).extents:
-            pages = extent.pages
-            self._listed[extent.group] -= len(pages)
-            if self.shares:
-                pages = self._indexes[extent.group].let_go(pages)
-            if self.shares or holder in self._grown:
-                pages = np.sort(pages)
-            self._allocators[extent.group].release(pages)
+        for extent in self._tables.pop(holder).lanes:
+            self._free(extent, is_sorted=holder not in self._grown)
         self._grown.discard(holder)
 
     def publish(self, holder: int, chain: Chain, num_computed: int) -> None:
@@ -251,6 +277,15 @@ class Ledger:
         """Know no prefix any more; who holds pages keeps them."""
         for index, allocator in zip(self._indexes, self._allocators, strict=False):
             allocator.release(index.clear())
+
+    def _free(self, extent: Extent, *, is_sorted: bool = True) -> None:
+        pages = extent.pages
+        self._listed[extent.group] -= len(pages)
+        if self.shares:
+            pages = self._indexes[extent.group].let_go(pages)
+        if self.shares or not is_sorted:
+            pages = np.sort(pages)
+        self._allocators[extent.group].release(pages)
 
     def _keep(self, holder: int, chain: Chain, stop: int) -> None:
         """Make the last pages of a holder known as well, behind equal ones of others."""

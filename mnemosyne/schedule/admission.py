@@ -75,6 +75,7 @@ class AdmissionQueue:
         self._largest_tokens: float = 0  # tokens of the largest request
         self._reservation: Reservation | None = None
         self._is_settled = True  # nothing changed since everyone was tried
+        self.lacks_pages = False  # whether any request waits for pages, as of the last try
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -135,17 +136,25 @@ class AdmissionQueue:
             self._reservation.holders.pop(request_id, None)
         self._is_settled = False
 
+    def note_room(self) -> None:
+        """Take note that pages are free which were not."""
+        self._is_settled = False
+
     def clear(self) -> None:
         """Forget all."""
         self._queue.clear()
         self._largest_tokens = 0
         self._reservation = None
+        self.lacks_pages = False
 
     def admit(self, num_places: int, now_s: float) -> list[RequestState]:
         """Let requests in, at most ``num_places``; their pages are reserved."""
+        if not self._queue:
+            self.lacks_pages = False
         if self._is_settled or num_places <= 0 or not self._queue:
             return []
         self._is_settled = True
+        self.lacks_pages = False
         admitted: list[RequestState] = []
         for prompt in self._order(now_s):
             if prompt.table is not UNPLACED:
@@ -165,8 +174,10 @@ class AdmissionQueue:
                 admitted.append(prompt)
                 if len(admitted) == num_places:
                     break
-            elif not self._may_pass:
-                break
+            else:
+                self.lacks_pages = True
+                if not self._may_pass:
+                    break
         self._remove(admitted)
         return admitted
 
@@ -188,6 +199,7 @@ class AdmissionQueue:
                 self._reservation = self._new_reservation(overdue)
             # what needs several shards may fit where one fits
             fits = inf if max_free >= max_per_group else max_free
+            self.lacks_pages = fits < self._largest_tokens
             order = self._queue.in_order(now_s, factor, fits)
         if self._reservation is None:
             return order

@@ -34,56 +34,70 @@ class StepDraft:
 
 
 class ChunkCandidate:
-    """A step with the next chunk of one prompt in it, by the size of that chunk.
+    """A step with the next chunk of one prompt in it, or a slice, by the size of it.
 
     Args:
         step: without it.
         prompt: whose chunk it is.
+        start: its first position; unset: the next one of the prompt.
+        group: of a slice, which this group computes alone.
 
     Attributes:
         max_tokens: tokens that the chunk may hold: it never crosses into another extent.
         without_s: predicted time of the step without it.
     """
 
-    def __init__(self, step: StepDraft, prompt: RequestState) -> None:
-        self._step, self._prompt, self._start = step, prompt, prompt.num_planned
+    def __init__(
+        self,
+        step: StepDraft,
+        prompt: RequestState,
+        start: int | None = None,
+        group: int | None = None,
+    ) -> None:
+        self.prompt = prompt
+        self._step, self._group = step, group
+        self._start = prompt.num_planned if start is None else start
         self.without_s = step.seconds
         self.max_tokens = self._remaining = prompt.request.num_prompt_tokens - self._start
-        self._active = extents = prompt.table.extents  # that compute the chunk
-        if len(extents) > 1:
+        active = prompt.table.extents  # that compute the chunk
+        if len(active) > 1:
             until_boundary = prompt.table.next_start(self._start) - self._start
             self.max_tokens = min(self.max_tokens, until_boundary)
-            self._active = extents[: prompt.table.num_holding(self._start + 1)]
+            active = active[: prompt.table.num_holding(self._start + 1)]
+        groups = [extent.group for extent in active] if group is None else [group]
+        self._groups = groups  # that compute it
         self._others_s = 0.0
-        if len(self._active) < len(step.work):
-            groups = {extent.group for extent in self._active}
+        if len(groups) < len(step.work):
             self._others_s = max(s for group, s in enumerate(step.group_s) if group not in groups)
         self._size = 0  # that the parts are for
 
     def seconds(self, num_tokens: int) -> float:
         """Predicted time of the step: that of its slowest group."""
-        step, active, slowest_s, keys = self._step, self._active, self._others_s, None
+        return max(self._others_s, self.own_seconds(num_tokens))
+
+    def own_seconds(self, num_tokens: int) -> float:
+        """Predicted time of the groups that compute it."""
+        step, slowest_s, keys = self._step, 0.0, None
         samples = num_tokens == self._remaining
         self._size, self._parts = num_tokens, []
-        for index, extent in enumerate(active):
-            if len(active) > 1:  # a lone one holds all keys
-                keys = self._prompt.table.positions(index, self._start + num_tokens)
-            part = step.work[extent.group]
-            part = step.model.with_prefill(part, self._start, num_tokens, samples, keys)
+        for index, group in enumerate(self._groups):
+            if len(self._groups) > 1:  # a lone one holds all keys
+                keys = self.prompt.table.positions(index, self._start + num_tokens)
+            part = step.model.with_prefill(step.work[group], self._start, num_tokens, samples, keys)
             part_s = step.predict(part)
-            self._parts.append((extent.group, part, part_s))
-            if part_s > slowest_s:
-                slowest_s = part_s
+            self._parts.append((group, part, part_s))
+            slowest_s = max(slowest_s, part_s)
         return slowest_s
 
     def accept(self, num_tokens: int) -> None:
-        """Make it part of the step, with a chunk of so many tokens."""
+        """Make it part of the step, with so many tokens."""
         if self._size != num_tokens:
-            self.seconds(num_tokens)
-        step, request_id = self._step, self._prompt.request.request_id
+            self.own_seconds(num_tokens)
+        step, request_id = self._step, self.prompt.request.request_id
         for group, part, part_s in self._parts:
             step.work[group], step.group_s[group] = part, part_s
         step.seconds = max(step.group_s)
         samples = num_tokens == self._remaining
-        step.chunks.append(Chunk(request_id, self._start, num_tokens, samples))
-        step.prompts.append(self._prompt)
+        chunk = Chunk(request_id, self._start, num_tokens, samples, group=self._group)
+        step.chunks.append(chunk)
+        step.prompts.append(self.prompt)

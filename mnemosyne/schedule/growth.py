@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -24,10 +24,14 @@ class Growth:
     Args:
         ledger: the pages of the cache.
         expected_tokens: of an output whose end is not known.
+        reclaim: frees pages that nobody needs, and tells if there were any.
     """
 
-    def __init__(self, ledger: Ledger, expected_tokens: int) -> None:
+    def __init__(
+        self, ledger: Ledger, expected_tokens: int, reclaim: Callable[[], bool] = lambda: False
+    ) -> None:
         self._ledger = ledger
+        self._reclaim = reclaim
         self._expected_tokens = expected_tokens
         self.stalled: dict[int, Chunk] = {}  # decodes without a page for their token
 
@@ -50,6 +54,8 @@ class Growth:
             Its decode, which may run now; None if no page is free.
         """
         table = self._ledger.grow(state.request.request_id)
+        if table is None and self._reclaim():
+            table = self._ledger.grow(state.request.request_id)
         if table is None:
             return None
         state.table = table

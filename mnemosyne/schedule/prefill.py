@@ -15,6 +15,7 @@ from mnemosyne.schedule.predictor import Predictor
 from mnemosyne.schedule.prefill_queue import PrefillQueue
 from mnemosyne.schedule.prefill_table import PrefillTable
 from mnemosyne.schedule.request_state import RequestState
+from mnemosyne.schedule.spread import Spread
 from mnemosyne.schedule.work import StepWork, Work, WorkModel
 
 
@@ -37,6 +38,7 @@ class PrefillPlanner:
         policy: who goes first.
         predictor: step time; decides sizes only when ``config.chunk`` is "adaptive".
         work_model: counts the work of a chunk.
+        spread: lets groups help one another.
         shard_tokens: tokens of one request that a group holds at most.
         depth: steps that may be in flight.
         max_lone_s: that a step of a prompt that nobody waits for may take, if ``target_tbt`` is
@@ -49,6 +51,7 @@ class PrefillPlanner:
         policy: Policy,
         predictor: Predictor,
         work_model: WorkModel,
+        spread: Spread,
         *,
         shard_tokens: int,
         depth: int,
@@ -57,6 +60,7 @@ class PrefillPlanner:
         self.config = config
         self.predictor = predictor
         self.work_model = work_model
+        self._spread = spread
         self._shard_tokens = shard_tokens
         self._depth = depth
         self._fixed_chunk = config.fixed_chunk
@@ -127,7 +131,7 @@ class PrefillPlanner:
         for prompt in order:
             candidate = ChunkCandidate(step, prompt)
             size = min(budget, candidate.max_tokens)
-            candidate.accept(size)
+            self._spread.take(step, candidate, size, total=size, max_chunk=size)
             budget -= size
             if budget == 0:
                 break
@@ -143,15 +147,18 @@ class PrefillPlanner:
         min_chunk, max_chunk = self.config.min_chunk, self.config.max_chunk
         if self._depth > 1:
             length = prompt.request.num_prompt_tokens
-            pace_s = self.table.pace(prompt.num_planned, length, self._max_lone_s)
-            size = self._solve(candidate, max_chunk, pace_s)
+            num_groups = 1 + len(self._spread.helpers(prompt, step.group_s))
+            where = prompt.num_planned, length, self._max_lone_s
+            within_s = self.table.pace(*where, num_groups)
+            size = self._solve(candidate, max_chunk, within_s)
         else:
             most, limits = candidate.max_tokens, {"min_chunk": min_chunk, "max_chunk": max_chunk}
             size = solve_lone_chunk(candidate.seconds, remaining=most, **limits)
             size = max(size, self._solve(candidate, max_chunk, self._target_s))
             if candidate.seconds(size) > self._max_lone_s:
                 size = self._solve(candidate, max_chunk, self._max_lone_s)
-        candidate.accept(size or min(min_chunk, candidate.max_tokens))
+            within_s = min(self._target_s, self._max_lone_s)
+        self._spread.take(step, candidate, size or self._least(candidate), within_s=within_s)
 
     def _add_adaptive(self, step: StepDraft, now_s: float, factor: float) -> None:
         """Chunks in order of the policy until the predicted time of the step is spent.
@@ -178,17 +185,21 @@ class PrefillPlanner:
             candidate = ChunkCandidate(step, prompt)
             size = self._solve(candidate, num_left, own_s)
             if size == 0 and not step.chunks:
-                size = min(min_chunk, candidate.max_tokens)
+                size = self._least(candidate)
             if size == 0:
                 full.add(prompt.next_group)
                 if len(full) == len(step.work):
                     break
                 continue
-            candidate.accept(size)
+            most = self._spread.take(step, candidate, size, within_s=own_s, max_chunk=num_left)
             budget_s = max(budget_s, step.seconds)
-            num_left -= size
+            num_left -= most
             if num_left < min_chunk:
                 break
+
+    def _least(self, candidate: ChunkCandidate) -> int:
+        """Tokens of the smallest chunk."""
+        return min(self.config.min_chunk, candidate.max_tokens)
 
     def _given_up_s(self, rho: float, left_s: float) -> float:
         """The part of a step's time left that a long prefill of this relative slack gives up."""

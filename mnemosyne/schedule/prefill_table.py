@@ -48,7 +48,8 @@ class PrefillTable:
         self._max_chunk = max_chunk
         self._depth = depth
         self._longest = 0  # of all prompts: a rebuilt table serves those that wait as well
-        self._flow: tuple[int, int]  # a length, and the chunks of a lone prompt of it
+        # tokens of a prompt, groups that share it, and its chunks
+        self._flow: tuple[int, int, int]
         self._clear()
 
     def seconds(self, done: int, total: int) -> float:
@@ -65,34 +66,39 @@ class PrefillTable:
         rate = (self._seconds[node + 1] - start_s) / (self._ends[node + 1] - start)
         return start_s + rate * (num_tokens - start)
 
-    def pace(self, done: int, total: int, max_s: float = inf) -> float:
+    def pace(self, done: int, total: int, max_s: float = inf, num_groups: int = 1) -> float:
         """Seconds of the next step of a lone prompt, so that its chunks take equally long.
 
         Args:
             done: tokens that are planned.
             total: of the prompt.
             max_s: seconds that a step may take; the same for all prompts.
+            num_groups: that share each chunk evenly.
 
         Returns:
             ``max_s`` for the last chunk, which takes all that is left.
         """
         self.extend(total)
-        if self._flow[0] != total:
+
+        def seconds(start: int, size: int) -> float:
+            return self._predict_at(start, -(-size // num_groups))
+
+        if self._flow[:2] != (total, num_groups):
             count = solve_lone_count(
-                self._predict_at,
+                seconds,
                 total,
                 self._depth,
-                min_chunk=self._min_chunk,
-                max_chunk=self._max_chunk,
+                min_chunk=self._min_chunk * num_groups,
+                max_chunk=self._max_chunk * num_groups,
                 max_s=max_s,
             )
-            self._flow = (total, count)
+            self._flow = (total, num_groups, count)
         done_share = self.at(done) / self.at(total) if self.at(total) > 0 else done / total
-        num_left = ceil(self._flow[1] * (1 - done_share) - SPARE)
+        num_left = ceil(self._flow[2] * (1 - done_share) - SPARE)
         if num_left <= 1:
             return max_s
         size = -(-(total - done) // num_left)
-        return min(max_s, self._predict_at(done + (total - done - size) // 2, size))
+        return min(max_s, seconds(done + (total - done - size) // 2, size))
 
     def until(self, num_tokens: np.ndarray) -> np.ndarray:
         """Seconds of the first tokens of a prompt, before ``factor``.
@@ -129,7 +135,7 @@ class PrefillTable:
         self._nodes = np.zeros((2, 1))  # both
         self._first_s = 0.0  # of the chunk at 0
         self._last_s = 0.0  # of that before the last node
-        self._flow = (0, 0)
+        self._flow = 0, 1, 0
 
     def _add_node(self, start: int) -> None:
         chunk = self._chunk(start)

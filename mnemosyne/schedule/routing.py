@@ -107,6 +107,10 @@ class Router:
         assert chosen is not None, "a request that never fits is refused"
         return dict(zip(chosen, sizes, strict=True))
 
+    def is_idle(self, group: int) -> bool:
+        """Return whether no prompt is left to compute of those that live in a group."""
+        return self._pending[group] == 0
+
     def start(self, table: PageTable, num_prompt_tokens: int) -> None:
         """Take note of a request of whose prompt nothing is computed yet."""
         self._change(table, num_prompt_tokens**2)

@@ -21,6 +21,7 @@ from mnemosyne.schedule.ready import ReadyDecodes
 from mnemosyne.schedule.request_state import UNPLACED, RequestState
 from mnemosyne.schedule.routing import NOTHING, Router
 from mnemosyne.schedule.saves import Disk
+from mnemosyne.schedule.spread import Spread
 from mnemosyne.schedule.work import Work, WorkModel
 
 
@@ -63,11 +64,13 @@ class Scheduler:
         self.work_model = work_model
         self.depth = depth
         policy = POLICIES[config.policy]
+        self._spread = Spread(ledger, self._router, config)
         self._prefill = PrefillPlanner(
             config,
             policy,
             predictor,
             work_model,
+            self._spread,
             shard_tokens=ledger.max_tokens_per_group,
             depth=depth,
             max_lone_s=slo.max_wait_s,
@@ -77,7 +80,7 @@ class Scheduler:
         )
         advance, compute_s = self._router.advance, self._prefill.table.seconds
         self.leaves = Leaves(disk, ledger, self._prefixes, advance, compute_s)
-        self._growth = Growth(ledger, int(config.expected_tokens))
+        self._growth = Growth(ledger, int(config.expected_tokens), self._spread.take_all_back)
         self._requests: dict[int, RequestState] = {}  # of all, those that wait included
         self._ready = ReadyDecodes(work_model)
         self._num_decoding = 0  # of the running ones, past their prompts
@@ -103,11 +106,7 @@ class Scheduler:
         return self._prefill.table.seconds(0, num_tokens)
 
     def check_fits(self, request: Request) -> None:
-        """Refuse a request that no empty cache could hold.
-
-        Raises:
-            ValueError: with the tokens asked, the tokens that fit, and what would help.
-        """
+        """Refuse a request that no empty cache could hold, with a ``ValueError``."""
         check_fits(request, self.ledger)
 
     def add(self, request: Request, *, is_filled: bool = False) -> float:
@@ -187,6 +186,7 @@ class Scheduler:
             self._prefixes.clear()
         self.leaves.clear()
         self._router.clear()
+        self._spread.clear()
 
     def clear_cache(self, *, on_disk: bool = False) -> None:
         """Know no prefix any more, ``on_disk`` neither; requests keep the pages that they hold."""
@@ -204,9 +204,8 @@ class Scheduler:
         """
         tables, set_back = self._grow() if self._growth.stalled else ({}, [])
         num_places = self.config.max_sequences - self.num_running
-        admitted = self._admission.admit(num_places, now_s)
+        admitted = self._spread.admit(self._admission, num_places, now_s)
         for running in admitted:
-            tables[running.request.request_id] = running.table
             if not self.leaves.begin(running):
                 self._prefill.add(running)
         # decodes that gathered in one of several steps in flight would all wait for each other
@@ -223,6 +222,7 @@ class Scheduler:
         if not chunks and not restores:
             assert not admitted, "an admitted request always has a chunk to compute"
             return None
+        tables |= self._spread.changed() | {p.request.request_id: p.table for p in admitted}
         self._in_flight.add(self._num_plans, now_s, prefills.seconds)
         self._works[self._num_plans] = prefills.work
         released, self._released = tuple(self._released), []
@@ -345,5 +345,6 @@ class Scheduler:
             self._prefixes.end(running)
         else:
             self.ledger.release(request.request_id)
+        self._spread.forget(request.request_id)
         self._admission.note_release(request.request_id)
         self._released.append(request.request_id)

@@ -12,9 +12,11 @@ import torch
 from mnemosyne import LLM, SamplingParams
 from mnemosyne.request import RequestOutput
 from mnemosyne.runtime.worker import Worker
-from tests.engines import add, drain, greedy, pages_used, random_prompts
+from mnemosyne.schedule.plan import Plan
+from tests.engines import WrappedExecutor, add, drain, greedy, pages_used, random_prompts
 from tests.model_zoo.tiny import VOCAB_SIZE, tiny_checkpoint
 from tests.ranks import run_ranks
+from tests.schedule.clocked import Rates
 from tests.slices import Cut, SlicedExecutor, even, single, steep, tail
 
 PROMPTS = random_prompts((5, 33, 97, 130), seed=3)
@@ -29,14 +31,16 @@ BROKEN_AT = (3, CHUNK - 2, CHUNK + 5, 2 * CHUNK - 1)  # in slices of helping gro
 NEVER = {BROKEN: -100.0}  # what a request samples is its next input: none may sample the token
 
 
-def _open(path: Path, mesh: dict[str, Any]) -> LLM:
+def _open(path: Path, mesh: dict[str, Any], *, chunk: int = CHUNK, prefix: str = "off") -> LLM:
+    # step times of a clock, so that nothing depends on how fast this machine is
     return LLM(
         str(path),
         dtype="float64",
         device="cpu",
-        schedule={"chunk": CHUNK},
-        cache={"max_tokens": 2048, "page_size": 16, "prefix": "off"},
+        schedule={"chunk": chunk},
+        cache={"max_tokens": 2048, "page_size": 16, "prefix": prefix},
         mesh=mesh,
+        predictor=Rates(pair_s=1e-6),
     )
 
 
@@ -181,3 +185,43 @@ def test_a_nan_beyond_the_window_is_cleared_wherever_it_was_handed(tmp_path):
     by_rank = run_ranks(_break, 2, path)
 
     assert by_rank == [(["length"] * len(BROKEN_AT), True), ([], True)]
+
+
+LONG_PROMPTS = random_prompts((700, 20, 530), seed=5)
+LOGPROBS = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, logprobs=VOCAB_SIZE)
+
+
+def _serve_long(path: Path, meshes: list[dict[str, Any]]) -> list[tuple[list[Any], list[int]]]:
+    """Outputs and slices in each step on each mesh, as the scheduler cuts them."""
+    found = []
+    for mesh in meshes:
+        with _open(path, mesh, chunk=300, prefix="auto") as llm:
+            if not llm.is_driver:
+                llm.follow()
+                continue
+            counts: list[int] = []
+
+            def count(plan: Plan, counts: list[int] = counts) -> None:
+                counts.append(sum(chunk.group is not None for chunk in plan.chunks))
+
+            WrappedExecutor(llm.engine, before=count)
+            outputs = [output for p in LONG_PROMPTS for output in _run(llm, [p], LOGPROBS)]
+            outputs += _run(llm, LONG_PROMPTS, LOGPROBS)  # cached now but for their ends
+            assert pages_used(llm.engine) == 0
+            found.append((_values(outputs), counts))
+    return found
+
+
+def test_idle_groups_help_to_prefill_and_the_tokens_are_those_of_one_process(paths):
+    with _open(paths[1], {}, chunk=300) as llm:
+        expected = _values(_run(llm, LONG_PROMPTS, LOGPROBS)) * 2
+    meshes = [{"kvp": 2}, {"kvp": 2, "ffn": "wide"}]
+
+    by_mesh, _ = run_ranks(_serve_long, 2, paths[1], meshes)
+
+    for values, counts in by_mesh:
+        assert counts[:3] == [2, 2, 2]
+        assert sum(counts) == 2 * (3 + 2)
+        for (error, ids, mine), (_, want, theirs) in zip(values, expected, strict=True):
+            assert (error, ids) == (None, want)
+            assert np.abs(mine - theirs).max() < 1e-10

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mnemosyne.cache.ledger import Ledger
+from mnemosyne.cache.table import PageTable
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request, SamplingParams
 from mnemosyne.schedule.plan import Plan
@@ -109,7 +110,7 @@ def serve(
             step, if the scheduler has nothing to do while requests wait, or if it is not done
             after ``max_steps``.
     """
-    run, now_s = Run(), 0.0
+    run, view, now_s = Run(), RankView(), 0.0
     coming = sorted(requests, key=lambda request: request.arrival_s)
     known = {request.request_id: request for request in requests}
     for _ in range(max_steps):
@@ -122,8 +123,9 @@ def serve(
                 return run
             now_s = coming[0].arrival_s
             continue
-        ids = [chunk.request_id for chunk in plan.chunks]
-        assert len(ids) == len(set(ids)), "a request has one chunk in a step"
+        ids = [(chunk.request_id, chunk.group) for chunk in plan.chunks]
+        assert len(ids) == len(set(ids)), "a request has one chunk in a step, or slices of it"
+        view.follow(plan)
         run.plans.append(plan)
         run.started_s.append(now_s)
         run.admitted += [admission.request_id for admission in plan.admitted]
@@ -138,6 +140,50 @@ def serve(
         if now_s > until_s:
             return run
     raise AssertionError(f"not done after {max_steps} steps")
+
+
+class RankView:
+    """Tables as ranks know them from plans, and which keys each lane has."""
+
+    def __init__(self) -> None:
+        self.tables: dict[int, PageTable] = {}
+        self._known: dict[tuple[int, int], int] = {}  # keys by request and group
+
+    def follow(self, plan: Plan) -> None:
+        """Take a plan as ranks do.
+
+        Raises:
+            AssertionError: if a slice sees keys that its group lacks, or a page is in two tables.
+        """
+        for request_id in plan.released:
+            self._forget(request_id)
+        for request_id, table in plan.tables:
+            if any(admission.request_id == request_id for admission in plan.admitted):
+                self._forget(request_id)
+            self.tables[request_id] = table
+        pages = [
+            (extent.group, int(page))
+            for table in self.tables.values()
+            for extent in table.lanes
+            for page in extent.pages
+        ]
+        assert len(pages) == len(set(pages)), "a page is in two tables"
+        for chunk in plan.chunks:
+            table = self.tables[chunk.request_id]
+            for extent in table.lanes if len(table.extents) == 1 else ():
+                lane = chunk.request_id, extent.group
+                if chunk.group is not None:
+                    known = self._known.get(lane, 0)
+                    assert known == chunk.start, "a lane has all keys before a slice"
+                if chunk.group is not None or extent in table.extents:
+                    self._known[lane] = chunk.stop
+            if chunk.group is not None:
+                assert any(extent.group == chunk.group for extent in table.lanes)
+
+    def _forget(self, request_id: int) -> None:
+        table = self.tables.pop(request_id, None)
+        for extent in table.lanes if table is not None else ():
+            self._known.pop((request_id, extent.group), None)
 
 
 def _note(run: Run, chunk, now_s: float) -> None:

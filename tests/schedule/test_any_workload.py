@@ -29,7 +29,9 @@ requests = st.lists(
     min_size=1,
     max_size=25,
 )
-groups = st.sampled_from([([240], None), ([120, 120], 480), ([80, 80, 80], 320)])
+groups = st.sampled_from(
+    [([240], None), ([120, 120], 480), ([80, 80, 80], 320), ([260, 240, 230], None)]
+)
 
 
 def _workload(fields: list[dict]) -> list[Request]:
