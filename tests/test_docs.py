@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = doc_references.pages()
 MOVED = 50  # lines that code may move before its references are to be brought up to date
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)")
+SECTION = re.compile(r"\]\((?!https?:)([^)#]*)#([^)]+)\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
@@ -21,6 +23,14 @@ def test_every_link_inside_the_repository_leads_somewhere(page: Path) -> None:
     targets = LINK.findall(page.read_text(encoding="utf-8"))
 
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_section_names_a_heading_of_its_page(page: Path) -> None:
+    for target, section in SECTION.findall(page.read_text(encoding="utf-8")):
+        headings = HEADING.findall(((page.parent / target) if target else page).read_text("utf-8"))
+        names = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        assert section in names, f"{page.name}: #{section}"
 
 
 def test_every_reference_to_code_names_what_the_file_defines_there() -> None:
