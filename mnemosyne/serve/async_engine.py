@@ -198,8 +198,8 @@ class AsyncEngine:
         self._check_runs()
         return await self._readers.read(prompt)
 
-    def cancel(self, request_id: int) -> None:
-        """End a request; its stream ends with a piece whose ``finish_reason`` is "cancelled"."""
+    def cancel(self, request_id: int | None = None) -> None:
+        """End a request, or all; a stream ends with a piece whose reason is "cancelled"."""
         self._post_if_running(lambda: self._cancel(request_id))
 
     async def _call(self, function: Callable[[], T]) -> T:
@@ -261,9 +261,10 @@ class AsyncEngine:
                 self._end(request_id, output.finish_reason, stop=output.stop_reason)
         return request_ids
 
-    def _cancel(self, request_id: int) -> None:
-        self._engine.cancel(request_id)
-        self._end(request_id, "cancelled")
+    def _cancel(self, request_id: int | None) -> None:
+        for each in list(self._streams) if request_id is None else [request_id]:
+            self._engine.cancel(each)
+            self._end(each, "cancelled")
 
     def _end(
         self,

@@ -23,6 +23,7 @@ from mnemosyne.version import VERSION
 
 IDLE_LIMIT_S = 300.0  # between two steps, in which requests are taken and step times measured
 LOOK_S = 0.25  # between two looks at all requests
+CANCEL_S = 5.0  # for readers to take the ends of jobs that a drain cuts off
 POLL_S = 0.05  # between two looks at whether all has ended
 SHORTEST = 1024  # tokens of the first length whose prefill is predicted
 
@@ -176,7 +177,11 @@ class EmbeddedBackend:
         end_s = time.monotonic() + timeout_s
         while self._num_jobs and time.monotonic() < end_s:
             await asyncio.sleep(POLL_S)
-        return not self._num_jobs
+        is_whole, end_s = not self._num_jobs, time.monotonic() + CANCEL_S
+        while self._num_jobs and self._async is not None and time.monotonic() < end_s:
+            self._async.cancel()  # again: the prompt of a job may still be on its way
+            await asyncio.sleep(POLL_S)
+        return is_whole
 
     async def clear_cache(self) -> int:
         assert self._async is not None, "it is known by now"
