@@ -19,6 +19,7 @@ from mnemosyne.server.condemned import Condemned
 from mnemosyne.server.link import Link
 from mnemosyne.server.sources import Engine, EngineEndedError, Source
 from mnemosyne.server.task import Task
+from mnemosyne.server.trial import MOST_DEATHS, judge
 from mnemosyne.server.words import (
     Beat,
     Cancel,
@@ -40,8 +41,7 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.5
 SILENT_S = 30.0  # without a word, after which ranks that are ready count as stuck
-TRIAL_S = 30.0  # for which requests that were there at a death are tried one by one
-MOST_DEATHS = 2  # of engines, at which a request that got no further in between was running
+TRIAL_S = 30.0  # that what is new waits for those who were there at a death
 MOST_FAILED_STARTS = 5  # in a row
 LONGEST_PAUSE_S = 30.0  # between two of them
 
@@ -50,7 +50,7 @@ class RemoteBackend:
     """Jobs for an engine in other processes; a ``Backend``.
 
     When the engine dies, the jobs that it had are given to the next one with the tokens that came
-    of them. First those that were there at the death, one by one, the shortest first: who is there
+    of them. Those that were there at the death come one by one, the shortest first: who is there
     at a second death without having got further is what ends engines, and is refused.
 
     Args:
@@ -73,6 +73,7 @@ class RemoteBackend:
         self._tasks: dict[int, Task] = {}
         self._link: Link | None = None  # to an engine that takes jobs
         self._is_open = False  # whether jobs go to it at once
+        self._is_strict = False  # whether suspects are tried before that, however long it takes
         self._stage = "starting"
         self._about: asyncio.Future[About] = asyncio.get_running_loop().create_future()
         self._status = Status(is_ready=False)
@@ -198,7 +199,9 @@ class RemoteBackend:
                 word = decode_for_front(data)
                 if isinstance(word, Ready):
                     self._begin(word, engine.link)
-                    helpers.append(asyncio.create_task(self._give_all()))
+                    helpers.append(asyncio.create_task(self._try_suspects()))
+                    if not self._is_strict:
+                        helpers.append(asyncio.create_task(self._open(TRIAL_S)))
                 else:
                     self._take(word)
         except ValueError as error:
@@ -258,23 +261,25 @@ class RemoteBackend:
                 engine.kill()
                 return
 
-    async def _give_all(self) -> None:
-        """Give an engine that is new the jobs that are there."""
-        end_s = time.monotonic() + TRIAL_S
+    async def _try_suspects(self) -> None:
+        """Give an engine that is new the jobs that were there at a death, then all others."""
         suspects = [task for task in self._tasks.values() if task.num_deaths]
         for task in sorted(suspects, key=lambda task: task.num_to_compute):
             if task.number in self._tasks and not task.is_ended:
                 self._counts["resumed_requests"] += 1
                 await self._give(task)
-                with suppress(TimeoutError):
-                    left_s = max(0.0, end_s - time.monotonic())
-                    await asyncio.wait_for(task.further.wait(), left_s)
+                await task.further.wait()
+        await self._open(0.0)
+
+    async def _open(self, after_s: float) -> None:
+        """Give jobs at once from some time on."""
+        await asyncio.sleep(after_s)
         self._is_open = True
-        for task in [task for task in self._tasks.values() if not task.is_given]:
+        for task in [task for task in self._tasks.values() if not task.num_deaths]:
             await self._give(task)
 
     async def _give(self, task: Task) -> None:
-        if self._link is None or task.is_ended:
+        if self._link is None or task.is_ended or task.is_given:
             return
         task.is_given = True
         given = task.given()
@@ -303,8 +308,8 @@ class RemoteBackend:
                 task.fail("the server ended")
             return
         self._counts["engine_deaths"] += 1
+        self._is_strict = judge(given)
         for task in given:
-            task.note_death()
             if not self._resume:
                 task.fail("the engine died; send the request again")
             elif task.num_deaths >= MOST_DEATHS:

@@ -78,10 +78,10 @@ class Task:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
-    def note_death(self) -> None:
-        """The engine that had it died."""
+    def note_death(self, *, counts: bool = True) -> None:
+        """The engine that had it died; ``counts``: perhaps through it."""
         self.is_given = False
-        self.num_deaths += 1
+        self.num_deaths += counts
         self.num_before = self.num_tokens
         self.further.clear()
 

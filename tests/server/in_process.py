@@ -53,6 +53,7 @@ class InProcessRanks:
             engine.exit_status = 0
 
     async def _serve(self, link: Link) -> bool:
+        self._llm.clear_cache()  # as that of a process that is new
         try:
             async with AsyncEngine(self._llm.engine) as engine:
                 return await EngineEnd(engine, TellingBackend(engine), link).serve()
