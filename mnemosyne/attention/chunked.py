@@ -36,6 +36,7 @@ def cut(batch: AttentionBatch, size: int) -> AttentionBatch:
         batch: of a step.
         size: positions of a chunk.
     """
+    batch = batch.of_kept_keys()
     pieces = (piece for segment in batch.segments for piece in _pieces(segment, size, batch))
     return replace(batch, segments=tuple(pieces))
 

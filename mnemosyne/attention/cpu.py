@@ -63,7 +63,7 @@ class CpuBackend:
             raise ValueError(f"device must be cpu, got {device}; use attention=flex there")
         masks: dict[tuple[int, int, int], Tensor] = {}
         tiles = []
-        for segment in batch.segments:
+        for segment in batch.of_kept_keys().segments:
             keys = range(segment.first_key, segment.first_key + segment.num_keys)
             for rows in row_tiles(segment, window):
                 calls = [

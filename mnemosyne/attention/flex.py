@@ -66,7 +66,7 @@ class FlexBackend:
 
     def prepare(self, batch: AttentionBatch, window: int | None, device: torch.device) -> _Prepared:
         """Keep the segments; tables follow when a layer needs them (see ``AttentionBackend``)."""
-        return _Prepared(batch, window, device)
+        return _Prepared(batch.of_kept_keys(), window, device)
 
     def attend(
         self,

@@ -156,7 +156,7 @@ class FixedNative:
 def _segment_table(batch: AttentionBatch) -> np.ndarray:
     """The segments of a step, int64 ``[B, 6]``."""
     rows = [
-        (s.first_row, s.num_rows, s.first_position, s.num_keys, s.first_key, s.first_page)
+        (s.first_row, s.num_rows, s.first_position, s.num_keys, s.first_key, s.page_of_key_0)
         for s in batch.segments
     ]
     return np.array(rows, dtype=np.int64).reshape(len(rows), SEGMENT_FIELDS)

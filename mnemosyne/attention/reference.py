@@ -35,7 +35,7 @@ class ReferenceBackend:
     ) -> tuple[_DenseSegment, ...]:
         """Slots and visibility of every segment (see ``AttentionBackend``)."""
         prepared = []
-        for segment in batch.segments:
+        for segment in batch.of_kept_keys().segments:
             slots = slots_of(segment.pages, 0, segment.num_keys, batch.page_size)
             row_position = segment.first_position + np.arange(segment.num_rows, dtype=np.int64)
             key_position = segment.first_key + np.arange(segment.num_keys, dtype=np.int64)

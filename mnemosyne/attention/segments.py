@@ -22,6 +22,10 @@ class Segment(NamedTuple):
     ``first_key + j <= p`` and, under a sliding window w, ``first_key + j > p - w``.
     Local key j lives in slot ``pages[j // page_size] * page_size + j % page_size`` of the pool.
     Segments may share pages (a common prefix); a page then holds the same positions in all.
+    Layers with a window may keep no pages of the first keys, which no row sees under it:
+    ``pages`` then begin after ``num_gone`` of them, and key j lies in ``pages[j // page_size -
+    num_gone]``. The same keys stand at the same index all the same, so that a backend may cut
+    them alike.
 
     A tuple, because a step may hold a thousand of them.
     """
@@ -33,6 +37,12 @@ class Segment(NamedTuple):
     pages: np.ndarray  # int64 [ceil(num_keys / page_size) or more], page ids in key order
     first_key: int = 0  # position of the first local key; above 0 only on later kvp groups
     first_page: int = 0  # where its ids begin in the ``page_ids`` of the batch, if it has those
+    num_gone: int = 0  # pages before the first of ``pages``
+
+    @property
+    def page_of_key_0(self) -> int:
+        """Where in ``page_ids`` the page of local key 0 is, or would be if it were kept."""
+        return self.first_page - self.num_gone
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,10 +61,24 @@ class AttentionBatch:
         segments, pages, end = [], [np.empty(0, dtype=np.int64)], 0
         for segment in self.segments:
             segments.append(segment._replace(first_page=end))
-            pages.append(segment.pages[: pages_for(segment.num_keys, self.page_size)])
+            num_pages = pages_for(segment.num_keys, self.page_size) - segment.num_gone
+            pages.append(segment.pages[:num_pages])
             end += len(pages[-1])
         page_ids = torch.from_numpy(np.concatenate(pages)).to(device, id_dtype(device))
         return replace(self, segments=tuple(segments), page_ids=page_ids)
+
+    def of_kept_keys(self) -> AttentionBatch:
+        """The same with segments that begin at the first key whose page they have."""
+        if not any(segment.num_gone for segment in self.segments):
+            return self
+        return replace(self, segments=tuple([_of_kept(s, self.page_size) for s in self.segments]))
+
+
+def _of_kept(segment: Segment, page_size: int) -> Segment:
+    num_gone = segment.num_gone * page_size
+    return segment._replace(
+        num_keys=segment.num_keys - num_gone, first_key=segment.first_key + num_gone, num_gone=0
+    )
 
 
 class AttentionBackend(Protocol):

@@ -28,7 +28,7 @@ def cut_rows(segments: Sequence[Segment], tile_rows: int, window: int | None) ->
     )
     fields = np.array(
         [
-            (s.first_row, s.num_rows, s.first_position - s.first_key, s.first_page, s.num_keys)
+            (s.first_row, s.num_rows, s.first_position - s.first_key, s.page_of_key_0, s.num_keys)
             for s in segments
         ],
         dtype=np.int64,
