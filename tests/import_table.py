@@ -43,7 +43,7 @@ class Breach:
 _PAGELESS_CACHE = tuple(
     f"cache.{name}"
     for name in (
-        *("allocator", "chain", "layout", "ledger", "prefix", "table"),
+        *("allocator", "chain", "kinds", "layout", "ledger", "prefix", "room", "table"),
         *("leaf_file", "leaf_folder", "leaf_storage"),
     )
 )
@@ -213,14 +213,16 @@ TABLE = {
     ),
     "cache": _PAGELESS,
     "cache.pages": Rule(
-        ("config", "kernels", "memory_limits", "cache.layout", "cache.page_ids"),
+        ("config", "kernels", "memory_limits", "cache.kinds", "cache.layout", "cache.page_ids"),
         ("torch", "numpy"),
     ),
     "cache.leaf_copies": Rule(
         ("cache.layout", "cache.leaf_file", "cache.pages"), ("torch", "numpy"), itself=False
     ),
     "cache.page_ids": Rule(("cache.layout",), ("torch", "numpy"), itself=False),
-    "cache.capacity": Rule(("config", "cache.pages", "cache.layout"), ("torch",)),
+    "cache.capacity": Rule(
+        ("config", "cache.kinds", "cache.pages", "cache.layout", "cache.room"), ("torch",)
+    ),
     "kernels": Rule((), ("torch", "triton")),
     "parallel": Rule(
         ("config", "kernels", "machine", "process", "shape"), ("torch", "numpy", "msgspec")

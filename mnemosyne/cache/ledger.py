@@ -10,8 +10,10 @@ import numpy as np
 
 from mnemosyne.cache.allocator import PageAllocator
 from mnemosyne.cache.chain import Chain
+from mnemosyne.cache.kinds import PageKinds
 from mnemosyne.cache.layout import LISTED_PER_PAGE, pages_for
 from mnemosyne.cache.prefix import NO_PAGES, Nearest, PrefixIndex
+from mnemosyne.cache.room import Room
 from mnemosyne.cache.table import Extent, PageTable
 
 
@@ -22,7 +24,7 @@ class Place(NamedTuple):
     shared: np.ndarray = NO_PAGES  # int64, known pages that hold its first keys
 
 
-class Ledger:
+class Ledger(Room):
     """Hands pages out to holders, which are request ids, and takes them back.
 
     A holder names no page: it gets a table, and gives back all that the ledger has noted for it.
@@ -36,6 +38,7 @@ class Ledger:
         max_tokens_per_group: tokens of one request that a group holds at most; a multiple of
             ``page_size``.
         shares: whether prefixes are shared.
+        kinds: of layers; None: each keeps every key.
     """
 
     def __init__(
@@ -45,11 +48,9 @@ class Ledger:
         page_size: int,
         max_tokens_per_group: int,
         shares: bool = False,
+        kinds: PageKinds | None = None,
     ) -> None:
-        assert max_tokens_per_group % page_size == 0, "a shard ends with a page"
-        self.group_pages = tuple(num_pages)
-        self.page_size = page_size
-        self.max_tokens_per_group = max_tokens_per_group
+        super().__init__(num_pages, kinds or PageKinds(page_size), max_tokens_per_group)
         self.shares = shares
         self.reset()
 
@@ -63,15 +64,6 @@ class Ledger:
         self._tables: dict[int, PageTable] = {}  # by holder
         self._grown: set[int] = set()  # holders whose pages are not in the order of their ids
         self._known: dict[int, int] = {}  # of each holder, pages from the first on that are known
-
-    @property
-    def groups(self) -> range:
-        return range(len(self.group_pages))
-
-    @property
-    def num_pages(self) -> int:
-        """Pages of all groups."""
-        return sum(self.group_pages)
 
     @property
     def num_used(self) -> int:
@@ -94,31 +86,7 @@ class Ledger:
 
     def max_free_tokens(self) -> int:
         """Tokens that the free pages of one group hold at most."""
-        return max(self.num_free(group) for group in self.groups) * self.page_size
-
-    def max_request_tokens(self) -> int:
-        """Tokens of the longest request that the empty cache holds."""
-        rooms = (count * self.page_size for count in self.group_pages)
-        shards = sorted((min(room, self.max_tokens_per_group) for room in rooms), reverse=True)
-        # only full shards can be followed by another one
-        full = sum(1 for shard in shards if shard == self.max_tokens_per_group)
-        return full * self.max_tokens_per_group + sum(shards[full : full + 1])
-
-    def bound_by(self) -> str:
-        """The key that bounds the longest request."""
-        rooms = (count * self.page_size for count in self.group_pages)
-        is_cut = all(room > self.max_tokens_per_group for room in rooms)
-        return "cache.max_tokens_per_group" if is_cut else "cache.max_tokens"
-
-    def shard_pages(self, num_tokens: int) -> list[int]:
-        """Pages of each shard of a request, in the order of positions."""
-        if num_tokens <= self.max_tokens_per_group:
-            return [pages_for(num_tokens, self.page_size)]
-        full, rest = divmod(num_tokens, self.max_tokens_per_group)
-        sizes = [self.max_tokens_per_group // self.page_size] * full
-        if rest:
-            sizes.append(pages_for(rest, self.page_size))
-        return sizes
+        return self.kinds.most_tokens(max(self.num_free(group) for group in self.groups))
 
     def table_of(self, holder: int) -> PageTable:
         """Where the keys of a holder lie."""
@@ -129,6 +97,8 @@ class Ledger:
         is_used = np.zeros(self.group_pages[group], dtype=bool)
         for table in self._tables.values():
             is_used[table.pages_on(group)] = True
+            for ring in table.rings_on(group):
+                is_used[ring] = True
         if self.shares:
             is_used |= self._indexes[group].is_known
         return np.flatnonzero(~is_used)
@@ -177,19 +147,58 @@ class Ledger:
             Where its keys will lie.
         """
         assert holder not in self._tables, f"{holder} has pages"
-        sizes = zip(places, self.shard_pages(num_tokens), strict=True)
-        parts = [(place.group, self._take(place, size)) for place, size in sizes]
-        table = self._tables[holder] = PageTable.spread(parts, self.max_tokens_per_group)
+        sizes = self.shard_pages(num_tokens) if self.kinds.keeps else [0]
+        shards = zip(places, sizes, strict=True)
+        parts = [(place.group, self._take(place, size)) for place, size in shards]
+        table = PageTable.spread(parts, self.max_tokens_per_group)
+        if self.kinds.windows:
+            rings = zip(self.kinds.windows, self.kinds.rings(num_tokens), strict=True)
+            home = places[0].group
+            taken = [self._take_ring(home, window.tracks, count) for window, count in rings]
+            table = replace(table, rings=tuple(taken))
+        self._tables[holder] = table
         if self.shares:
             self._known[holder] = sum(len(place.shared) for place in places)
         return table
 
+    def has_room(self, table: PageTable, position: int) -> bool:
+        """Return whether a table has a place for one more position."""
+        last, page = table.extents[-1], position // self.page_size
+        rings = zip(self.kinds.windows, table.rings, strict=True)
+        is_kept = not self.kinds.keeps or page < last.start // self.page_size + len(last.pages)
+        return is_kept and all(
+            page < ring.shape[1] or ring.shape[1] == self.kinds.ring(window)
+            for window, ring in rings
+        )
+
     def grow(self, holder: int) -> PageTable | None:
-        """Take one page more, where the last keys lie or on another group if that is full.
+        """Take room for one page more, where the last keys lie or else on another group.
 
         Returns:
             The table from now on; None if no page is free there.
         """
+        table, home = self._tables[holder], self._tables[holder].reporter
+        short = [
+            window.tracks * (ring.shape[1] < self.kinds.ring(window))
+            for window, ring in zip(self.kinds.windows, table.rings, strict=True)
+        ]
+        if any(short) and sum(short) > self.num_free(home) - self.kinds.keeps:
+            return None
+        if self.kinds.keeps:
+            grown = self._grow_last(holder)
+            if grown is None:
+                return None
+            table = grown
+        if any(short):
+            rings = zip(table.rings, short, strict=True)
+            taken = [_widened(ring, self._take_ring(home, n, 1)) for ring, n in rings]
+            table = replace(table, rings=tuple(taken))
+        self._tables[holder] = table
+        self._grown.add(holder)
+        return table
+
+    def _grow_last(self, holder: int) -> PageTable | None:
+        """Take one page more of layers that keep every key."""
         table, last = self._tables[holder], self._tables[holder].extents[-1]
         group, start, before = last.group, last.start, last.pages
         others = list(table.extents[:-1])
@@ -204,10 +213,7 @@ class Ledger:
         if min(self.num_free(group), self.num_listable(group)) < 1:
             return None
         pages = np.concatenate([before, self._take(Place(group), 1)])
-        table = replace(table, extents=(*others, Extent(group, start, pages)))
-        self._tables[holder] = table
-        self._grown.add(holder)
-        return table
+        return replace(table, extents=(*others, Extent(group, start, pages)))
 
     def can_lend(self, group: int, num_tokens: int) -> bool:
         """Return whether a group has pages for a copy of so many keys."""
@@ -250,7 +256,10 @@ class Ledger:
         if chain is not None:
             self._keep(holder, chain, num_computed // self.page_size)
         self._known.pop(holder, None)
-        for extent in self._tables.pop(holder).lanes:
+        table = self._tables.pop(holder)
+        for ring in table.rings:
+            self._allocators[table.reporter].release(np.sort(ring, axis=None))
+        for extent in table.lanes:
             self._free(extent, is_sorted=holder not in self._grown)
         self._grown.discard(holder)
 
@@ -310,6 +319,12 @@ class Ledger:
         end = table.next_start(position) // self.page_size
         return extent, offset, min(end, offset + len(extent.pages))
 
+    def _take_ring(self, group: int, num_tracks: int, count: int) -> np.ndarray:
+        """Free pages of layers that forget, int64 ``[tracks, count]``."""
+        tracks = [self._take(Place(group), count) for _ in range(num_tracks)]
+        self._listed[group] -= num_tracks * count  # among those of their kind
+        return np.stack(tracks) if tracks else np.empty((0, count), dtype=np.int64)
+
     def _take(self, place: Place, count: int) -> np.ndarray:
         """Known pages and free ones, together so many, which are not free any more."""
         group, shared = place
@@ -324,3 +339,8 @@ class Ledger:
         pages = allocator.allocate(count)
         assert pages is not None, "the pages were free a moment ago"
         return np.concatenate([shared, pages]) if len(shared) else pages
+
+
+def _widened(ring: np.ndarray, more: np.ndarray) -> np.ndarray:
+    """A ring with one more page in each track; nothing has gone round in it yet."""
+    return np.concatenate([ring, more], axis=1) if len(more) else ring

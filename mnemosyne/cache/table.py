@@ -42,10 +42,18 @@ class PageTable:
 
     While a prompt is computed, other groups may lend pages for copies of all its keys. They take no
     part in these roles: a slice of a chunk that one group alone computes has its ``lane`` instead.
+
+    Layers with a window keep what they see on the reporter alone, however long the request is.
+
+    Args:
+        extents: of the layers that keep every key; without pages if there are none.
+        lent: copies of all keys of a lone extent, each on another group.
+        rings: of each kind of layers that forgets (see ``kinds``), int64 ``[tracks, pages]``.
     """
 
     extents: tuple[Extent, ...]
-    lent: tuple[Extent, ...] = ()  # copies of all keys of a lone extent, each on another group
+    lent: tuple[Extent, ...] = ()
+    rings: tuple[np.ndarray, ...] = ()
 
     @classmethod
     def on(cls, group: int, pages: np.ndarray) -> Self:
@@ -125,6 +133,10 @@ class PageTable:
         return None
 
     def pages_on(self, group: int) -> np.ndarray:
-        """All pages on one group, int64, in key order."""
+        """All pages on one group of layers that keep every key, int64, in key order."""
         parts = [extent.pages for extent in self.lanes if extent.group == group]
         return parts[0] if parts else np.empty(0, dtype=np.int64)
+
+    def rings_on(self, group: int) -> tuple[np.ndarray, ...]:
+        """The pages of layers that forget, if one group has them; see ``rings``."""
+        return self.rings if self.rings and group == self.reporter else ()

@@ -28,6 +28,7 @@ from mnemosyne.simulate.planner import (
 )
 
 OK, FAILED = 0, 2  # exit statuses
+MOST_SHOWN = 10**11  # tokens; where all layers forget, memory bounds no length
 SHOWN = 12  # layouts in the table
 DRAWN = 6  # layouts in the plot
 
@@ -159,7 +160,7 @@ def _cells(verdict: Verdict) -> list[str]:
         str(verdict.replicas),
         f"{memory.weights / 1e9:.1f}",
         f"{memory.kv_per_token / 1e3:.1f}",
-        f"{verdict.max_context:,}",
+        "any" if (verdict.max_context or 0) > MOST_SHOWN else f"{verdict.max_context:,}",
         "" if verdict.decodes is None else str(verdict.decodes),
         "" if verdict.tbt_s is None else _ms(verdict.tbt_s),
         "" if verdict.ttft_s is None else f"{verdict.ttft_s:.1f}",

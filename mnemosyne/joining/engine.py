@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from mnemosyne.cache.capacity import tokens_per_group
+from mnemosyne.cache.capacity import kinds_of, most_rows, tokens_per_group
 from mnemosyne.config import CacheConfig, MeshConfig, ScheduleConfig, SloConfig
 from mnemosyne.metrics import StepRecord
 from mnemosyne.schedule.build_scheduler import build_scheduler
@@ -61,7 +61,7 @@ def join(
         fingerprint: of a model whose requests share prefixes; None: they share nothing.
         disk: where prefixes outlive the process, if anywhere.
     """
-    num_groups = config.mesh.kvp
+    num_groups, kinds = config.mesh.kvp, kinds_of(shape.windows, config.cache)
     work_model = WorkModel(shape.windows, num_groups, unread_share=shape.unread_share())
     scheduler = build_scheduler(
         config.schedule,
@@ -69,16 +69,18 @@ def join(
         num_groups=num_groups,
         num_pages=num_pages,
         page_size=config.cache.page_size,
-        max_tokens_per_group=tokens_per_group(config.cache, num_pages),
+        max_tokens_per_group=tokens_per_group(config.cache, num_pages, kinds),
         predictor=predictor,
         work_model=work_model,
         depth=executor.depth,
         fingerprint=fingerprint,
         disk=disk,
+        kinds=kinds,
     )
     limits = Limits(
         num_pages=num_pages,
-        page_size=config.cache.page_size,
+        kinds=kinds,
+        max_rows=most_rows(config.schedule),
         max_positions=intake.max_positions,
         vocab_size=intake.vocab_size,
         step_s=2 * config.schedule.target_tbt_s,

@@ -9,9 +9,16 @@ from dataclasses import dataclass, replace
 import torch
 
 from mnemosyne.attention.kvp import start_exchange
-from mnemosyne.cache.capacity import count_pages, describe_cache, tokens_per_group
+from mnemosyne.cache.capacity import (
+    count_pages,
+    describe_cache,
+    kinds_of,
+    most_rows,
+    tokens_per_group,
+)
+from mnemosyne.cache.kinds import PageKinds
 from mnemosyne.cache.pages import PagePool
-from mnemosyne.config import CacheConfig, EngineConfig, MetricsConfig
+from mnemosyne.config import EngineConfig, MetricsConfig
 from mnemosyne.joining.checkpoint import Checkpoint, Progress, find_checkpoint, weight_bytes
 from mnemosyne.joining.compute import AS_THEY_ARE, Compute, Wraps, choose_compute
 from mnemosyne.joining.device import choose_device
@@ -89,15 +96,16 @@ def build_rank(
     )
     mesh = init_mesh(config.mesh, device.type)
     decoder = checkpoint.decoder(mesh, compute.dtype, compute.operators)
-    token_bytes = local.kv_bytes_per_token(len(decoder.layers))
-    num_pages = _count_pages(config.cache, decoder, token_bytes, device)
+    kinds = kinds_of(spec.windows, config.cache)
+    token_bytes = local.kv_bytes_per_token(kinds.layers_per_page(_windows(decoder)))
+    num_pages = _count_pages(config, decoder, token_bytes, device, kinds)
     intake = _intake(checkpoint)
     num_pages = min(gather_counts(num_pages, mesh))  # the driver hands them out to all ranks
-    max_tokens = tokens_per_group(config.cache, num_pages)
+    max_tokens = tokens_per_group(config.cache, num_pages, kinds)
     num_bytes = gather_counts(checkpoint.load(decoder, device, progress), mesh)
     trace = _trace(config.metrics, mesh, device)
     model = wraps.model(compute.model(decoder, compiling))
-    pool = _pool(config.cache, num_pages, local, len(decoder.layers), compute)
+    pool = _pool(config, num_pages, local, _windows(decoder), compute, kinds)
     leaves = open_leaves(config.cache, checkpoint, compute, pool, mesh)
     worker = _worker(decoder, model, pool, compute, mesh, wraps, trace, leaves)
     rank = Rank(
@@ -151,7 +159,7 @@ def _announce(rank: Rank, where: str, num_bytes: Sequence[int], token_bytes: int
     log.info("%s, %s, %s", rank.checkpoint.name, where, parts)
     said = describe_cache(
         rank.num_pages,
-        rank.worker.pool.page_size,
+        rank.worker.pool.kinds,
         token_bytes=token_bytes,
         num_groups=rank.mesh.kvp.degree,
         max_tokens_per_group=rank.tokens_per_group,
@@ -188,29 +196,48 @@ def _check_chunks(spec: ModelSpec, page_size: int) -> None:
             )
 
 
+def _windows(decoder: Decoder) -> list[int | None]:
+    """The windows of the layers held here."""
+    return [decoder.spec.windows[int(index)] for index in decoder.layers]
+
+
 def _pool(
-    config: CacheConfig, num_pages: int, local: ModelShape, num_layers: int, compute: Compute
+    config: EngineConfig,
+    num_pages: int,
+    local: ModelShape,
+    windows: list[int | None],
+    compute: Compute,
+    kinds: PageKinds,
 ) -> PagePool:
     return PagePool(
         num_pages=num_pages,
-        page_size=config.page_size,
-        num_layers=num_layers,
+        page_size=config.cache.page_size,
+        num_layers=len(windows),
         num_kv_heads=local.num_kv_heads,
         head_dim=local.head_dim,
         dtype=compute.dtype,
         device=compute.device,
+        kinds=kinds,
+        windows=windows,
+        max_rows=most_rows(config.schedule),
     )
 
 
 def _count_pages(
-    config: CacheConfig, decoder: Decoder, token_bytes: int, device: torch.device
+    config: EngineConfig,
+    decoder: Decoder,
+    token_bytes: int,
+    device: torch.device,
+    kinds: PageKinds,
 ) -> int:
     return count_pages(
-        config,
+        config.cache,
         token_bytes=token_bytes,
         weight_bytes=weight_bytes(decoder),
         device=device,
         num_sharing=ranks_on_host() if device.type == "cpu" else 1,
+        num_tracks=kinds.num_tracks,
+        num_passing=kinds.num_passing(most_rows(config.schedule)),
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from mnemosyne.cache.capacity import kinds_of
 from mnemosyne.cache.layout import pages_for
 from mnemosyne.config import MeshConfig
 from mnemosyne.config_simulate import SimulateConfig
@@ -146,7 +147,7 @@ def _memory(config: SimulateConfig, shape: ModelShape, stages: tuple[int, ...]) 
         stages,
         max_rows=config.schedule.max_chunk + config.schedule.max_sequences,
         max_sampled=config.schedule.max_sequences,
-        page_size=cache.page_size,
+        kinds=kinds_of(shape.windows, cache),
         memory_share=cache.memory_share,
     )
     if memory.num_pages < 1:
@@ -158,12 +159,10 @@ def _memory(config: SimulateConfig, shape: ModelShape, stages: tuple[int, ...]) 
         )
     if cache.num_tokens is None:
         return memory
-    asked = pages_for(cache.num_tokens, cache.page_size)
+    asked = memory.kinds.num_tracks * pages_for(cache.num_tokens, cache.page_size)
     if not 1 <= asked <= memory.num_pages:
         raise ValueError(
             f"cache.max_tokens must lie in [1, {memory.num_tokens}] with this mesh on "
             f"{hardware.name}, got {cache.num_tokens}; lower it or add ranks"
         )
-    return Footprint(
-        memory.weights, memory.activations, memory.kv_per_token, asked, memory.page_size
-    )
+    return replace(memory, num_pages=asked)

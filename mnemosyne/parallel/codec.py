@@ -72,6 +72,7 @@ class _Table(Struct, array_like=True):
     request_id: int
     extents: list[tuple[int, int, bytes]]  # group, start, page runs
     lent: list[tuple[int, int, bytes]]
+    rings: list[list[bytes]]  # page runs of each lane
 
 
 class _Plan(Struct, array_like=True, tag="plan"):
@@ -218,7 +219,8 @@ def _admission_from_wire(wire: _Admission) -> Admission:
 
 
 def _table_to_wire(request_id: int, table: PageTable) -> _Table:
-    return _Table(request_id, _extents_to_wire(table.extents), _extents_to_wire(table.lent))
+    rings = [[pages_to_runs(track).tobytes() for track in ring] for ring in table.rings]
+    return _Table(request_id, _extents_to_wire(table.extents), _extents_to_wire(table.lent), rings)
 
 
 def _extents_to_wire(extents: Sequence[Extent]) -> list[tuple[int, int, bytes]]:
@@ -226,14 +228,17 @@ def _extents_to_wire(extents: Sequence[Extent]) -> list[tuple[int, int, bytes]]:
 
 
 def _table_from_wire(table: _Table) -> PageTable:
-    return PageTable(_extents_from_wire(table.extents), _extents_from_wire(table.lent))
+    rings = (np.stack([_pages_of(runs) for runs in tracks]) for tracks in table.rings)
+    lists = _extents_from_wire(table.extents), _extents_from_wire(table.lent)
+    return PageTable(*lists, tuple(rings))
 
 
 def _extents_from_wire(wire: Sequence[tuple[int, int, bytes]]) -> tuple[Extent, ...]:
-    return tuple(
-        Extent(group, start, runs_to_pages(np.frombuffer(runs, RUN_DTYPE).reshape(-1, 2)))
-        for group, start, runs in wire
-    )
+    return tuple(Extent(group, start, _pages_of(runs)) for group, start, runs in wire)
+
+
+def _pages_of(runs: bytes) -> np.ndarray:
+    return runs_to_pages(np.frombuffer(runs, RUN_DTYPE).reshape(-1, 2))
 
 
 def pages_to_runs(pages: np.ndarray) -> np.ndarray:

@@ -24,7 +24,8 @@ from mnemosyne.operators import Operators
 from mnemosyne.parallel.feed_forward import own_rows
 from mnemosyne.parallel.mesh import Axis
 from mnemosyne.runtime.inputs import StepInputs, bucket_size
-from mnemosyne.runtime.step import LayerShape, Model, PagedAttention
+from mnemosyne.runtime.rings import TrackRows
+from mnemosyne.runtime.step import LayerShape, Model, PagedAttention, sights
 from mnemosyne.step_context import StepContext
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class _Captured:
     """A graph and the tensors that it reads and writes."""
 
     graph: Graph
-    backend: AttentionBackend  # its prepare refills the tables that the graph reads
+    backends: Sequence[AttentionBackend]  # of each track: prepare refills the tables it reads
     inputs: StepInputs
     hidden_TE: Tensor
 
@@ -94,8 +95,9 @@ class DecodeGraphs:
         layers: windows of its layers and the scale of their scores.
         pool: the KV cache.
         operators: those of the model.
-        backend_for: from the number of rows, a backend whose ``prepare`` refills tables that stay
-            in place and whose ``attend`` launches the same kernels whatever they hold.
+        backend_for: from the number of rows and the page ids of a track, a backend whose
+            ``prepare`` refills tables that stay in place and whose ``attend`` launches the same
+            kernels whatever they hold.
         new_graph: makes a graph.
         rows: numbers of rows, padding included.
     """
@@ -107,7 +109,7 @@ class DecodeGraphs:
         pool: PagePool,
         *,
         operators: Operators,
-        backend_for: Callable[[int], AttentionBackend],
+        backend_for: Callable[[int, Tensor], AttentionBackend],
         new_graph: Callable[[], Graph],
         rows: Sequence[int] = GRAPH_ROWS,
     ) -> None:
@@ -133,32 +135,47 @@ class DecodeGraphs:
         captured = self._captured[inputs.batch.num_rows]
         captured.inputs.token_ids_T.copy_(inputs.token_ids_T)
         captured.inputs.positions_T.copy_(inputs.positions_T)
-        captured.inputs.slots_T.copy_(inputs.slots_T)
-        for window in set(self._layers.windows):
-            prepare(captured.backend, inputs.batch, window, inputs.slots_T.device)
+        for fixed, rows in zip(captured.inputs.tracks, inputs.tracks, strict=True):
+            fixed.slots_T.copy_(rows.slots_T)
+        for track, reach in sights(self._pool, self._layers):
+            batch, backend = inputs.tracks[track].batch, captured.backends[track]
+            prepare(backend, batch, reach, inputs.slots_T.device)
         captured.graph.replay()
         return captured.hidden_TE
 
     @torch.inference_mode()
     def _capture(self, num_rows: int) -> _Captured:
         """Capture a step of padding rows alone."""
-        backend, graph = self._backend_for(num_rows), self._new_graph()
-        device = self._pool.k[0].device
+        graph, pool = self._new_graph(), self._pool
+        device = pool.k[0].device
+        backends = [self._backend_for(num_rows, page_ids) for page_ids in pool.track_ids]
+        rings = tuple([self._padding(num_rows, page_ids) for page_ids in pool.ring_tracks])
         inputs = StepInputs(
             token_ids_T=torch.zeros(num_rows, dtype=torch.int64, device=device),
             positions_T=torch.zeros(num_rows, dtype=torch.int64, device=device),
-            slots_T=torch.full((num_rows,), self._pool.padding_slot, device=device),
-            batch=AttentionBatch((), num_rows, self._pool.page_size, self._pool.ids.tensor),
+            slots_T=torch.full((num_rows,), pool.padding_slot, device=device),
+            batch=AttentionBatch((), num_rows, pool.page_size, pool.ids.tensor),
             chunks=(),
+            rings=rings,
+            keeps=pool.kinds.keeps,
         )
         attend = PagedAttention(
-            self._pool, backend, self._operators, inputs, layers=self._layers, kvp=Axis("kvp")
+            *(pool, backends[0], self._operators, inputs),
+            layers=self._layers,
+            kvp=Axis("kvp"),
+            backends=backends,
         )
         context = StepContext(attend, own_rows)
         hidden_TE = graph.capture(
             lambda: self._model(inputs.token_ids_T, inputs.positions_T, context)
         )
-        return _Captured(graph, backend, inputs, hidden_TE)
+        return _Captured(graph, backends, inputs, hidden_TE)
+
+    def _padding(self, num_rows: int, page_ids: Tensor) -> TrackRows:
+        """Padding rows alone, in a track of layers that forget."""
+        pool = self._pool
+        slots_T = torch.full((num_rows,), pool.padding_slot, device=page_ids.device)
+        return TrackRows(slots_T, AttentionBatch((), num_rows, pool.page_size, page_ids))
 
 
 def record_decodes(
@@ -189,8 +206,8 @@ def record_decodes(
         layers,
         pool,
         operators=operators,
-        backend_for=lambda num_rows: backend.fixed(
-            pool.k[0], num_rows=num_rows, page_size=pool.page_size, page_ids=pool.ids.tensor
+        backend_for=lambda num_rows, page_ids: backend.fixed(
+            pool.k[0], num_rows=num_rows, page_size=pool.page_size, page_ids=page_ids
         ),
         new_graph=new_graph or graphs_on(pool.k[0].device),
         rows=rows,

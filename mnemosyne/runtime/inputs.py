@@ -15,9 +15,11 @@ from mnemosyne.attention.segments import AttentionBatch, Segment
 from mnemosyne.attention.shared_rows import SharedRows
 from mnemosyne.cache.layout import slots_of
 from mnemosyne.cache.page_ids import PageIds
+from mnemosyne.cache.pages import PagePool
 from mnemosyne.cache.table import Held, PageTable
 from mnemosyne.parallel.feed_forward import WideRows
 from mnemosyne.runtime.handed import handed_rows
+from mnemosyne.runtime.rings import RingChunk, TrackRows, ring_rows
 from mnemosyne.runtime.sequences import SequenceState
 from mnemosyne.schedule.plan import Chunk, Plan
 
@@ -51,6 +53,16 @@ class StepInputs:
     shared: SharedRows | None = None  # rows that other groups compute as well
     wide: WideRows | None = None  # how rows of all groups meet in a wide MLP
     handed: HandedRows | None = None  # slices that pass between this group and others
+    rings: tuple[TrackRows, ...] = ()  # the rows in each track of layers that forget
+    keeps: bool = True  # whether there are layers that keep every key
+
+    @property
+    def tracks(self) -> tuple[TrackRows, ...]:
+        """The rows as the layers of each track see them."""
+        if not self.keeps:
+            return self.rings
+        shared = self.shared.batch if self.shared else None
+        return (TrackRows(self.slots_T, self.batch, shared), *self.rings)
 
 
 def bucket_size(num_tokens: int) -> int:
@@ -82,6 +94,7 @@ def build_inputs(
     padding_slot: int,
     page_ids: PageIds,
     device: torch.device,
+    pool: PagePool | None = None,
 ) -> StepInputs:
     """Pack the chunks of a plan that one group takes part in.
 
@@ -97,8 +110,10 @@ def build_inputs(
         padding_slot: where rows write that store nothing here.
         page_ids: of all this rank's sequences.
         device: where the tensors go.
+        pool: with the tracks of layers that forget; None: there are none.
     """
-    packing = _Packing(group, page_size, page_ids)
+    keeps = pool is None or pool.kinds.keeps
+    packing = _Packing(group, page_size, page_ids, keeps=keeps)
     packing.add_all(plan, sequences)
     ids, positions, slots = torch.from_numpy(packing.packed(padding_slot)).to(device).unbind()
     chunks, segments = packing.chunks, packing.segments
@@ -115,6 +130,10 @@ def build_inputs(
         common, segments = _parted(chunks, segments, shared_ids)
         batch = AttentionBatch(tuple(common), num_rows, page_size, page_ids.tensor)
         shared = _shared_rows(plan, shared_ids, first_rows, batch).to(device)
+    rings = []
+    if pool is not None and pool.kinds.windows:
+        parts = _with_rings(chunks, sequences, group)
+        rings = ring_rows(pool, parts, num_rows, shared_ids if shared else None, device)
     return StepInputs(
         token_ids_T=ids,
         positions_T=positions,
@@ -124,7 +143,22 @@ def build_inputs(
         shared=shared,
         wide=wide,
         handed=handed,
+        rings=tuple(rings),
+        keeps=keeps,
     )
+
+
+def _with_rings(
+    chunks: list[PlacedChunk], sequences: Mapping[int, SequenceState], group: int
+) -> list[RingChunk]:
+    """The chunks of requests whose windows are on one group."""
+    found = []
+    for chunk, first_row in chunks:
+        rings = sequences[chunk.request_id].table.rings_on(group)
+        if rings:
+            assert chunk.group is None, "layers that forget are on one group: nothing is cut"
+            found.append(RingChunk(chunk, first_row, rings))
+    return found
 
 
 def _parted(
@@ -145,14 +179,18 @@ class _Packing:
         group: index on the kvp axis.
         page_size: tokens per page.
         page_ids: of all sequences of this rank.
+        keeps: whether there are layers that keep every key.
     """
 
-    def __init__(self, group: int, page_size: int, page_ids: PageIds) -> None:
+    def __init__(
+        self, group: int, page_size: int, page_ids: PageIds, *, keeps: bool = True
+    ) -> None:
         self.chunks: list[PlacedChunk] = []
         self.segments: list[Segment] = []  # what the rows of each may see
         self._group = group
         self._page_size = page_size
         self._page_ids = page_ids
+        self._keeps = keeps
         self._num_rows = 0
         self._decodes: list[tuple[int, int, int, int]] = []  # row, id, position, slot
         self._views: list[tuple[int, _LocalView]] = []  # first row and view of the other chunks
@@ -167,7 +205,7 @@ class _Packing:
         row, table = self._num_rows, sequence.table
         if chunk.group is not None:
             table = table.lane(chunk.group)
-        if chunk.token_id is not None and len(table.extents) == 1:
+        if self._keeps and chunk.token_id is not None and len(table.extents) == 1:
             # A step may hold a thousand of these.
             start, extent = chunk.start, table.extents[0]
             if extent.group != self._group:
@@ -197,17 +235,17 @@ class _Packing:
             rows, *columns = np.array(self._decodes).T
             packed[:, rows] = columns
         for row, view in self._views:
-            _pack(packed, row, view, self._page_size)
+            _pack(packed, row, view, self._page_size, stores=view.stores and self._keeps)
         return packed
 
 
-def _pack(packed: np.ndarray, row: int, view: _LocalView, page_size: int) -> None:
+def _pack(packed: np.ndarray, row: int, view: _LocalView, page_size: int, *, stores: bool) -> None:
     """Enter the ids, positions and slots of a chunk, from a row on."""
     chunk = view.chunk
     rows = slice(row, row + chunk.num_tokens)
     packed[0, rows] = view.sequence.tokens[chunk.start : chunk.stop]
     packed[1, rows] = np.arange(chunk.start, chunk.stop)
-    if view.stores:
+    if stores:
         extent = view.held.extent
         first = chunk.start - extent.start
         packed[2, rows] = slots_of(extent.pages, first, chunk.num_tokens, page_size)

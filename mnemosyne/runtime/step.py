@@ -24,6 +24,7 @@ from mnemosyne.step_context import StepContext
 
 Projections = tuple[Tensor, Tensor, Tensor]
 Tables = tuple[Rotary, ...]
+Place = tuple[int, Reach]  # a track of layers, and what they see
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,11 @@ class LayerShape:
 
     windows: Sequence[Reach]  # per local layer
     scale: float
+
+
+def sights(pool: PagePool, layers: LayerShape) -> set[Place]:
+    """Every track, with what layers in it see."""
+    return set(zip(pool.tracks, layers.windows, strict=True))
 
 
 class Model(Protocol):
@@ -140,6 +146,7 @@ class PagedAttention:
         kvp: the groups among which the rows of long requests are shared.
         exchange: brings the partials of those rows together.
         handing: passes slices of prompts between the groups, if the step has any.
+        backends: of each track, where they differ.
     """
 
     def __init__(
@@ -153,17 +160,20 @@ class PagedAttention:
         kvp: Axis,
         exchange: StartExchange = start_exchange,
         handing: Handing | None = None,
+        backends: Sequence[AttentionBackend] | None = None,
     ) -> None:
         self._pool = pool
-        self._backend = backend
+        self._tracks = inputs.tracks
+        self._backends = backends or [backend] * len(self._tracks)
         self._operators = operators
         self._inputs = inputs
         self._layers = layers
         self._kvp = kvp
         self._start_exchange = exchange
         self._handing = handing
-        self._prepared = self._prepare(inputs.batch)
-        self._prepared_shared = self._prepare(inputs.shared.batch) if inputs.shared else {}
+        device = inputs.slots_T.device
+        self._prepared = self._prepare([rows.batch for rows in self._tracks], device)
+        self._prepared_shared = self._prepare([rows.shared for rows in self._tracks], device)
 
     def __call__(
         self,
@@ -174,13 +184,21 @@ class PagedAttention:
         rotary: Rotary | None = None,
         sink_H: Tensor | None = None,
     ) -> Tensor:
-        where = self._inputs.slots_T, self._pool.k[layer], self._pool.v[layer]
+        rows = self._tracks[self._pool.tracks[layer]]
+        where = rows.slots_T, self._pool.k[layer], self._pool.v[layer]
         if rotary is None:
             self._operators.write(k_TKD, v_TKD, *where)
         else:
             q_THD = self._operators.rotate_and_write(q_THD, k_TKD, v_TKD, rotary, *where)
         if self._handing is not None:
             self._handing.start(layer)
+        out_THD = self._attend_all(layer, q_THD, sink_H)
+        if rows.moves is not None:
+            self._pool.move(layer, *rows.moves)
+        return out_THD
+
+    def _attend_all(self, layer: int, q_THD: Tensor, sink_H: Tensor | None) -> Tensor:
+        """Attention of all rows."""
         shared = self._inputs.shared
         if shared is None:
             return self._attend_own(layer, q_THD, sink_H)
@@ -202,25 +220,30 @@ class PagedAttention:
         assert lse_TH is not None, "a sink takes its share by the LSE"
         return with_sink(out_THD, lse_TH, sink_H)
 
-    def _prepare(self, batch: AttentionBatch) -> dict[Reach, Any]:
-        """A batch as the backend prepares it, by what layers see."""
-        device, backend = self._inputs.slots_T.device, self._backend
-        reaches = set(self._layers.windows)
-        return {reach: prepare(backend, batch, reach, device) for reach in reaches}
+    def _prepare(
+        self, batches: Sequence[AttentionBatch | None], device: torch.device
+    ) -> dict[Place, Any]:
+        """The batches of all tracks as the backend prepares them, by what layers see."""
+        return {
+            (track, reach): prepare(self._backends[track], batch, reach, device)
+            for track, reach in sights(self._pool, self._layers)
+            if (batch := batches[track]) is not None
+        }
 
     def _attend(
         self,
         layer: int,
         q_THD: Tensor,
-        prepared: dict[Reach, Any],
+        prepared: dict[Place, Any],
         *,
         return_lse: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        return self._backend.attend(
+        track = self._pool.tracks[layer]
+        return self._backends[track].attend(
             q_THD,
             self._pool.k[layer],
             self._pool.v[layer],
-            prepared[self._layers.windows[layer]],
+            prepared[track, self._layers.windows[layer]],
             scale=self._layers.scale,
             return_lse=return_lse,
         )

@@ -24,6 +24,7 @@ from mnemosyne.request import Logprobs, Sampled
 from mnemosyne.runtime.graphs import DecodeGraphs
 from mnemosyne.runtime.inputs import PlacedChunk, StepInputs, build_inputs, count_rows
 from mnemosyne.runtime.leaves import RankLeaves
+from mnemosyne.runtime.rings import drop_rings, enter_rings
 from mnemosyne.runtime.sampler import sample, token_logprobs
 from mnemosyne.runtime.sequences import SequenceState
 from mnemosyne.runtime.step import LayerShape, Model, PagedAttention
@@ -136,6 +137,8 @@ class Worker:
             places = [(chunk.request_id, chunk.start) for chunk in broken] + came_broken
             for request_id, start in places:
                 self._sequences[request_id].note_broken(start)
+            if places:
+                self._pool.clear_passing()
             result = replace(result, broken=tuple(request_id for request_id, _ in places))
         is_last_stage = self._mesh.pp.index == self._mesh.pp.degree - 1
         if is_last_stage and self._mesh.tp.index == 0:
@@ -161,6 +164,7 @@ class Worker:
             padding_slot=self._pool.padding_slot,
             page_ids=self._pool.ids,
             device=self._device,
+            pool=self._pool,
         )
         handing = self._handing(inputs)
         forward, is_finite = self._forward_pass(inputs, handing), list[Tensor]()
@@ -223,6 +227,7 @@ class Worker:
         for request_id in plan.released:
             gone = self._sequences.pop(request_id, None)
             self._pool.ids.drop(request_id)
+            drop_rings(self._pool, request_id)
             if gone is not None and gone.broken_from is not None:
                 self._clear(gone.table, gone.broken_from)
         for admission in plan.admitted:
@@ -234,6 +239,7 @@ class Worker:
                 self._clear(sequence.table, sequence.broken_from)
             sequence.table = table
             self._pool.ids.enter(request_id, table.pages_on(group))
+            enter_rings(self._pool, request_id, table.rings_on(group))
         for copy in plan.copies:
             if copy.group == group:
                 self._pool.copy(copy.source, copy.target)
@@ -251,6 +257,8 @@ class Worker:
             if extent.group == self._mesh.kvp.index:
                 first = max(0, broken_from - extent.start) // self._pool.page_size
                 self._pool.clear(extent.pages[first:])
+        for ring in table.rings_on(self._mesh.kvp.index):
+            self._pool.clear(ring.ravel())
 
     def _reports(self, placed: PlacedChunk) -> bool:
         """Return whether this group speaks for a chunk: the first of several does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mnemosyne.cache.kinds import PageKinds
 from mnemosyne.cache.ledger import Ledger
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.schedule.predictor import Predictor
@@ -23,6 +24,7 @@ def build_scheduler(
     depth: int = 1,
     fingerprint: bytes | None = None,
     disk: Disk | None = None,
+    kinds: PageKinds | None = None,
 ) -> Scheduler:
     """A scheduler over empty caches.
 
@@ -38,12 +40,14 @@ def build_scheduler(
         depth: steps that may be in flight.
         fingerprint: of a model whose requests share prefixes; None: they share nothing.
         disk: where prefixes outlive the process, if anywhere.
+        kinds: of its layers; None: each keeps every key.
     """
     ledger = Ledger(
         [num_pages] * num_groups,
         page_size=page_size,
         max_tokens_per_group=max_tokens_per_group,
         shares=fingerprint is not None,
+        kinds=kinds,
     )
     return Scheduler(
         config,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mnemosyne.cache.layout import pages_for
+from mnemosyne.cache.kinds import PageKinds
 from mnemosyne.cache.table import PageTable
 from mnemosyne.request import SamplingParams
 from mnemosyne.schedule.plan import Admission, Chunk, Executor, Plan
@@ -30,10 +30,11 @@ class Limits:
     """Limits of a synthetic step."""
 
     num_pages: int
-    page_size: int
+    kinds: PageKinds
     max_positions: int
     vocab_size: int
     step_s: float  # a sweep stops growing where one step takes this long
+    max_rows: int = 8192  # of a step in chunks, where layers forget what they pass by
 
 
 def calibrate(
@@ -127,14 +128,15 @@ def _families() -> Iterator[list[Shape]]:
 def _plans(shape: Shape, limits: Limits) -> list[Plan] | None:
     """The step, its repeats, then a plan that takes its requests away; None if it is too large."""
     room = max(context + tokens for context, tokens, _ in shape) + 1 + REPEATS
-    pages_each = pages_for(room, limits.page_size)
+    pages_each = limits.kinds.pages(room)
     if pages_each * len(shape) > limits.num_pages or room > limits.max_positions:
+        return None
+    if limits.kinds.windows and sum(tokens for _, tokens, _ in shape) > limits.max_rows:
         return None
     admitted, tables = [], []
     for index, (context, tokens, is_decode) in enumerate(shape):
-        first = index * pages_each
-        pages = np.arange(first, first + pages_each, dtype=np.int64)
-        tables.append((_request_id(index), PageTable.on(0, pages)))
+        table = _table(limits.kinds, room, first=index * pages_each)
+        tables.append((_request_id(index), table))
         num_prompt_tokens = context if is_decode else context + tokens
         admitted.append(
             Admission(
@@ -151,6 +153,18 @@ def _plans(shape: Shape, limits: Limits) -> list[Plan] | None:
         *(Plan(index=n, chunks=_chunks(shape, n)) for n in range(1, 1 + REPEATS)),
         Plan(index=1 + REPEATS, chunks=(), released=ids),
     ]
+
+
+def _table(kinds: PageKinds, room: int, *, first: int) -> PageTable:
+    """A table for so many tokens, of the pages from ``first`` on."""
+    num_rings = kinds.ring_pages(room)
+    kept = np.arange(first + num_rings, first + kinds.pages(room), dtype=np.int64)
+    rings = []
+    for window, count in zip(kinds.windows, kinds.rings(room), strict=True):
+        stop = first + window.tracks * count
+        rings.append(np.arange(first, stop, dtype=np.int64).reshape(window.tracks, count))
+        first = stop
+    return replace(PageTable.on(0, kept), rings=tuple(rings))
 
 
 def _chunks(shape: Shape, repeat: int) -> tuple[Chunk, ...]:

@@ -44,8 +44,7 @@ class Growth:
 
     def has_page(self, state: RequestState, position: int) -> bool:
         """Tell if a request has a page for one more token."""
-        last = state.table.extents[-1]
-        return position < last.start + len(last.pages) * self._ledger.page_size
+        return self._ledger.has_room(state.table, position)
 
     def grow(self, state: RequestState) -> Chunk | None:
         """Give a stalled request one more page.

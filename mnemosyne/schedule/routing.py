@@ -51,7 +51,7 @@ class Router:
         Returns:
             None if the pages are not free now.
         """
-        free, sizes = self._free(), self._ledger.shard_pages(num_tokens)
+        free, sizes = self._free(), self._ledger.shard_needs(num_tokens)
         if kept:
             for group, pages in kept.items():
                 free[group] -= pages
@@ -95,14 +95,14 @@ class Router:
     def has_room(self, num_tokens: int) -> bool:
         """Return whether a request would find its pages now."""
         free = self._free()
-        sizes = self._ledger.shard_pages(num_tokens)
+        sizes = self._ledger.shard_needs(num_tokens)
         return _assign(sizes, range(len(free)), free) is not None
 
     def best_groups(self, num_tokens: int) -> dict[int, int]:
         """Pages by group of a request that the empty cache would hold, where most are free now."""
         ledger = self._ledger
         order = sorted(ledger.groups, key=lambda group: -ledger.num_free(group))
-        sizes = ledger.shard_pages(num_tokens)
+        sizes = ledger.shard_needs(num_tokens)
         chosen = _assign(sizes, order, ledger.group_pages)
         assert chosen is not None, "a request that never fits is refused"
         return dict(zip(chosen, sizes, strict=True))

@@ -75,7 +75,9 @@ class Spread:
         self._ledger = ledger
         self._router = router
         self._config = config
-        self._is_on = config.spread == "auto" and len(ledger.groups) > 1
+        # layers that forget have what they see on one group
+        may_cut = len(ledger.groups) > 1 and not ledger.kinds.windows
+        self._is_on = config.spread == "auto" and may_cut
         self._prompts: dict[int, RequestState] = {}  # with copies
         self._changed: dict[int, RequestState] = {}  # whose tables no plan told of yet
         self._may_lend = True  # whether nobody waits for pages

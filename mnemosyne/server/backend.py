@@ -54,7 +54,7 @@ class About:
     vocab_size: int
     max_model_len: int  # positions that the model was made for
     max_request_tokens: int  # prompt and output of one request that an empty cache holds
-    num_pages: int  # of all groups
+    num_pages: int  # full ones that all groups hold
     page_size: int  # tokens
     end_token_ids: tuple[int, ...] = ()
     keeps_prefixes: bool = False  # whether the cache knows what was prefilled, page by page

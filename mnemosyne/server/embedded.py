@@ -115,7 +115,7 @@ class EmbeddedBackend:
             vocab_size=intake.vocab_size,
             max_model_len=intake.max_positions,
             max_request_tokens=ledger.max_request_tokens(),
-            num_pages=ledger.num_pages,
+            num_pages=ledger.num_tokens() // ledger.page_size,
             page_size=ledger.page_size,
             end_token_ids=intake.end_token_ids(),
             keeps_prefixes=ledger.shares,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
+from mnemosyne.cache.kinds import PageKinds
 from mnemosyne.config import MeshConfig
 from mnemosyne.config_simulate import HardwareConfig
 from mnemosyne.shape import ModelShape
@@ -60,26 +62,29 @@ class Footprint:
     Attributes:
         weights: of its layers.
         activations: of the largest step.
-        kv_per_token: K and V of one token.
+        kv_per_token: K and V of one token, in all layers.
         num_pages: pages that the rest of the memory holds.
-        page_size: tokens per page.
+        kinds: of layers.
+        num_passing: pages that no request holds; see ``PageKinds``.
     """
 
     weights: int
     activations: int
     kv_per_token: int
     num_pages: int
-    page_size: int
+    kinds: PageKinds
+    num_passing: int = 0
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the cache of one group holds."""
-        return self.num_pages * self.page_size
+        """Tokens that the cache of one group holds: of one request, where layers forget."""
+        return self.kinds.capacity(self.num_pages)
 
     @property
     def kv_bytes(self) -> int:
         """The whole pool: one page more than is handed out takes what padding rows write."""
-        return (self.num_pages + 1) * self.page_size * self.kv_per_token
+        num_pages = self.num_pages + 1 + self.num_passing
+        return num_pages * self.kinds.page_size * self.kv_per_token // self.kinds.num_tracks
 
 
 def footprint(
@@ -90,7 +95,7 @@ def footprint(
     *,
     max_rows: int,
     max_sampled: int,
-    page_size: int,
+    kinds: PageKinds,
     memory_share: float,
 ) -> Footprint:
     """How the memory of a rank is used.
@@ -102,12 +107,23 @@ def footprint(
         stages: layers of each stage of the pipeline.
         max_rows: tokens of the largest step.
         max_sampled: rows of it that get logits.
-        page_size: tokens per page.
+        kinds: of layers.
         memory_share: share of what weights and activations leave that the cache may take.
     """
     weights = weight_bytes(shape, mesh, stages)
     activations = activation_bytes(shape, mesh, num_rows=max_rows, num_sampled=max_sampled)
-    token_bytes = shape.local(mesh).kv_bytes_per_token(max(stages))
+    page_bytes = kinds.page_size * shape.local(mesh).kv_bytes_per_token(
+        _layers_per_page(shape, stages, kinds)
+    )
     left = max(0, int(hardware.memory_gb * 1e9) - weights - activations)
-    num_pages = int(left * memory_share) // token_bytes // page_size
-    return Footprint(weights, activations, token_bytes, num_pages, page_size)
+    num_passing = kinds.num_passing(max_rows)
+    num_pages = max(0, int(left * memory_share) // page_bytes - num_passing)
+    kv_per_token = kinds.num_tracks * page_bytes // kinds.page_size
+    return Footprint(weights, activations, kv_per_token, num_pages, kinds, num_passing)
+
+
+def _layers_per_page(shape: ModelShape, stages: tuple[int, ...], kinds: PageKinds) -> int:
+    """Layers of a page, on the stage where they are most."""
+    stops = accumulate(stages)
+    parts = (shape.windows[stop - n : stop] for n, stop in zip(stages, stops, strict=True))
+    return max(kinds.layers_per_page(part) for part in parts)

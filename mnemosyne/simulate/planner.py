@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from math import inf
 
+from mnemosyne.cache.kinds import PageKinds
+from mnemosyne.cache.room import Room
 from mnemosyne.config import MeshConfig
 from mnemosyne.config_simulate import HardwareConfig, PlanConfig
 from mnemosyne.shape import ModelShape
@@ -129,18 +131,19 @@ def judge(
         stages,
         max_rows=config.max_chunk,
         max_sampled=1,
-        page_size=config.page_size,
+        kinds=PageKinds.of(shape.windows, config.page_size),
         memory_share=config.memory_share,
     )
-    capacity = mesh.kvp * memory.num_tokens
-    max_context = max(0, capacity - config.output)
+    kinds, num_tokens = memory.kinds, config.context_tokens + config.output
+    room = Room([memory.num_pages] * mesh.kvp, kinds, kinds.most_tokens(memory.num_pages))
+    max_context = max(0, room.max_request_tokens() - config.output)
     held = Verdict(mesh, replicas, Rank.NO_MEMORY, memory=memory, max_context=max_context)
     if config.context_tokens > max_context:
         return replace(held, reason=_why_too_small(memory, config.hardware))
     cost = StepCost(shape, config.hardware, config.efficiency, mesh, stages)
     sizes = {"page_size": config.page_size, "max_chunk": config.max_chunk}
     outlook = Outlook(cost, context=config.context_tokens, **sizes)
-    slots = capacity // (config.context_tokens + config.output)
+    slots = room.num_pages // kinds.pages(num_tokens)
     trials: list[Verdict] = []
     for decodes in _loads(config, slots):
         trials.append(_at_load(config, held, outlook, decodes, only_rank))

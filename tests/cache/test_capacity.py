@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mnemosyne.cache.capacity import count_pages, describe_cache, tokens_per_group
+from mnemosyne.cache.kinds import PageKinds
 from mnemosyne.cache.ledger import Ledger
 from mnemosyne.config import CacheConfig, parse_size
 from mnemosyne.schedule.routing import Router
@@ -28,7 +29,12 @@ def pages(weight_bytes: int = 0, **fields: object) -> int:
 
 def describe(num_pages: int, page_size: int, **sizes: int) -> str:
     one_group = {"num_groups": 1, "max_tokens_per_group": num_pages * page_size}
-    return describe_cache(num_pages, page_size, **{"token_bytes": 1} | one_group | sizes)
+    return describe_cache(num_pages, PageKinds(page_size), **{"token_bytes": 1} | one_group | sizes)
+
+
+def per_group(**fields: object) -> int:
+    config = CacheConfig(**{"page_size": 16, **fields})
+    return tokens_per_group(config, 10, PageKinds(16))
 
 
 def requests(said: str) -> str:
@@ -128,9 +134,9 @@ def test_a_small_cache_is_described_by_the_one_request_that_it_holds() -> None:
 
 
 def test_a_group_holds_all_of_a_request_unless_told_otherwise() -> None:
-    assert tokens_per_group(CacheConfig(page_size=16), 10) == 160
-    assert tokens_per_group(CacheConfig(page_size=16, max_tokens_per_group=64), 10) == 64
-    assert tokens_per_group(CacheConfig(page_size=16, max_tokens_per_group=1600), 10) == 160
+    assert per_group() == 160
+    assert per_group(max_tokens_per_group=64) == 64
+    assert per_group(max_tokens_per_group=1600) == 160
 
     with pytest.raises(ValueError, match=r"multiple of cache.page_size=16, got 50; use 48"):
-        tokens_per_group(CacheConfig(page_size=16, max_tokens_per_group=50), 10)
+        per_group(max_tokens_per_group=50)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 from mnemosyne import LLM, SamplingParams
+from mnemosyne.cache.kinds import PageKinds
 from mnemosyne.request import RequestOutput
 from mnemosyne.runtime.worker import Worker
 from mnemosyne.schedule.plan import Plan
@@ -32,16 +34,18 @@ NEVER = {BROKEN: -100.0}  # what a request samples is its next input: none may s
 
 
 def _open(path: Path, mesh: dict[str, Any], *, chunk: int = CHUNK, prefix: str = "off") -> LLM:
+    """An engine whose layers keep all keys: those that forget are on one group."""
     # step times of a clock, so that nothing depends on how fast this machine is
-    return LLM(
-        str(path),
-        dtype="float64",
-        device="cpu",
-        schedule={"chunk": chunk},
-        cache={"max_tokens": 2048, "page_size": 16, "prefix": prefix},
-        mesh=mesh,
-        predictor=Rates(pair_s=1e-6),
-    )
+    with mock.patch.object(PageKinds, "of", lambda windows, page_size: PageKinds(page_size)):
+        return LLM(
+            str(path),
+            dtype="float64",
+            device="cpu",
+            schedule={"chunk": chunk},
+            cache={"max_tokens": 2048, "page_size": 16, "prefix": prefix},
+            mesh=mesh,
+            predictor=Rates(pair_s=1e-6),
+        )
 
 
 def _values(outputs: list[RequestOutput]) -> list[Any]:

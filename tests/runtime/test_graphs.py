@@ -77,12 +77,12 @@ def graphs_of(llm: LLM, rows: tuple[int, ...] = (1, 2, 4)) -> DecodeGraphs:
         worker._layers,
         pool,
         operators=worker._operators,
-        backend_for=lambda num_rows: FixedDecodes(
+        backend_for=lambda num_rows, page_ids: FixedDecodes(
             TritonBackend(),
             pool.k[0],
             num_rows=num_rows,
             page_size=pool.page_size,
-            page_ids=pool.ids.tensor,
+            page_ids=page_ids,
         ),
         new_graph=FakeGraph,
         rows=rows,

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mnemosyne.cache.kinds import PageKinds
 from mnemosyne.cache.layout import pages_for
 from mnemosyne.schedule.calibrate import Limits, calibrate
 from mnemosyne.schedule.plan import Plan, StepResult
@@ -17,7 +18,7 @@ from mnemosyne.schedule.work import StepWork, WorkModel
 WORK_MODEL = WorkModel([None, 512])
 COSTS = np.array([3e-3, 2e-5, 1e-9, 4e-9, 1e-4, 2e-4, 0.0, 0.0])  # seconds per feature
 ROOMY = Limits(
-    num_pages=2**16, page_size=16, max_positions=2**20, vocab_size=100, step_s=float("inf")
+    num_pages=2**16, kinds=PageKinds(16), max_positions=2**20, vocab_size=100, step_s=float("inf")
 )
 
 
@@ -110,7 +111,11 @@ def test_requests_of_the_sweep_are_told_apart_from_real_ones() -> None:
 def test_the_sweep_stays_within_cache_and_model(num_pages: int, max_positions: int) -> None:
     machine = Machine()
     limits = Limits(
-        num_pages=num_pages, page_size=16, max_positions=max_positions, vocab_size=7, step_s=1e9
+        num_pages=num_pages,
+        kinds=PageKinds(16),
+        max_positions=max_positions,
+        vocab_size=7,
+        step_s=1e9,
     )
 
     samples = sweep(machine, limits)
@@ -127,7 +132,7 @@ def test_the_sweep_stays_within_cache_and_model(num_pages: int, max_positions: i
 
 
 def test_a_tiny_cache_gives_no_samples() -> None:
-    limits = Limits(num_pages=1, page_size=16, max_positions=1024, vocab_size=7, step_s=1.0)
+    limits = Limits(num_pages=1, kinds=PageKinds(16), max_positions=1024, vocab_size=7, step_s=1.0)
 
     assert sweep(Machine(), limits) == []
 

@@ -15,12 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mnemosyne import cli
+from mnemosyne.cache.kinds import PageKinds
 from mnemosyne.cli.shapes import find_shape
 from mnemosyne.config import MeshConfig
 from mnemosyne.config_simulate import PlanConfig
 from mnemosyne.joining.simulated import build_simulation, stages_of
 from mnemosyne.model_zoo.spec import read_spec
-from mnemosyne.simulate.footprint import Footprint, activation_bytes, footprint
+from mnemosyne.simulate.footprint import activation_bytes, footprint
 from mnemosyne.simulate.outlook import Outlook
 from mnemosyne.simulate.planner import (
     Rank,
@@ -101,12 +102,10 @@ def test_planned_bytes_are_those_that_the_engine_allocates(
         stages,
         max_rows=chunk,
         max_sampled=1,
-        page_size=PAGE_SIZE,
+        kinds=PageKinds(PAGE_SIZE),
         memory_share=0.5,
     )
-    planned = Footprint(
-        planned.weights, planned.activations, planned.kv_per_token, num_pages, PAGE_SIZE
-    )
+    planned = replace(planned, num_pages=num_pages)
 
     with open_tiny(path, chunk=chunk, max_tokens=num_pages * PAGE_SIZE) as llm:
         weights = sum(parameter.nbytes for parameter in model_of(llm).parameters())
