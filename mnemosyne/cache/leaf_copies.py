@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,13 +42,13 @@ class LeafCopies:
         slots = slots_of(pages, first, tokens.size, self.pool.page_size)
         kv = [pool for pair in zip(self.pool.k, self.pool.v, strict=True) for pool in pair]
         num_heads, _, head_dim = kv[0].shape
-        copied = torch.empty(
-            (len(kv), num_heads, tokens.size, head_dim), dtype=kv[0].dtype, device=kv[0].device
-        )
+        shape = (len(kv), num_heads, tokens.size, head_dim)
+        copied = torch.empty(shape, dtype=kv[0].dtype, device=kv[0].device)
+        rows = _quick(copied)
         for first_row, first_slot, count in _runs(slots):
             for index, pool in enumerate(kv):
-                rows = pool[:, first_slot : first_slot + count]
-                copied[index, :, first_row : first_row + count] = rows
+                found = _quick(pool)[:, first_slot : first_slot + count]
+                rows[index, :, first_row : first_row + count] = found
         bytes_LB = copied.cpu().view(torch.uint8).reshape(len(kv), -1).numpy()
         return Part(self.layers, self.heads, tokens), [piece.data for piece in bytes_LB]
 
@@ -65,7 +66,7 @@ class LeafCopies:
         for piece in pieces:
             pool = (self.pool.v if piece.is_value else self.pool.k)[piece.layer - self.layers.first]
             heads = slice(piece.heads.first - self.heads.first, piece.heads.stop - self.heads.first)
-            rows_KND = self._tensor(piece)
+            pool, rows_KND = _quick(pool), _quick(self._tensor(piece))
             for first_row, first_slot, count in runs:
                 run = Span(tokens.first + first_row, tokens.first + first_row + count)
                 both = run.common(piece.tokens)
@@ -78,6 +79,15 @@ class LeafCopies:
         pool = self.pool.k[0]
         rows = torch.frombuffer(piece.data, dtype=pool.dtype)
         return rows.view(piece.heads.size, piece.tokens.size, pool.shape[-1])
+
+
+def _quick(rows: Tensor) -> Any:
+    """The same memory for copies of a few hundred rows.
+
+    On the CPU it is numpy's, which copies in this thread: torch would share the work with threads
+    that may be kept busy by others.
+    """
+    return rows.view(torch.uint8).numpy() if rows.is_cpu else rows
 
 
 def _runs(slots: np.ndarray) -> Iterator[tuple[int, int, int]]:
