@@ -2,6 +2,8 @@
 
     spp   prefill of one prompt with pp=1 and pp=2, and decode with both
     hops  decode over a filled cache with pp=1 and pp=2: what a token pays for a second stage
+    slices  prefill of one prompt in one step with kvp=1 and kvp=2, whose groups share it or do not;
+          --chunk adaptive for the steps that the chunk rule makes
     kvp   decode over a filled cache with kvp=1 and kvp=2: attention with merge, and whole steps
     merge time of exchange and merge by context length, with kvp=2; ranks meet before each, so that
           neither waits for the other's attention
@@ -11,8 +13,8 @@
 
 Runs alternate and medians are shown. Ranks are started by torchrun on this machine.
 
-Usage: python tools/bench_mesh.py spp|hops|kvp|merge|overlap|tp [--repeats 3]
-       [--length 32K] [--attention auto] [--degree 1] [--json FILE] [--trace FILE]
+Usage: python tools/bench_mesh.py spp|slices|hops|kvp|merge|overlap|tp [--repeats 3]
+       [--length 32K] [--chunk SIZE] [--attention auto] [--degree 1] [--json FILE] [--trace FILE]
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ from mnemosyne.parallel.collectives import Gather, all_gather
 from mnemosyne.parallel.mesh import Axis
 from mnemosyne.schedule.plan import Admission, Chunk, Executor, Plan
 
+WHATS = ("spp", "slices", "hops", "kvp", "merge", "overlap", "tp")
 RESULT = "bench_mesh_result "  # before the line of JSON that rank 0 prints
 PAGE_SIZE = 128
 NUM_STEPS = 24  # decode steps timed, after NUM_WARM of them
@@ -65,7 +68,7 @@ def serve_prompt(case: Case) -> dict[str, float] | None:
         "bench",
         mesh=case["mesh"],
         attention=case["attention"],
-        schedule={"chunk": case["chunk"]},
+        schedule={"chunk": case["chunk"], "spread": case.get("spread", "off")},
         cache={"max_tokens": case["length"] + 4096},
         metrics={"trace": case["trace"]},
     ) as llm:
@@ -234,6 +237,10 @@ def cases(what: str, length: int) -> list[Case]:
     if what == "spp":
         fields = {"measure": "serve", "length": length, "chunk": 512}
         return [{"mesh": {"pp": pp}, **fields} for pp in (1, 2)]
+    if what == "slices":
+        fields = {"measure": "serve", "length": length, "chunk": length}
+        spreads = [{"mesh": {"kvp": 2}, "spread": spread} for spread in ("off", "auto")]
+        return [{**case, **fields} for case in ({"mesh": {"kvp": 1}}, *spreads)]
     if what == "tp":
         fields = {"measure": "serve", "length": min(length, 2048), "chunk": 512}
         return [{"mesh": {"tp": tp}, **fields} for tp in (1, 2)]
@@ -278,20 +285,22 @@ def compare(chosen: list[Case], repeats: int) -> list[Case]:
             for name, value in medians.items()
             if value > 0
         ]
-        print(case["mesh"], f"{case['length']:,} tokens:", ", ".join(shown), flush=True)
+        words = [case["mesh"], *([f"spread={case['spread']}"] if "spread" in case else [])]
+        print(*words, f"{case['length']:,} tokens:", ", ".join(shown), flush=True)
     return outcomes
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="?", choices=["spp", "hops", "kvp", "merge", "overlap", "tp"])
+    parser.add_argument("what", nargs="?", choices=WHATS)
     parser.add_argument("--length", default=None, help="tokens; 32K, for kvp 256K")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--chunk", help="slices: as schedule.chunk; all of the prompt")
     parser.add_argument("--attention", default="auto", help="backend")
     parser.add_argument("--degree", type=int, help="run only the cases of this degree")
     parser.add_argument("--json", help="write the outcomes to this file")
     parser.add_argument(
-        "--trace", help="spp and tp: what ranks did when, of the last run, for Perfetto"
+        "--trace", help="spp, slices and tp: what ranks did when, of the last run, for Perfetto"
     )
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -303,11 +312,14 @@ def main() -> int:
             print(RESULT + json.dumps(found), flush=True)
         return 0
     if arguments.what is None:
-        parser.error("say what to compare: spp, hops, kvp, merge, overlap or tp")
+        parser.error(f"say what to compare: {', '.join(WHATS)}")
     default = "256K" if arguments.what == "kvp" else "32K"
     length = parse_size(arguments.length or default, "--length")
+    common = {"attention": arguments.attention, "trace": arguments.trace}
+    if arguments.chunk is not None:
+        common["chunk"] = arguments.chunk
     chosen = [
-        {**case, "attention": arguments.attention, "trace": arguments.trace}
+        {**case, **common}
         for case in cases(arguments.what, length)
         if arguments.degree in (None, *case["mesh"].values())
     ]
