@@ -37,6 +37,10 @@ class StepRecord:
     num_missed: int = 0  # first tokens of this step that came after their deadlines
     # of requests that started: (request, prompt tokens cached, first position that differs)
     hits: tuple[tuple[int, int, int | None], ...] = ()
+    # of each of ``chunks``: the group that computed a slice, None where all that hold its keys did
+    groups: tuple[int | None, ...] = ()
+    num_handed: int = 0  # rows of slices, by group that their keys and values went to
+    pages_lent: int = 0  # of those that are used, pages of copies for prompts of other groups
     num_set_back: int = 0  # requests that gave their pages up, to compute all of them again
     leaves_saved: int = 0  # copied out of pages, for cache.dir
     leaves_restored: int = 0  # of cache.dir, asked for in this step
@@ -134,6 +138,7 @@ def read_steps(path: str | Path) -> list[StepRecord]:
                 fields = json.loads(line)
                 fields["chunks"] = tuple(tuple(chunk) for chunk in fields["chunks"])
                 fields["slack_s"] = tuple(fields.get("slack_s", ()))
+                fields["groups"] = tuple(fields.get("groups", ()))
                 fields["hits"] = tuple(tuple(hit) for hit in fields.get("hits", ()))
                 records.append(StepRecord(**fields))
             except (json.JSONDecodeError, KeyError, TypeError) as error:

@@ -237,6 +237,7 @@ class RequestMetrics:
     num_shards: int | None = None  # groups that hold its cache
     tbt_s: list[float] = field(default_factory=list)  # gaps between consecutive tokens
     chunks: list[int] = field(default_factory=list)  # tokens per prefill chunk
+    groups: list[int] = field(default_factory=list)  # that each of these was cut over
     num_set_back: int = 0  # how often it gave its pages up, to compute all of them again
     num_cached: int = 0  # prompt tokens that the cache held, and that were not computed again
     num_restored: int = 0  # of those, tokens that came from the disk

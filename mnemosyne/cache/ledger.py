@@ -71,6 +71,11 @@ class Ledger(Room):
         return self.num_pages - sum(self.num_free(group) for group in self.groups)
 
     @property
+    def num_lent(self) -> int:
+        """Pages of copies that groups hold for prompts of others."""
+        return sum(len(copy.pages) for table in self._tables.values() for copy in table.lent)
+
+    @property
     def num_idle(self) -> int:
         """Pages of known prefixes that nobody holds."""
         return sum(index.num_idle for index in self._indexes)
@@ -221,15 +226,12 @@ class Ledger(Room):
         return min(self.num_free(group), self.num_listable(group)) >= count
 
     def lend(self, holder: int, groups: Sequence[int], num_tokens: int) -> PageTable:
-        """Take pages on other groups for copies of the first keys of a holder.
+        """Take pages on other groups for copies of a holder's first keys; the table from now on.
 
         Args:
             holder: whose pages are on one group.
             groups: others, which ``can_lend``.
             num_tokens: keys that a copy holds.
-
-        Returns:
-            The table from now on.
         """
         table, count = self._tables[holder], pages_for(num_tokens, self.page_size)
         assert len(table.extents) == 1, "what several groups hold is not lent to"

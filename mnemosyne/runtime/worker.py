@@ -115,8 +115,8 @@ class Worker:
             the last stage); None on the others, but for what each restored.
         """
         if self._trace is not None:
-            chunks = ((c.request_id, c.start, c.num_tokens) for c in plan.chunks)
-            self._trace.begin(plan.index, chunks)
+            here = (c for c in plan.chunks if c.group in (None, self._mesh.kvp.index))
+            self._trace.begin(plan.index, ((c.request_id, c.start, c.num_tokens) for c in here))
         self.expect(plan)
         announced = self._expected.popleft()
         assert announced is plan, f"step {announced.index} was announced before step {plan.index}"

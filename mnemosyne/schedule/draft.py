@@ -22,6 +22,7 @@ class StepDraft:
         seconds: predicted, of the slowest group.
         chunks: of prefill.
         prompts: whose they are.
+        num_handed: rows of slices, by group that they go to.
     """
 
     def __init__(self, work: Work, model: WorkModel, predict: Callable[[StepWork], float]) -> None:
@@ -31,6 +32,7 @@ class StepDraft:
         self.seconds = max(self.group_s)
         self.chunks: list[Chunk] = []
         self.prompts: list[RequestState] = []
+        self.num_handed = 0
 
 
 class ChunkCandidate:

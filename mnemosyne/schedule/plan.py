@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple, Protocol, Self
 
 import numpy as np
@@ -127,6 +129,7 @@ class Plan:
     restores: tuple[Restore, ...] = ()
     predicted_s: float = 0.0
     slack_s: tuple[float, ...] = ()  # of each prefill chunk's request as planned; not sent to ranks
+    num_handed: int = 0  # rows of slices, by group that they go to; not sent to ranks
     set_back: tuple[int, ...] = ()  # requests that gave their pages up; not sent to ranks
     hits: tuple[Hit, ...] = ()  # of admitted requests, where prefixes are shared; not sent to ranks
 
@@ -140,6 +143,46 @@ class Plan:
         # counted from the end: decodes may be a thousand, prefills are few
         is_decode = (index for index, c in enumerate(reversed(self.chunks)) if c.is_decode)
         return len(self.chunks) - next(is_decode, len(self.chunks))
+
+
+class Handover(NamedTuple):
+    """A slice whose keys and values go from its group to another one."""
+
+    chunk: Chunk
+    receiver: int
+    is_needed: bool  # whether rows of the same step see them there
+
+
+def handovers(chunks: Iterable[Chunk], table_of: Callable[[int], PageTable]) -> Iterator[Handover]:
+    """Tell which slices of a step go where: to every other lane of their prompt.
+
+    Copies are not read any more once a prompt ends: its last slices go to groups of later ones.
+
+    Args:
+        chunks: of the step.
+        table_of: the table of a request.
+    """
+    sliced: dict[int, list[Chunk]] = {}
+    for chunk in chunks:
+        if chunk.group is not None:
+            sliced.setdefault(chunk.request_id, []).append(chunk)
+    for request_id, slices in sliced.items():
+        table = table_of(request_id)
+        _check_slices(slices, table)
+        lanes = [extent.group for extent in table.lanes]
+        for index, chunk in enumerate(slices):
+            later = {other.group for other in slices[index + 1 :]}
+            readers = later if slices[-1].samples else lanes
+            for group in lanes:
+                if group != chunk.group and group in readers:
+                    yield Handover(chunk, group, group in later)
+
+
+def _check_slices(slices: list[Chunk], table: PageTable) -> None:
+    assert all(a.stop == b.start for a, b in pairwise(slices)), "slices leave no gap"
+    groups = [chunk.group for chunk in slices]
+    assert len(groups) == len(set(groups)), "a group has one slice of a chunk"
+    assert not slices[-1].samples or groups[-1] == table.reporter, "the home has all keys at last"
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ class Prefills:
     slack_s: list[float]  # of each: time to spare when it was planned
     work: Work  # of the whole step, decodes included
     seconds: float  # predicted, for all of it
+    num_handed: int = 0  # rows of slices, by group that they go to
 
 
 class PrefillPlanner:
@@ -120,7 +121,8 @@ class PrefillPlanner:
             else:
                 self._queue.advance(prompt)
         self._remove(done)
-        return Prefills(step.chunks, step.prompts, slacks_s, tuple(step.work), step.seconds)
+        parts = step.chunks, step.prompts, slacks_s, tuple(step.work)
+        return Prefills(*parts, step.seconds, step.num_handed)
 
     def _remove(self, prompts: list[RequestState]) -> None:
         self._queue.remove(prompts)

@@ -203,8 +203,7 @@ class Scheduler:
             now_s: seconds on the clock of the requests' arrivals.
         """
         tables, set_back = self._grow() if self._growth.stalled else ({}, [])
-        num_places = self.config.max_sequences - self.num_running
-        admitted = self._spread.admit(self._admission, num_places, now_s)
+        admitted = self._spread.admit(self._admission, self.num_running, now_s)
         for running in admitted:
             if not self.leaves.begin(running):
                 self._prefill.add(running)
@@ -239,6 +238,7 @@ class Scheduler:
             set_back=tuple(set_back),
             predicted_s=prefills.seconds,
             slack_s=tuple(prefills.slack_s),
+            num_handed=prefills.num_handed,
             hits=tuple([running.hit for running in admitted if running.hit is not None]),
         )
 

@@ -10,6 +10,7 @@ from mnemosyne.config import ScheduleConfig
 from mnemosyne.schedule.admission import AdmissionQueue
 from mnemosyne.schedule.chunking import solve_chunk
 from mnemosyne.schedule.draft import ChunkCandidate, StepDraft
+from mnemosyne.schedule.plan import handovers
 from mnemosyne.schedule.request_state import RequestState
 from mnemosyne.schedule.routing import Router
 
@@ -125,16 +126,19 @@ class Spread:
         for group, num_tokens in slices:
             ChunkCandidate(step, prompt, start, group).accept(num_tokens)
             start += num_tokens
+        handed = handovers(step.chunks[-len(slices) :], lambda _: prompt.table)
+        step.num_handed += sum(handover.chunk.num_tokens for handover in handed)
         return max(num_tokens for _, num_tokens in slices)
 
-    def admit(self, waiting: AdmissionQueue, num_places: int, now_s: float) -> list[RequestState]:
+    def admit(self, waiting: AdmissionQueue, num_running: int, now_s: float) -> list[RequestState]:
         """Let requests in; they get what groups lent to ended prompts, or to any if they lack it.
 
         Args:
             waiting: the requests.
-            num_places: how many may be let in.
+            num_running: requests that were let in before.
             now_s: seconds on the clock of their arrivals.
         """
+        num_places = self._config.max_sequences - num_running
         self._take_back([prompt for prompt in self._prompts.values() if not prompt.is_prefilling])
         if self._changed:
             waiting.note_room()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from mnemosyne.request import Logprobs, Piece, Request, RequestMetrics, RequestOutput
+from mnemosyne.schedule.plan import Chunk
 from mnemosyne.serve.stream import TextStream
 from mnemosyne.serve.tokenizer import Tokenizer
 
@@ -19,6 +20,7 @@ class Active:
     text: TextStream | None
     last_token_s: float | None = None
     prefilled: int = 0
+    chunk_step: int | None = None  # of the last chunk of its prompt
 
     @classmethod
     def start(cls, request: Request, tokenizer: Tokenizer | None) -> Self:
@@ -56,6 +58,17 @@ class Active:
                 )
             _, output.finish_reason = active.enter(token_id)
         return active
+
+    def note_prefill(self, chunk: Chunk, step: int) -> None:
+        """Take note that a chunk of the prompt, or a slice of one, was computed in a step."""
+        done, metrics = min(chunk.stop, len(self.output.prompt_token_ids)), self.output.metrics
+        self.prefilled = max(self.prefilled, done)  # less if it was set back
+        if self.chunk_step != step:
+            metrics.chunks.append(0)
+            metrics.groups.append(0)
+        metrics.chunks[-1] += chunk.num_tokens
+        metrics.groups[-1] += 1
+        self.chunk_step = step
 
     def enter(self, token_id: int) -> tuple[str, str | None]:
         """Add a token to the output.

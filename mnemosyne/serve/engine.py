@@ -259,9 +259,7 @@ class Engine:
             self._finish(active, "error")
             return active.piece()
         if not chunk.is_decode:
-            done = min(chunk.stop, len(output.prompt_token_ids))
-            active.prefilled = max(active.prefilled, done)  # less if it was set back
-            output.metrics.chunks.append(chunk.num_tokens)
+            active.note_prefill(chunk, result.index)
         if output.prompt_logprobs is not None:
             found = result.prompt_logprobs.get((chunk.request_id, chunk.start), [])
             output.prompt_logprobs += found

@@ -12,10 +12,10 @@ import torch
 
 from mnemosyne import LLM, SamplingParams
 from mnemosyne.cache.kinds import PageKinds
+from mnemosyne.metrics import StepRecord
 from mnemosyne.request import RequestOutput
 from mnemosyne.runtime.worker import Worker
-from mnemosyne.schedule.plan import Plan
-from tests.engines import WrappedExecutor, add, drain, greedy, pages_used, random_prompts
+from tests.engines import add, drain, greedy, pages_used, random_prompts
 from tests.model_zoo.tiny import VOCAB_SIZE, tiny_checkpoint
 from tests.ranks import run_ranks
 from tests.schedule.clocked import Rates
@@ -195,24 +195,24 @@ LONG_PROMPTS = random_prompts((700, 20, 530), seed=5)
 LOGPROBS = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, logprobs=VOCAB_SIZE)
 
 
-def _serve_long(path: Path, meshes: list[dict[str, Any]]) -> list[tuple[list[Any], list[int]]]:
-    """Outputs and slices in each step on each mesh, as the scheduler cuts them."""
+def _serve_long(
+    path: Path, meshes: list[dict[str, Any]]
+) -> list[tuple[list[Any], list[StepRecord], list[list[int]]]]:
+    """Outputs, records and groups of each chunk on each mesh, as the scheduler cuts them."""
     found = []
     for mesh in meshes:
         with _open(path, mesh, chunk=300, prefix="auto") as llm:
             if not llm.is_driver:
                 llm.follow()
                 continue
-            counts: list[int] = []
-
-            def count(plan: Plan, counts: list[int] = counts) -> None:
-                counts.append(sum(chunk.group is not None for chunk in plan.chunks))
-
-            WrappedExecutor(llm.engine, before=count)
+            records: list[StepRecord] = []
+            llm.engine.on_step = records.append
             outputs = [output for p in LONG_PROMPTS for output in _run(llm, [p], LOGPROBS)]
             outputs += _run(llm, LONG_PROMPTS, LOGPROBS)  # cached now but for their ends
             assert pages_used(llm.engine) == 0
-            found.append((_values(outputs), counts))
+            groups = [output.metrics.groups for output in outputs]
+            assert all(sum(o.metrics.chunks) for o in outputs[:3])
+            found.append((_values(outputs), records, groups))
     return found
 
 
@@ -223,9 +223,14 @@ def test_idle_groups_help_to_prefill_and_the_tokens_are_those_of_one_process(pat
 
     by_mesh, _ = run_ranks(_serve_long, 2, paths[1], meshes)
 
-    for values, counts in by_mesh:
-        assert counts[:3] == [2, 2, 2]
-        assert sum(counts) == 2 * (3 + 2)
+    for values, records, groups in by_mesh:
+        assert groups[:3] == [[2, 2, 2], [1], [2, 2]]
+        first, _, last, after = records[:4]
+        assert set(first.groups) == {0, 1}
+        assert first.pages_lent == -(-700 // 16)
+        assert first.num_handed == 300  # each slice to the other group
+        assert last.num_handed < 100  # the home alone takes those of a prompt that ends
+        assert after.pages_lent == after.num_handed == 0
         for (error, ids, mine), (_, want, theirs) in zip(values, expected, strict=True):
             assert (error, ids) == (None, want)
             assert np.abs(mine - theirs).max() < 1e-10
