@@ -55,13 +55,13 @@ class DemoConfig(EngineConfig):
     plot: str = "mnemosyne-demo.png"
 
     def __post_init__(self) -> None:
-        # zero-argument super() does not survive the class that slots=True makes anew
+        # zero-argument super() does not survive the class that slots=True rebuilds
         EngineConfig.__post_init__(self)
         self.length = parse_size(self.length, "length")
         if not 0 <= self.depth <= 1:
             raise ValueError(f"depth must lie in [0, 1], got {self.depth}; 0.5 is the middle")
         if self.num_short < 0:
-            raise ValueError(f"num_short must be >= 0, got {self.num_short}; 12 is usual")
+            raise ValueError(f"num_short must be >= 0, got {self.num_short}; the default is 12")
 
     @property
     def num_tokens(self) -> int:

@@ -11,7 +11,7 @@ DURATIONS = ("keep_alive", "write_timeout", "shutdown_timeout")
 
 @dataclass(kw_only=True, slots=True)
 class HttpConfig:
-    """Where and for whom a server answers, and how much it takes."""
+    """The addresses, clients and limits of a server."""
 
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any that is free
@@ -41,7 +41,9 @@ class HttpConfig:
     def __post_init__(self) -> None:
         check_types(self, "serve.")
         if not 0 <= self.port < 2**16:
-            raise ValueError(f"serve.port must lie in [0, 65535], got {self.port}; 8000 is usual")
+            raise ValueError(
+                f"serve.port must lie in [0, 65535], got {self.port}; 8000 is the default"
+            )
         self.max_body = parse_size(self.max_body, "serve.max_body")
         if self.max_tokens is not None:
             self.max_tokens = parse_size(self.max_tokens, "serve.max_tokens")

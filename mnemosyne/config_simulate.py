@@ -214,7 +214,7 @@ class PlanConfig:
             )
         if not 0 < self.memory_share < 1:
             raise ValueError(
-                f"memory_share must lie in (0, 1), got {self.memory_share}; 0.9 is usual"
+                f"memory_share must lie in (0, 1), got {self.memory_share}; the default is 0.9"
             )
 
     @property

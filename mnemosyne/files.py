@@ -98,7 +98,7 @@ def parse_object(text: str, name: str) -> dict[str, Any]:
     """The entries of a JSON object.
 
     Args:
-        text: of a file; its length is bounded by whoever read it.
+        text: of a file; its reader has bounded its length.
         name: of the file, for errors.
 
     Raises:

@@ -47,7 +47,7 @@ def find_snapshot(name: str) -> Path:
 
 
 def hub_folder() -> Path:
-    """Where Hugging Face tools keep what they download."""
+    """The folder in which Hugging Face tools keep their downloads."""
     for variable, below in (
         ("HF_HUB_CACHE", ""),
         ("HUGGINGFACE_HUB_CACHE", ""),

@@ -38,7 +38,7 @@ def read_kept(path: Path) -> bytes:
 
 
 def write_kept(path: Path, content: bytes) -> None:
-    """Write a file that is whole or not there, whoever else writes it and whenever power fails.
+    """Write a file that is whole or not there, also if others write it or power fails.
 
     Raises:
         OSError: if it cannot be written.

@@ -58,7 +58,7 @@ def is_private(path: Path) -> bool:
 
 
 def _cache_root() -> Path | None:
-    """Where this user's caches belong; None for a user without a home."""
+    """The folder for this user's caches; None for a user without a home."""
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if given.is_absolute():  # others are to be ignored, says the XDG specification
         return given / "mnemosyne"

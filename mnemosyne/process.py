@@ -1,4 +1,4 @@
-"""A command as a process among others: how signals end it, and streams that are closed."""
+"""A command as a process among others: signals that end it, and streams that are closed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 INTERRUPTED = 128 + signal.SIGINT  # exit statuses
 TERMINATED = 128 + signal.SIGTERM
-UNREAD = 128 + signal.SIGPIPE  # nobody reads standard output any more
+UNREAD = 128 + signal.SIGPIPE  # nothing reads standard output any more
 DESCRIPTORS = {"stdin": 0, "stdout": 1, "stderr": 2}
 
 
@@ -70,7 +70,7 @@ def ended_at_once() -> Iterator[None]:
 
 
 class KeptBack:
-    """Ctrl-C and SIGTERM that wait until whoever is in between can be interrupted."""
+    """Ctrl-C and SIGTERM that wait until the code in between can be interrupted."""
 
     def __init__(self) -> None:
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -80,16 +80,16 @@ class KeptBack:
 
     @contextmanager
     def holding(self) -> Iterator[None]:
-        """Note what comes while this lasts, and let it have its way afterwards."""
+        """Note signals while this lasts, and deliver them afterwards."""
         with _handling(dict.fromkeys(self._usual, self._note)):
             yield
         self._let_go()
 
     @contextmanager
     def released(self) -> Iterator[None]:
-        """Let have its way what came before, and at once what comes while this lasts.
+        """Deliver the signals that came before, and at once those that come while this lasts.
 
-        In another process nothing is held: its signals are a matter of whoever began it.
+        In another process nothing is held: its signals are the business of its parent.
         """
         with _handling(self._usual if os.getpid() == self._process else {}):
             self._let_go()
@@ -127,7 +127,7 @@ def open_streams() -> None:
             with suppress(OSError):
                 while os.open(os.devnull, os.O_RDWR) < descriptor:
                     pass
-            if name != "stdin":  # who reads from it is told that it is closed
+            if name != "stdin":  # its reader gets an error that says it is closed
                 setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif name == "stdout" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""An open model: this rank's engine, its ties to the other ranks, and who uses it now."""
+"""An open model: this rank's engine, its ties to the other ranks, and its current user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dense decoders in the Hugging Face format: what they are, their layers, their weights' names."""
+"""Dense decoders in the Hugging Face format: specifications, layers, and names of weights."""
 
 from mnemosyne.model_zoo.decoder import Decoder
 from mnemosyne.model_zoo.rope import RopeSpec

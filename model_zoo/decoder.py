@@ -128,12 +128,12 @@ class Decoder(nn.Module):
         return self.unembed(hidden_BE, owner.get_parameter("weight"))
 
     def sources(self) -> dict[str, Source]:
-        """Where each parameter held here lies in a checkpoint, by our name."""
+        """The source of each parameter held here in a checkpoint, by our name."""
         known = parameter_sources(self.spec)
         return {name: known[name] for name, _ in self.named_parameters()}
 
     def known_name(self, stored: str) -> str | None:
-        """By which name a stored tensor is known here; None for one that the model does not use."""
+        """The name here of a stored tensor; None for one that the model does not use."""
         return known_name(self.spec, stored)
 
     def checkpoint_names(self) -> dict[str, str]:

@@ -57,7 +57,7 @@ class Temperature(NamedTuple):
 class Family(NamedTuple):
     """The choices of a family of models beyond the sizes that all of them name alike.
 
-    Each field is one of ``ModelSpec``; the defaults are what Llama does.
+    Each field is one of ``ModelSpec``; the defaults are those of Llama.
     """
 
     windows: tuple[int | None, ...]  # one per layer; None sees everything
@@ -91,7 +91,7 @@ class Family(NamedTuple):
 
 
 class Reader(NamedTuple):
-    """How config.json of a family is read."""
+    """The reader of a family's config.json."""
 
     model_type: str
     read: Callable[[Config, Sizes], Family]
@@ -115,7 +115,7 @@ def read_activation(config: Config, entry: str) -> str:
 
 
 def read_experts(config: Config) -> dict[str, Any]:
-    """How many experts there are and how many a row is given to, as fields of ``Family``.
+    """The number of experts and of those that a row is given to, as fields of ``Family``.
 
     Files call them ``num_experts``, ``num_local_experts`` or ``n_routed_experts``.
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-POLL_S = 0.1  # between two looks at how much has come
+POLL_S = 0.1  # between two looks at the bytes that have come
 
 
 class Unavailable(ValueError):
@@ -92,7 +92,7 @@ def _run_pip(
     )
     parts = folder / "parts"
     parts.mkdir()
-    # pip's own parts lie in our folder: they show how far it is, and go with the folder
+    # pip's partial files lie in our folder: their size is the progress, and they go with the folder
     environment = os.environ | {"TMPDIR": str(parts)}
     with (
         said.open("wb") as log,
@@ -100,7 +100,7 @@ def _run_pip(
             [sys.executable, "-m", "pip", *words], env=environment, stdout=log, stderr=log
         ) as pip,
     ):
-        most = 0  # pip moves what it has, and may be seen between two places
+        most = 0  # pip moves its files, and may be seen between two places
         try:
             while pip.poll() is None:
                 most = min(max(most, _bytes_in(parts)), source.wheel_bytes)

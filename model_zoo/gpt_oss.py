@@ -53,7 +53,7 @@ def gpt_oss(config: Config, sizes: Sizes) -> Family:
         names=NAMES,
         expert_storage=_storage(config),
     )
-    config.value("hidden_act")  # of a gate that is clamped, whatever it says
+    config.value("hidden_act")  # the gate is clamped, whatever the entry says
     return family._replace(**experts)
 
 

@@ -84,7 +84,7 @@ def haystack(
 ) -> Recital:
     """Hide a passkey in filler and ask for it at the end.
 
-    The cue word stands before the passkey and at the end of the prompt, nowhere else.
+    The cue word comes before the passkey and at the end of the prompt, nowhere else.
 
     Args:
         num_tokens: length of the prompt.

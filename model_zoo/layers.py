@@ -68,7 +68,7 @@ class Linear(nn.Linear):
 
 
 def are_plain(layers: Sequence[nn.Module]) -> bool:
-    """Return whether layers do what their weights say: nothing is attached or in their place."""
+    """Return whether layers are plain: nothing is attached to them or stands in their place."""
     return all(type(layer) is Linear and not layer.is_hooked for layer in layers)
 
 
@@ -164,7 +164,7 @@ class Attention(nn.Module):
         return self.q_norm(q), self.k_norm(k)
 
     def forward(self, out_THD: Tensor) -> Tensor:
-        """Project back what attention found: [T, E]."""
+        """Project the output of attention back: [T, E]."""
         delta_TE = self.wo(out_THD.flatten(1))
         return delta_TE if self.post_norm is None else self.post_norm(delta_TE)
 
@@ -198,7 +198,7 @@ class MLP(nn.Module):
         return activate(gate(x_TE), up(x_TE), self.activation)
 
     def narrow(self, wide_TF: Tensor) -> Tensor:
-        """Project back what ``widen`` gave: [T, E]."""
+        """Project the output of ``widen`` back: [T, E]."""
         delta_TE = self.down(wide_TF)
         return delta_TE if self.post_norm is None else self.post_norm(delta_TE)
 
@@ -208,7 +208,7 @@ class MLP(nn.Module):
 
 
 def norm_after(spec: ModelSpec, operators: Operators) -> RMSNorm | None:
-    """The norm of what attention or MLP adds to the residual stream, if there is one."""
+    """The norm of the output of attention or MLP, if there is one."""
     return None if spec.norms == "before" else RMSNorm(spec.width, spec, operators)
 
 
@@ -264,7 +264,7 @@ class DecoderLayer(nn.Module):
     def turned(
         self, projections: Projections, tables: Tables
     ) -> tuple[Tensor, Tensor, Tensor, Rotary | None]:
-        """Projections as attention takes them, and what it is still to turn q and k by.
+        """Projections as attention takes them, and the angles that it has yet to turn q and k by.
 
         One table for both is left to attention, which turns and stores in one call.
         """
@@ -295,7 +295,7 @@ class DecoderLayer(nn.Module):
         self, hidden_TE: Tensor, tables: Tables, layer: int, context: StepContext
     ) -> Tensor:
         """The residual stream after this layer, [T, E]."""
-        # no names here: what attention gave lives until its projection
+        # no names here: the output of attention lives until its projection
         return self.finish(
             hidden_TE,
             context.attend(

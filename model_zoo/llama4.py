@@ -75,7 +75,7 @@ def llama4(config: Config, sizes: Sizes) -> Family:
 
 
 def _temperature(config: Config) -> Temperature | None:
-    """How layers that turn nothing sharpen their scores far out."""
+    """The temperature of layers that turn nothing, which sharpens their scores far out."""
     gain, span = config.number("attn_scale", 0.1), config.integer("floor_scale", 8192)
     tuned = config.value("attn_temperature_tuning", absent=True)
     config.require(

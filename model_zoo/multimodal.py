@@ -9,10 +9,10 @@ from mnemosyne.model_zoo.config import NEUTRAL, Config
 
 
 class Whole(NamedTuple):
-    """A multimodal architecture: what its text half may be."""
+    """A multimodal architecture, and the architectures of its text half."""
 
     model_type: str
-    halves: tuple[str, ...]  # architectures, the usual one first
+    halves: tuple[str, ...]  # architectures, the default first
 
 
 WHOLES = {

@@ -247,7 +247,7 @@ def _holds(path: Path, files: dict[str, bytes]) -> bool:
 
 
 def _replace(path: Path, made: Path, files: dict[str, bytes], old: Path) -> None:
-    """Move ``made`` to ``path``; what was there goes to ``old``, or stays if it is the same."""
+    """Move ``made`` to ``path``; an earlier folder goes to ``old``, or stays if it is the same."""
     try:
         os.rename(made, path)  # replaces an empty folder, fails on a filled one
     except OSError:

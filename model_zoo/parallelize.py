@@ -1,4 +1,4 @@
-"""Tensor parallelism of a decoder, as data: where each module goes, by its name.
+"""Tensor parallelism of a decoder, as data: the placement of each module, by its name.
 
 Only for meshes of more than one process: DTensor takes 0.6 s to import.
 """

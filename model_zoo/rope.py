@@ -1,4 +1,4 @@
-"""Rotary positions: how a position turns into angles, in float64."""
+"""Rotary positions: from a position to angles, in float64."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mnemosyne.operators import Operators, Rotary
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeSpec:
-    """How positions turn into angles. Fields that a kind does not name have no effect on it."""
+    """The way from positions to angles. Fields that a kind does not name have no effect on it."""
 
     kind: str = "default"  # default, linear, llama3 or yarn
     theta: float
     dim: int  # dims that turn, the first of a head; those after them do not
     adjacent: bool = False  # pair i is dims 2i and 2i + 1; else dims i and i + dim / 2
-    factor: float = 1.0  # linear, llama3, yarn: how far slow pairs are stretched
+    factor: float = 1.0  # linear, llama3, yarn: the factor by which slow pairs are stretched
     original_max_positions: int = 0  # llama3, yarn: length before stretching
     low_freq_factor: float = 1.0  # llama3: pairs with fewer turns in that length are stretched
     high_freq_factor: float = 4.0  # llama3: pairs with as many turns or more are left alone

@@ -1,4 +1,4 @@
-"""Which experts a row is given to, and by how much each counts: every router is data."""
+"""The choice of experts for a row, and their weights: every router is data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Router(NamedTuple):
-    """How experts are chosen from the logits of a row.
+    """The rule by which experts are chosen from the logits of a row.
 
     Equal choices go to the expert of the lower index, which ``torch.topk`` does not promise.
     """
@@ -47,8 +47,8 @@ def choose(
         per_token: experts of a row.
         correction_X: added to scores for the choice, where the router is corrected.
     """
-    # In float64, because torch rounds a number by where it lies among others: what is left of that
-    # is lost on the way back.
+    # In float64: torch rounds a number by its place in a tensor, a difference that is lost on
+    # the way back to float32.
     scores_TX = logits_TX.double()
     if router.scores == "softmax":
         scores_TX = scores_TX.softmax(dim=-1)
@@ -87,6 +87,6 @@ def _margin(ranked_TX: Tensor, per_token: int) -> Tensor:
     if per_token == ranked_TX.shape[1]:
         return none[0]
     margin_T = ranked_TX[:, per_token - 1] - ranked_TX[:, per_token]
-    # rows of padding are the same for all experts, and nobody reads what comes of them
+    # rows of padding are the same for all experts, and nothing reads their result
     is_padding_T = ranked_TX[:, 0] == ranked_TX[:, -1]
     return torch.cat((margin_T.masked_fill(is_padding_T, float("inf")), none)).min()

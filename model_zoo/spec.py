@@ -31,7 +31,7 @@ from mnemosyne.shape import ModelShape
 class ModelSpec(ModelShape):
     """A shape and the switches of its mathematics; the defaults are those of Llama.
 
-    A family is nothing but values of these fields: whoever computes never asks for its name.
+    A family is nothing but values of these fields: no code that computes asks for its name.
     """
 
     family: str  # as config.json calls it
@@ -44,18 +44,18 @@ class ModelSpec(ModelShape):
     score_scale: float | None = None  # factor on scores; None: 1 / sqrt(head_dim)
     norms: str = "before"  # where attention and MLP are normed: before, after or around
     norm_offset: float = 0.0  # added to the weights of norms
-    # what q and k are normed over: "head", "row" or, where layers turn, "head, unweighted"
+    # the extent of the norm of q and k: "head", "row" or, where layers turn, "head, unweighted"
     qk_norm_over: str = "head"
     activation: str = "silu"  # see `operators.activate`
     embed_scale: float = 1.0  # factor on embeddings, rounded to the dtype of the weights
     logit_cap: float | None = None  # c of c * tanh(logits / c)
     has_sinks: bool = False  # whether each head has a logit that takes attention and gives nothing
-    chunked: bool = False  # whether what `windows` holds are sizes of chunks, see `Chunked`
-    router: Router = SOFTMAX  # how experts are chosen
+    chunked: bool = False  # whether `windows` holds sizes of chunks, see `Chunked`
+    router: Router = SOFTMAX  # the choice of experts
     gates_shared: bool = False  # whether the shared MLP is multiplied by a gate of its own
-    # what the files call modules, where not as Llama and Qwen do; see `tensors.MODULES`
+    # names of modules in the files, where they differ from Llama's; see `tensors.MODULES`
     names: tuple[tuple[str, str], ...] = ()
-    expert_storage: str = "each"  # how files hold experts, see `tensors`
+    expert_storage: str = "each"  # the layout of experts in the files, see `tensors`
     num_extra_layers: int = 0  # after the last, which only predict further tokens
     is_text_half: bool = False  # whether the files hold a vision or audio half as well
 
@@ -96,7 +96,7 @@ class ModelSpec(ModelShape):
         return self.head_dim**-0.5 if self.score_scale is None else self.score_scale
 
     def rope_of(self, layer: int) -> RopeSpec | None:
-        """How a layer turns queries and keys; None does not."""
+        """The rotation of a layer's queries and keys, None if it has none."""
         return self.ropes[layer] if self.ropes else self.rope
 
     def has_qk_norm(self, layer: int) -> bool:

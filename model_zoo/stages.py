@@ -1,4 +1,4 @@
-"""Which layers each stage of a pipeline holds: cuts between layers, balanced by predicted time."""
+"""The layers of each stage of a pipeline: cuts between layers, balanced by predicted time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a parameter lies in the files of a checkpoint: as it is, or to be arranged."""
+"""The layout of a parameter in the files of a checkpoint: as it is, or to be arranged."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ Tensors = Callable[[str], Any]  # from a name, something that gives slices of th
 
 
 class Source(Protocol):
-    """Where a parameter comes from."""
+    """The source of a parameter in a checkpoint."""
 
     @property
     def name(self) -> str:
-        """The name in a checkpoint; of one that is stored in parts, what the parts share."""
+        """The name in a checkpoint; for one that is stored in parts, the prefix that they share."""
 
     @property
     def shape(self) -> Shape:
-        """Of the whole parameter."""
+        """The shape of the whole parameter."""
 
     def tensors(self) -> dict[str, Shape]:
-        """Names and shapes of what is stored."""
+        """Names and shapes of the stored tensors."""
 
     def read(self, tensors: Tensors, held: Slices) -> Tensor:
         """The values of a part of the parameter, in the dtype of the file.

@@ -1,4 +1,4 @@
-"""How the experts of a layer lie in the files: one by one, as stacks, or packed."""
+"""The layout of a layer's experts in the files: one by one, as stacks, or packed."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _biases(spec: ModelSpec, name: str) -> Iterator[tuple[str, Source]]:
 
 
 def _gate_and_up(spec: ModelSpec) -> tuple[tuple[str, int, int], tuple[str, int, int]]:
-    """Where each begins among the outputs of both, and how far its next one is."""
+    """The first of each among the outputs of both, and the distance to its next one."""
     if spec.expert_storage == "halves":
         return ("gate", 0, 1), ("up", spec.mlp_width, 1)
     return ("gate", 0, 2), ("up", 1, 2)

@@ -34,7 +34,7 @@ MODULES = {
     "mlp.shared.down": "mlp.shared_expert.down_proj",
     "mlp.shared_gate": "mlp.shared_expert_gate",
 }
-# And its norms, by where they stand.
+# And its norms, by their place.
 NORMS = {
     "before": {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
     "after": {
@@ -83,7 +83,7 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, Shape]:
 
 
 def known_name(spec: ModelSpec, stored: str) -> str | None:
-    """By which name a stored tensor is known here; None for one that the model does not use."""
+    """The name here of a stored tensor; None for one that the model does not use."""
     name = text_name(stored) if spec.is_text_half else stored
     extra = range(spec.num_layers, spec.num_layers + spec.num_extra_layers)
     if name is None or any(name.startswith(f"model.layers.{index}.") for index in extra):
@@ -171,7 +171,7 @@ def _attention(spec: ModelSpec, index: int, prefix: str) -> Iterator[tuple[str, 
 
 
 def row_order(rope: RopeSpec, head_dim: int) -> tuple[int, ...] | None:
-    """In which order to take the rows of a head, for pairs (i, i + head_dim / 2) to turn together.
+    """The order of the rows of a head in which pairs (i, i + head_dim / 2) turn together.
 
     Scores do not change with the order of a head's dims, as long as queries and keys share it.
 

@@ -1,4 +1,4 @@
-"""By which angles each layer turns its queries and keys, and by how much it sharpens queries."""
+"""The angles by which layers turn queries and keys, and the factors that sharpen queries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Tables = tuple[Rotary, ...]  # cosines and sines of a step, one for each way to 
 
 
 class Turns(NamedTuple):
-    """Which tables turn the queries and the keys of a layer; None turns nothing."""
+    """The tables that turn the queries and the keys of a layer; None turns nothing."""
 
     q: int | None
     k: int | None

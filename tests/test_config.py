@@ -101,7 +101,7 @@ def test_a_suffix_multiplies_by_1024(count: int, suffix: str) -> None:
         (lambda: EngineConfig(model="m", attention="magic"), "attention must be one of auto, "),
         (lambda: EngineConfig(model="m", cache={"page_size": 1}), "cache must be CacheConfig, got"),
         (lambda: DemoConfig(depth=1.5), "depth must lie in [0, 1], got 1.5; 0.5 is the middle"),
-        (lambda: DemoConfig(num_short=-1), "num_short must be >= 0, got -1; 12 is usual"),
+        (lambda: DemoConfig(num_short=-1), "num_short must be >= 0, got -1; the default is 12"),
         (lambda: DemoConfig(length="long"), "length must be a whole number"),
         (lambda: DemoConfig(dtype="half"), "dtype must be one of"),
     ],

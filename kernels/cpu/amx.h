@@ -1,5 +1,5 @@
-// The tile registers of AMX, whose numbers must be constants. Compilers do not see what is read: all
-// that was written must be in memory by then.
+// The tile registers of AMX, whose numbers must be constants. Compilers do not see their reads: every
+// write must have reached memory by then.
 
 #pragma once
 

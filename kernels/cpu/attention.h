@@ -1,4 +1,4 @@
-// Attention over a paged cache, as far as it is the same for all instruction sets: every row of a
+// The part of attention over a paged cache that all instruction sets share: every row of a
 // step, whatever its request, in one call. For one head dim (HEAD_DIM, a multiple of 32). Include
 // tiles.h or vector.h before it: they say what an element is.
 //
@@ -90,7 +90,7 @@ struct Sight {
 };
 
 // Slots of the keys from first on. Keys outside [low, high) are masked and stand for their
-// nearest neighbour inside: what no row sees is not even read.
+// nearest neighbour inside: keys that no row sees are never read.
 inline void find_slots(const Step& step, const Segment& segment, int64_t first, Sight seen,
                        int64_t* slot) {
   const int64_t* pages = step.pages + segment.first_page;
@@ -116,7 +116,7 @@ inline Sight sight_of(const Step& step, const Segment& segment, int64_t row) {
 
 struct Tile {
   int64_t first;  // key
-  int num_keys;   // a multiple of 64; what is past the last key repeats it, and is masked
+  int num_keys;   // a multiple of 64; slots past the last key repeat it and are masked
   const element *k, *v;
   const int64_t *slot, *next;
 };

@@ -1,4 +1,4 @@
-// Attention over a paged cache for processors with AMX; what surrounds it is in attention.h.
+// Attention over a paged cache for processors with AMX; the loop around it lies in attention.h.
 //
 // Rows stand side by side: scores are K Q^T, so keys are read where they lie, maxima and sums go
 // down the lanes, and weights are packed by one shuffle. Results of many rows are V^T P^T, for which
@@ -168,7 +168,7 @@ struct alignas(64) Folds {
     }
   }
 
-  // Take the largest scores of a tile into account; gives what to subtract from all.
+  // Take the largest scores of a tile into account; returns the value to subtract from all.
   __m512 raise_top(Block& block, int n, __m512 now) {
     float *sum = block.sum + LANES * n, *top = block.top + LANES * n;
     const __m512 none = _mm512_set1_ps(NONE), old = _mm512_load_ps(top);
@@ -276,7 +276,7 @@ struct alignas(64) Folds {
     load_sums<N, M>(block, 0);
     for (int j = 0; j < tile.num_keys; j += 32) {
       if (IS_FIRST && !ARE_FEW) turn_values(tile, j);
-      if (j) add(0, j / 32 - 1);  // what was just stored is not read at once
+      if (j) add(0, j / 32 - 1);  // values that were just stored are not read at once
 #pragma GCC unroll 4
       for (int i = 0; i < 32; i += 2) {
         if (IS_FIRST) {

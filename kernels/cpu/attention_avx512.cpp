@@ -1,4 +1,4 @@
-// Attention over a paged cache for AVX-512 BF16 processors; what surrounds it is in attention.h.
+// Attention over a paged cache for AVX-512 BF16 processors; the loop around it lies in attention.h.
 
 #include "tiles.h"
 #include "attention.h"
@@ -67,7 +67,7 @@ inline void score_keys(Scratch& s, int m, int line, int j) {
   multiply<R, 4, false>(s.q[m], D, s.k + j * D, 128, &s.score[line][j], TILE, D / 2, nullptr);
 }
 
-// Scores of a tile become weights; the sums of R rows follow. alpha: what earlier sums shrink by.
+// Scores of a tile become weights; the sums of R rows follow. alpha: the factor on earlier sums.
 template <int R>
 inline void weigh_keys(const Step& step, Scratch& s, int m, int line, const Sight* sight,
                        int64_t first, int num_keys) {

@@ -1,5 +1,5 @@
-// Attention over a paged cache for any vectors, in float32 inside; what surrounds it is in
-// attention.h. However many rows are at work, a score is the sum of LANES sums, each over every
+// Attention over a paged cache for any vectors, in float32 inside; the loop around it lies in
+// attention.h. However many rows are computed, a score is the sum of LANES sums, each over every
 // LANES-th element of a key, and an output a sum over keys in their order. Few rows find a score
 // along the lanes, many rows find those of LANES keys side by side.
 
@@ -126,7 +126,7 @@ inline ints seen_lanes(const Sight& sight, int64_t key) {
   return (lane >= low) & (lane < high);
 }
 
-// Scores of a tile become weights; the sums of R rows follow. alpha: what earlier sums shrink by.
+// Scores of a tile become weights; the sums of R rows follow. alpha: the factor on earlier sums.
 template <int R>
 inline void weigh_keys(const Step& step, Scratch& s, int m, const Sight* sight, const Tile& tile) {
   for (int r = 0; r < R; r++) {

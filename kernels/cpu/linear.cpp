@@ -12,7 +12,7 @@ namespace {
 
 constexpr int WIDTH = 4;   // outputs at a time: 6 x 4 sums fill the registers
 constexpr int CHUNK = 64;  // outputs that a thread takes at a time
-constexpr int AHEAD = 16;  // outputs between what is computed and what is on its way from memory
+constexpr int AHEAD = 16;  // outputs between the one that is computed and the one that is being fetched
 
 struct Input {
   const bf16* x;

@@ -18,7 +18,7 @@ using namespace mnemosyne;
 namespace {
 
 constexpr int64_t CACHED = 1 << 19;  // elements of packed rows that stay in a core's cache
-constexpr int64_t ROWS = 128;  // that make it worth to have rows there as a whole, not in slices
+constexpr int64_t ROWS = 128;  // from which whole packed rows are kept there, not slices of them
 constexpr int64_t GROUP = 8;   // tasks that share a slice of the rows
 
 struct Task {  // up to WIDTH outputs
@@ -116,7 +116,7 @@ class Product {
     }
   }
 
-  // A slice of the columns at a time: so much of the packed rows stays in the cache meanwhile.
+  // A slice of the columns at a time: that part of the packed rows stays in the cache meanwhile.
   void multiply_tasks(const Task* tasks, int64_t count, int64_t slice, const Rows& rows,
                       Tiles& tiles) const {
     const bool is_whole = slice >= call.num_columns;
@@ -162,7 +162,7 @@ class Product {
                  *sums);
         if (is_last)
           (IS_GATED ? store_gated : store)(unit, *sums, y + SIDE * u, task.y_stride, count);
-        if (!is_first || !is_last) sums++;  // of one slice alone nothing is kept
+        if (!is_first || !is_last) sums++;  // a single slice keeps nothing
       }
   }
 

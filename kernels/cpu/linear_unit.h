@@ -12,7 +12,7 @@ constexpr int STEP = 32;         // columns of a tile
 constexpr int WIDTH = 2 * SIDE;  // outputs and rows at a time
 constexpr int WAKE = 8 * STEP;   // columns between tile stores that nobody reads
 
-struct Unit {  // sixteen outputs and sixteen more, or those of a gate and of what it lets through
+struct Unit {  // 32 outputs, or sixteen gate outputs and the sixteen up outputs they multiply
   const bf16* w[2];
   int64_t count[2];  // of outputs that there are
   alignas(64) float bias[2][SIDE];
@@ -26,7 +26,7 @@ struct alignas(64) Sums {
   float of[2][2][SIDE][SIDE];  // by half of the unit, rows by 16, output, row
 };
 
-struct Ahead {  // what is needed next, of which each step asks for some
+struct Ahead {  // the weights of the next unit, of which each step fetches some
   const bf16* w;
   int64_t length, skipped;  // elements of a row of w that are needed, and between two rows
   int lines;                // of w for a step
@@ -46,8 +46,8 @@ struct Ahead {  // what is needed next, of which each step asks for some
   }
 };
 
-// The tiles as a thread has them: of as many rows as a unit has outputs, because what follows these
-// in memory may be anybody's.
+// The tiles as a thread has them: of as many rows as a unit has outputs, because the memory
+// behind these may belong to something else.
 class Tiles {
  public:
   ~Tiles() { release_tiles(); }

@@ -16,7 +16,7 @@ constexpr int DEPTH = REGISTERS == 16 ? 3 : 6;  // rows at a time: DEPTH x WIDTH
 constexpr int SLICE = 1024;                     // columns whose widened weights stay in L1
 constexpr int ROWS = 48;                        // rows whose widened slice stays in L2
 constexpr int OUTPUTS = 64;                     // that a thread takes at a time
-constexpr int AHEAD = 2 * WIDTH;  // outputs between what is computed and what comes from memory
+constexpr int AHEAD = 2 * WIDTH;  // outputs between the one that is computed and the one that is being fetched
 
 struct Part {  // one layer, as the caller's table has it
   const element* w;

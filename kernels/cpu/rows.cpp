@@ -1,5 +1,5 @@
 // Operations on rows between products, with float32 inside: embedding and angles, RMSNorm,
-// rotation, sums, and the way of keys and values to the cache. The bits of a row depend on that row
+// rotation, sums, and writes of keys and values to the cache. The bits of a row depend on that row
 // alone. The caller says how many threads are worth starting.
 
 #include "vector.h"
@@ -146,7 +146,7 @@ extern "C" void write(const Write* call) {
 }
 
 // y = x w^T in float, each sum in an order of its own row: neither the rows beside a row nor
-// their number change its bits, on which a choice among near equals may hang.
+// their number change its bits, which may decide a choice among near equals.
 extern "C" void route(const Route* call) {
   const int64_t width = call->width, num_experts = call->num_experts;
 #pragma omp parallel for num_threads((int)call->num_threads)

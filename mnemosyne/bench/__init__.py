@@ -1,1 +1,1 @@
-"""Engines side by side on one machine: what `mnemosyne bench` measures, and how."""
+"""Engines side by side on one machine: the measurements of `mnemosyne bench`."""

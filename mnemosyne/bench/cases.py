@@ -1,4 +1,4 @@
-"""The cases of a bench: requests served together, and the numbers that come of their times."""
+"""The cases of a bench: requests served together, and the numbers derived from their times."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Case:
         return numbers
 
     def _beside(self, answers: Answers) -> Numbers:
-        """The prefill, and what the decodes got while it lasted."""
+        """The prefill, and the tokens of the decodes while it lasted."""
         *decodes, prompt = answers
         start_s, stop_s = prompt["added_s"], prompt["times_s"][0]
         times_s = [decode["times_s"] for decode in decodes]

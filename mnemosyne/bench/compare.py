@@ -1,4 +1,4 @@
-"""Engines in turns over the same cases; what each run measured, and the medians."""
+"""Engines in turns over the same cases: the measurements of each run, and the medians."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def compare(
     on_run: Callable[[Result, Sequence[Result]], None],
     on_failure: Callable[[str, ValueError], None],
 ) -> list[Result]:
-    """Run every case on every engine that can, one after the other, then all of it again.
+    """Run every case on every engine that can, one after the other, then the whole round again.
 
     Args:
         engines: open.
@@ -82,7 +82,7 @@ def can_run(about: dict[str, Any], case: Case) -> bool:
 
 
 def agreement(results: Sequence[Result]) -> tuple[int, int]:
-    """Of how many first greedy tokens all engines agree, and of how many there are.
+    """The number of first greedy tokens on which all engines agree, and of all there are.
 
     Args:
         results: of one case.

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 PROGRAMS = Path(__file__).parent / "peers"
-STOP_S = 10.0  # what an engine gets to end once its input is closed
+STOP_S = 10.0  # that an engine may take to end once its input is closed
 SHOWN_LINES = 8  # of what an engine that failed last said
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """Where an engine is found."""
+    """The place of an engine: its program and its interpreter."""
 
     name: str  # as the tables call it
     file: str  # in the folder of peers
@@ -76,7 +76,7 @@ class EngineProcess:
             stdin.flush()
             line = stdout.readline()
         except BrokenPipeError:
-            pass  # it has ended; why is asked below
+            pass  # it has ended; the reason is looked up below
         if not line:
             raise ValueError(
                 f"{self.name} must answer, got its end with status {self._process.wait()}; "

@@ -15,7 +15,7 @@ from mnemosyne.bench.compare import Result, agreement
 from mnemosyne.machine import num_cores, processor_name
 
 OURS = "mnemosyne"
-# What a table shows of each number: its name, its digits, whether less is better.
+# A table's columns: name and digits of each number, and whether less is better.
 NUMBERS = {
     "prefill_s": ("prefill, s", 2, True),
     "decode_ms": ("decode, ms/token", 2, True),
@@ -44,7 +44,7 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def ratio(name: str, ours: float, theirs: float) -> float:
-    """How many times better we are."""
+    """The factor by which we are better."""
     return theirs / ours if NUMBERS[name][2] else ours / theirs
 
 

@@ -50,7 +50,7 @@ class Command:
     run: Callable[[Any], int]  # takes the config, returns the exit status
     has_ranks: bool = True  # whether it needs the ranks of its mesh
     positional: str | None = None  # the key that its first word is, where that word names none
-    # what runs outside the ranks, if anything does: takes the config, and what gives the command
+    # the part outside the ranks, if there is one: takes the config, and a maker of the command
     front: Callable[[Any, Callable[[], Sequence[str]]], int] | None = None
 
 
@@ -216,7 +216,7 @@ def complain(error: Exception) -> int:
 
 
 class StderrHandler(logging.Handler):
-    """Writes to what is standard error at the moment: a live display may stand in for it."""
+    """Writes to the standard error of the moment: a live display may stand in for it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(self.format(record))

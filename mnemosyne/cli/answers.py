@@ -50,7 +50,7 @@ def print_answers(answers: Sequence[Answer], *, has_text: bool) -> None:
 
 
 def summary(answers: Sequence[Answer], seconds: float, error: Mapping[int, float]) -> str:
-    """One line: how many were finished, how much came, how fast, how late, how well foreseen.
+    """One line: requests finished, tokens, speed, lateness, and the quality of predictions.
 
     Args:
         answers: of all prompts.

@@ -34,7 +34,7 @@ def errors_of_hydra() -> Iterator[None]:
 
 @contextmanager
 def sweep_folder(flags: Sequence[str]) -> Iterator[list[str]]:
-    """Where a sweep leaves a record of itself, as an override; the caller's folder stays clean.
+    """The folder for the records of a sweep, as an override; the caller's folder stays clean.
 
     A single run has none: a rank that is killed could not take it away.
     """
@@ -47,7 +47,7 @@ def sweep_folder(flags: Sequence[str]) -> Iterator[list[str]]:
 
 @contextmanager
 def process_arguments(*arguments: str) -> Iterator[None]:
-    """Stand in for what the shell said: Hydra reads nothing else."""
+    """Replace the words of the shell: Hydra reads nothing else."""
     said, sys.argv = sys.argv, list(arguments)
     try:
         yield

@@ -56,7 +56,7 @@ def bench(config: BenchConfig) -> int:
 
 
 class Failures:
-    """Which peers failed and why; they are left out of the rest."""
+    """The peers that failed, and why; they are left out of the rest."""
 
     def __init__(self, console: Console) -> None:
         self.reasons: dict[str, str] = {}

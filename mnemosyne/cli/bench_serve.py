@@ -1,4 +1,4 @@
-"""``mnemosyne bench serve``: load for an OpenAI-compatible server, and what came of it."""
+"""``mnemosyne bench serve``: load for an OpenAI-compatible server, and its results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mnemosyne.load.run import run
 
 
 def bench_serve(config: BenchServeConfig) -> int:
-    """Send the load of a config and print what came of it.
+    """Send the load of a config and print the results.
 
     Args:
         config: server, load and bounds.

@@ -80,7 +80,7 @@ def _read(ask: Callable[[str], str]) -> str:
 
 
 def show(answer: Iterator[Said]) -> str:
-    """Print an answer as it comes; what of it came before Ctrl-C."""
+    """Print an answer as it comes; return the part that came before Ctrl-C."""
     said, console = [], Console(stderr=True)
     with _bar(console) as progress:
         task: TaskID | None = None
@@ -113,7 +113,7 @@ def _bar(console: Console) -> Progress:
 
 @contextmanager
 def _answering(config: ChatConfig) -> Iterator[Answer]:
-    """Choose who answers: a server, or a model of this process."""
+    """Choose the answering side: a server, or a model of this process."""
     if config.url is not None:
         yield _of_server(config)
         return

@@ -115,7 +115,7 @@ def _check_model(model: str) -> None:
 
 
 def _check_plot(plot: str) -> None:
-    """Refuse before the work what could not be drawn after it."""
+    """Refuse a plot before the work that could not be drawn after it."""
     path = Path(plot)
     if path.suffix != ".png" or path.is_dir() or not path.parent.is_dir():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""``mnemosyne generate``: prompts in, tokens out; what was finished, even when it is ended."""
+"""``mnemosyne generate``: prompts in, tokens out; finished work is printed even after a signal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Prompt = str | list[int]
 
 
 def generate(config: GenerateConfig) -> int:
-    """Serve the prompts of a config and print what comes.
+    """Serve the prompts of a config and print their tokens.
 
     Args:
         config: an engine, prompts, sampling parameters.

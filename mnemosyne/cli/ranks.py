@@ -25,7 +25,7 @@ RANK_0_FIRST_S = 1.0  # an error that all ranks meet is said by rank 0, which en
 def run_on_ranks(
     run: Callable[[Any], int], config: EngineConfig, command: Callable[[], Sequence[str]]
 ) -> int:
-    """Run a command where it belongs.
+    """Run a command on the ranks that it belongs to.
 
     Args:
         run: the command; rank 0, or the only process, runs it.
@@ -39,14 +39,14 @@ def run_on_ranks(
         return run_as_rank(int(os.environ["RANK"]), run, config)
     if config.mesh.world_size == 1:
         return run(config)
-    # Imported late: it comes with torch.
+    # Imported lazily: it comes with torch.
     from mnemosyne.parallel.launch import launch_local
 
     return launch_local(command(), config.mesh.world_size)
 
 
 def run_as_rank(rank: int, run: Callable[[Any], int], config: EngineConfig) -> int:
-    """Run a command on rank 0, follow it on the others, which print nothing but what goes wrong."""
+    """Run a command on rank 0, follow it on the others, which print nothing but errors."""
     with started_rank(rank) as termination:
         if rank > 0:
             return _run_follower(rank, config)

@@ -48,7 +48,7 @@ def serve(config: ServeConfig) -> int:
 
 
 def warn_of_torchrun(config: HttpConfig) -> None:
-    """Say what torchrun would cut off: it kills ranks 30 s after SIGTERM unless told otherwise."""
+    """Warn of what torchrun would cut off: by default it kills ranks 30 s after SIGTERM."""
     needed_s = float(config.grace or 0) + float(config.shutdown_timeout)
     given_s = float(os.environ.get(ELASTIC_TIMEOUT, ELASTIC_S))
     if given_s < needed_s:

@@ -47,7 +47,7 @@ def find_shape(model: str) -> ModelShape:
             f"model must be one of {', '.join(names)} or a Hugging Face directory, got {model!r}; "
             f"did you mean {nearest(model, names)}?"
         )
-    # Imported late: it comes with torch.
+    # Imported lazily: it comes with torch.
     from mnemosyne.model_zoo.spec import read_spec
 
     return read_spec(path)
@@ -65,7 +65,7 @@ def _shape(sizes: dict[str, Any]) -> ModelShape:
 def calibrated(config: Config, shape: ModelShape) -> Config:
     """The config with its efficiencies fitted to the record that it names, if it names one.
 
-    What was found is told on standard error, as keys that another command takes.
+    The result goes to standard error, as keys that another command takes.
 
     Raises:
         ValueError: if the record cannot be read or is too short.

@@ -1,4 +1,4 @@
-"""``mnemosyne simulate``: serve a workload on simulated hardware and print what it came to."""
+"""``mnemosyne simulate``: serve a workload on simulated hardware and print the results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OK = 0  # exit status
 
 
 def simulate(config: SimulateConfig) -> int:
-    """Run a workload and say what its requests saw.
+    """Run a workload and report the times of its requests.
 
     Args:
         config: model, hardware, layout, scheduler, workload.

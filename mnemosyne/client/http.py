@@ -16,7 +16,7 @@ DONE = "[DONE]"
 
 
 class NoAnswerError(Exception):
-    """A request that failed: nobody listens, the connection broke, or the answer is an error."""
+    """A request that failed: nothing listens, the connection broke, or the answer is an error."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
@@ -76,7 +76,7 @@ class Reply:
 async def asked(
     url: str, body: Mapping[str, Any] | None = None, *, key: str | None = None
 ) -> AsyncIterator[Reply]:
-    """Send a request; leaving closes the connection, whatever is still to come.
+    """Send a request; leaving closes the connection, even if more is to come.
 
     Args:
         url: all of it.

@@ -34,7 +34,7 @@ from mnemosyne.runtime.weights import load_weights
 from mnemosyne.serve.defaults import GenerationDefaults
 from mnemosyne.serve.tokenizer import Tokenizer
 
-Progress = Callable[[int, int], None]  # how much is done (bytes of weights, say), how much in all
+Progress = Callable[[int, int], None]  # done so far, such as bytes of weights, and in all
 
 BENCH_SEED = 0
 ADAPTER = "adapter_config.json"  # transformers loads the adapter on top where there is one
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model as ``model=`` names it; no weight is read yet."""
+    """The model that ``model=`` names; no weight is read yet."""
 
     name: str
     spec: ModelSpec

@@ -89,7 +89,7 @@ def choose_compute(
     is_recordable: bool = True,
     is_static: bool = True,
 ) -> Compute:
-    """Choose as the config asks; a choice that cannot be had is refused, never replaced.
+    """Choose what the config names; a choice that cannot run is refused, never replaced.
 
     Args:
         config: all choices.

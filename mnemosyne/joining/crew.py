@@ -133,7 +133,7 @@ class Follower:
 
 
 def report_lost(engine: Engine, reason: str) -> None:
-    """Say what the requests had that end with this process.
+    """Report the requests that end with this process.
 
     The engine is left alone: the thread that steps it may be in the middle of it.
     """

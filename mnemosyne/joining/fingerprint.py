@@ -1,4 +1,4 @@
-"""Which model a process holds: a digest of its weights, taken once and remembered by file."""
+"""The identity of a model: a digest of its weights, taken once and remembered by file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mnemosyne.model_zoo import bench
 
 log = logging.getLogger(__name__)
 
-TOLD_S = 1.0  # for the digests of weights, above which it is told
+TOLD_S = 1.0  # for the digests of weights, above which a line is logged
 
 
 def model_fingerprint(

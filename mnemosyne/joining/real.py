@@ -89,7 +89,7 @@ def fit_key(config: EngineConfig, rank: Rank) -> dict[str, str]:
 
 
 def _fingerprint(rank: Rank) -> bytes:
-    """The model that this process holds, told from all others where other processes read of it."""
+    """The identity of this process's model, where other processes may read its pages."""
     if rank.leaves is not None:
         return bytes.fromhex(rank.leaves.folder.layout.model)
     spec, dtype = rank.checkpoint.spec, rank.worker.pool.k[0].dtype

@@ -1,4 +1,4 @@
-"""How long steps take on this machine: a sweep at start-up, and what earlier starts measured."""
+"""Step times of this machine: a sweep at start-up, and the measurements of earlier starts."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def still_holds(predictor: LinearPredictor, probes: Sequence[Sample]) -> bool:
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:
-    """The processor that computes, how much of it, and the software that runs on it."""
+    """The processor, the share of it that is used, and the software that runs on it."""
     software = {"torch": torch.__version__}
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)

@@ -1,1 +1,1 @@
-"""Load for OpenAI-compatible servers: requests at set moments, and what came of every one."""
+"""Load for OpenAI-compatible servers: requests at set moments, and the outcome of each."""

@@ -1,4 +1,4 @@
-"""Which requests are sent when, and what came of each."""
+"""The requests of a run, the moments they are sent at, and their outcomes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Outcome:
 
     @property
     def end(self) -> str:
-        """How it ended: served, refused (by a status of 4xx, or 503) or failed."""
+        """The way it ended: served, refused (by a status of 4xx, or 503) or failed."""
         if self.error is None:
             return "served"
         refused = self.status is not None and (400 <= self.status < 500 or self.status == 503)

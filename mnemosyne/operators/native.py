@@ -18,7 +18,7 @@ VECTOR = 32  # elements; kernels take rows of whole vectors
 class NativeOperators(TorchOperators):
     """Kernels in the dtypes of a set (see ``Operators``), each one call of C.
 
-    What they cannot take is left to torch: rows of no multiple of 32 elements, or elements that
+    Torch computes what they cannot take: rows of no multiple of 32 elements, or elements that
     lie apart; and so are products of more rows than those for which they are the faster.
 
     Args:

@@ -1,4 +1,4 @@
-"""The operators in torch: any device and dtype, and what the others are compared with."""
+"""The operators in torch: for any device and dtype, and the reference for the others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CLAMP, SWISH = 7.0, 1.702  # of the clamped activation
 
 
 def activate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """Gate times what it lets pass, as in a gated MLP; both of the same shape.
+    """Gate times its input, as in a gated MLP; both of the same shape.
 
     Args:
         gate: before it is activated.
@@ -75,7 +75,7 @@ class TorchOperators:
         """See ``Operators``."""
         if activation != "silu":
             return activate(F.linear(x_TE, *gate), F.linear(x_TE, *up), activation)
-        # no name: what the gate gave is freed at once
+        # no name: the gate's output is freed at once
         return F.silu(F.linear(x_TE, *gate)) * F.linear(x_TE, *up)
 
     def route(self, x_TE: Tensor, weight_XE: Tensor, bias_X: Tensor | None) -> Tensor:

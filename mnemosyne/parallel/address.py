@@ -22,7 +22,7 @@ MAX_HOST = 255  # characters
 
 
 class Store(Protocol):
-    """The methods that are used of ``torch.distributed.Store``."""
+    """The methods of ``torch.distributed.Store`` that are used here."""
 
     def set(self, key: str, value: str) -> None:
         """Write a value."""
@@ -50,7 +50,7 @@ class Address:
 
 
 def is_on_one_host(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether all ranks share this host, as whoever started them says.
+    """Return whether all ranks share this host, by what their launcher set.
 
     Args:
         environment: as torchrun, or whoever started the ranks, has set it.
@@ -115,7 +115,7 @@ def find(store: Store, service: str, rank: int) -> Address:
     """Where rank 0 listens; waits, at most as long as the store does, until it says so.
 
     Raises:
-        RuntimeError: if what stands in the store is no address.
+        RuntimeError: if the store holds something other than an address.
     """
     try:
         return Address(**json.loads(store.get(_key(store, service, rank))))

@@ -1,8 +1,8 @@
 """Small messages between the ranks of one host, through memory that all of them see.
 
 A message through the network stack of an idle processor takes a millisecond or more until both ends
-have woken up, and a step exchanges one in every layer. Here nobody sleeps: each rank writes where
-all of them read, and looks until the others have written.
+have woken up, and a step exchanges one in every layer. Ranks do not block here: each writes to
+shared memory and polls until its peers have written.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Board:
         counts, count = self._counts, self._count
         started_s = time.perf_counter()
         while counts[peer] < count:
-            # nobody is so late but in a step that is out of balance; the watchdog sees who is dead
+            # only an unbalanced step makes a rank this late; the watchdog notices dead ones
             if time.perf_counter() - started_s > LOOK_S:
                 time.sleep(PAUSE_S)
 
@@ -128,9 +128,9 @@ def _create(degree: int) -> int | None:
         descriptor = os.memfd_create("mnemosyne-board", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.fchmod(descriptor, 0o600)
         os.posix_fallocate(descriptor, 0, degree * (LINE + 2 * BOARD_BYTES))
-        # memory that shrinks under a mapping kills whoever reads it
+        # memory that shrinks under a mapping kills its readers
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-    except OSError:  # no room: messages go the usual way
+    except OSError:  # no room: messages take the default way
         if descriptor is not None:
             os.close(descriptor)
         return None
@@ -149,7 +149,7 @@ def _map(words: str) -> mmap.mmap | None:
     try:
         with open(f"/proc/{process}/fd/{descriptor}", "r+b") as file:
             found = os.fstat(file.fileno())
-            # in another space of process ids this is somebody else's file
+            # in another process-id namespace this is another process's file
             if (found.st_ino, found.st_uid) != (inode, os.geteuid()):
                 return None
             return mmap.mmap(file.fileno(), 0)

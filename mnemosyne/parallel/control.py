@@ -32,8 +32,8 @@ SERVICE = "control"
 CONNECT_S = 300.0  # other ranks may still be importing torch
 LINGER_S = 2.0  # for the last message to leave when a channel is closed
 HANDSHAKE_MS = 5000  # a stranger that says nothing keeps a connection no longer
-MAX_QUEUED = 1024  # messages for or from a rank; who has one more to send waits for room
-MAX_RESULT_BYTES = 1 << 28  # rank 0 reads no more at once, from whomever
+MAX_QUEUED = 1024  # messages for or from a rank; a sender of one more waits for room
+MAX_RESULT_BYTES = 1 << 28  # rank 0 reads no more at once, from any sender
 AUTHENTICATION = "inproc://zeromq.zap.01"  # the endpoint that ZeroMQ asks about peers, RFC 27
 
 
@@ -200,7 +200,7 @@ def _listen(
     socket = _open(context, zmq.ROUTER, key, rank=0)
     socket.setsockopt(zmq.CURVE_SERVER, 1)
     socket.setsockopt(zmq.ZAP_DOMAIN, b"mnemosyne")
-    socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # nobody who answers for keys: nobody comes in
+    socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # no keys, no peers
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_RESULT_BYTES)
     # Without it a message to a rank that is gone would be dropped without a word.
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)

@@ -26,11 +26,11 @@ COUNT = struct.Struct("<Q")
 
 
 class HandshakeError(RuntimeError):
-    """Whoever is at the other end does not have the key."""
+    """The other end does not have the key."""
 
 
 class Sealed:
-    """Words over a connection, each with a code that proves who said it, and that it is the next.
+    """Words over a connection, each with a code that proves its sender and its place in the order.
 
     Args:
         connection: framed messages.
@@ -44,7 +44,7 @@ class Sealed:
         self._num_sent = self._num_received = 0
 
     def fileno(self) -> int:
-        """For whoever waits for words."""
+        """The descriptor to wait on for words."""
         return self._connection.fileno()
 
     def send_bytes(self, word: bytes) -> None:

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 POLL_S = 0.05
-KILL_S = 15.0  # from the order to end until a rank is killed; the watchdog needs less
+KILL_S = 15.0  # from the order to stop until a rank is killed; the watchdog needs less
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 # Run in a rank before anything else: the kernel ends it with its launcher, whatever it is at.
@@ -70,7 +70,7 @@ class Ranks:
 
     def __init__(self, ranks: list[subprocess.Popen[bytes]]) -> None:
         self._ranks = ranks
-        self._heard: list[int] = []  # what they are told, oldest first
+        self._heard: list[int] = []  # signals that they are sent, oldest first
         self._running = dict(enumerate(ranks))
         self._failed: dict[int, int] = {}  # statuses by rank, in the order of their ends
         self._is_ending = False
@@ -118,7 +118,7 @@ class Ranks:
         self._end_others()
 
     def _end_others(self) -> None:
-        """Tell what still runs to end; a rank that is stopped is woken up to hear it."""
+        """Tell the ranks that still run to end; a stopped one is woken to hear it."""
         if not self._is_ending:
             self._is_ending, self._kill_s = True, time.monotonic() + KILL_S
             _signal(self._running.values(), signal.SIGTERM)
@@ -135,7 +135,7 @@ class Ranks:
         self._end_others()
 
     def _status(self) -> int:
-        """The exit status that tells most: a rank's own, not that of a signal we ended it by."""
+        """The most telling exit status: a rank's own, not that of a signal sent from here."""
         if not self._failed:
             return 0
         if self._told is not None:

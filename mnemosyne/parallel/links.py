@@ -1,4 +1,4 @@
-"""One connection between rank 0 and each other rank, apart from all others, to notice who is gone.
+"""One connection between rank 0 and each other rank, apart from all others, to notice lost ranks.
 
 The kernel closes the connections of a process that dies, and asks silent hosts whether they are
 still there: neither needs the process at the other end to have time for it.
@@ -26,7 +26,7 @@ from mnemosyne.parallel.whereabouts import Whereabouts
 
 SERVICE = "links"
 HELLO_S = 5.0  # a stranger that says nothing keeps a connection no longer
-MAX_GREETED = 64  # at a time; whoever has kept us waiting longest makes room for the next
+MAX_GREETED = 64  # at a time; the one that has kept us waiting longest makes room for the next
 BACKLOG = 512
 RETRY_S = 0.1
 MAX_BYTES = 1 << 16
@@ -246,7 +246,7 @@ class _Door:
             threading.Thread(target=self._greet, args=(opened,), daemon=True).start()
 
     def _make_room(self, num_left: int) -> None:
-        """Cut off the oldest of those that have not proved yet who they are."""
+        """Cut off the oldest connection that has not proved its rank yet."""
         with self._lock:
             while len(self._greeted) > num_left:
                 oldest = next(iter(self._greeted))

@@ -1,4 +1,4 @@
-"""One mesh of ranks, pp x kvp x tp: its numbers checked, its axes handed to who works on them."""
+"""One mesh of ranks, pp x kvp x tp: its numbers checked, its axes handed out."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def single_mesh() -> Mesh:
 
 
 def init_mesh(config: MeshConfig, device_type: str) -> Mesh:
-    """Join the mesh that torchrun, or whoever set RANK and WORLD_SIZE, started.
+    """Join the mesh whose launcher set RANK and WORLD_SIZE.
 
     Every rank calls it with the same config. torch.distributed is initialised from the
     environment unless it is already; for one process it is left alone.

@@ -76,7 +76,7 @@ class Pipeline:
         self._trace = trace
         self._is_first = mesh.pp.index == 0
         self._is_last = mesh.pp.index == mesh.pp.degree - 1
-        # Imported here, for who has stages: it takes a second and sets an environment variable.
+        # Imported lazily: it takes a second and sets an environment variable, for stages alone.
         from mnemosyne.parallel.stage import build_stage
 
         self._build_stage = partial(build_stage, mesh.pp, width=width, dtype=dtype)

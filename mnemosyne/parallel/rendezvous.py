@@ -21,7 +21,7 @@ def join_processes(backend: str) -> None:
         backend: gloo, or gloo and nccl by device.
     """
     if is_on_one_host() and "lo" in (name for _, name in socket.if_nameindex()):
-        # gloo asks nobody who he is, so it listens where no other host comes
+        # gloo authenticates nobody, so it listens where no other host comes
         os.environ.setdefault(INTERFACE, "lo")
     listener = _inherited_listener()
     if listener is None:
@@ -46,7 +46,7 @@ def join_processes(backend: str) -> None:
 def _join_as_told(backend: str) -> None:
     """Initialise from the environment; apart from the ranks that torchrun started here before.
 
-    Its store outlives them, and where they listened stands in it.
+    Its store outlives them, and holds the addresses where they listened.
     """
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -74,7 +74,7 @@ def _inherited_listener() -> socket.socket | None:
             found = socket.socket(fileno=int(name))
             with suppress(OSError):
                 is_listening = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-                # the names of other families are made otherwise
+                # the names of other families have another form
                 if found.family == socket.AF_INET and is_listening:
                     host, port = found.getsockname()
                     if (host, str(port)) == place:

@@ -83,11 +83,11 @@ class Signals:
             raise KeyboardInterrupt
 
     def close(self) -> None:
-        """Give the signals back to who had them."""
+        """Restore the previous handlers."""
         if self._has_handlers:
             try:
                 signal.set_wakeup_fd(self._wakeup_fd)
-            except (OSError, ValueError):  # at the exit: whoever had it has closed it
+            except (OSError, ValueError):  # at the exit: its owner has closed it
                 signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, self._on_term)
             signal.signal(signal.SIGINT, self._on_int)

@@ -67,7 +67,7 @@ def _watch(reader: socket.socket, is_over: threading.Event) -> None:
 def _has_store() -> bool:
     """Return whether torchrun, which serves its ranks their store, is still there.
 
-    It may have been killed before this process could ask who its parent is.
+    It may have been killed before this process could look up its parent.
     """
     is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not is_served or os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):

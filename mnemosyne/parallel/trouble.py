@@ -19,7 +19,7 @@ class Kind(IntEnum):
     LEFT = 3  # it ended properly, but others still needed it
     STUCK = 4  # a task takes too long; perhaps because of another rank
     BROKEN = 5  # an exception in a collective: another rank may be why
-    TOLD = 6  # a signal: whoever sent it may have seen another rank end
+    TOLD = 6  # a signal: its sender may have seen another rank end
 
 
 CAUSES = (Kind.FAILED, Kind.PAUSED, Kind.LOST, Kind.LEFT)
@@ -68,7 +68,7 @@ def judge(
 
 
 def name_of(ranks: Sequence[int], labels: Mapping[int, str]) -> str:
-    """Ranks as people and logs know them."""
+    """Names of ranks in messages and logs."""
     each = ", ".join(f"{rank} ({labels[rank]})" for rank in ranks)
     return f"rank {each}" if len(ranks) == 1 else f"ranks {each}"
 

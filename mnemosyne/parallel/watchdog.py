@@ -317,7 +317,7 @@ class Watchdog:
             return
         told = all(trouble.kind == Kind.TOLD for trouble in self._troubles)
         paused_s = self._pauses.since(time.monotonic() - 2 * JUDGE_S)
-        if paused_s > JUDGE_S:  # whoever is gone has given this rank up
+        if paused_s > JUDGE_S:  # the ranks that are gone have given this one up
             self._troubles.append(Trouble(self._rank, Kind.PAUSED, f"{paused_s:.1f} s"))
         answers = {**self._answers, self._rank: self._where()}
         if self._rank > 0:

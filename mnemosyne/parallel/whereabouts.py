@@ -19,7 +19,7 @@ MEETING_PLACES = (
     "mnemosyne.attention.kvp",
 )
 PACKAGE = "mnemosyne"
-WATCHDOG = "mnemosyne.parallel.watchdog"  # around every task, so it tells nothing
+WATCHDOG = "mnemosyne.parallel.watchdog"  # around every task, so it says nothing
 DISTRIBUTED = "torch.distributed."
 
 Stack = Iterable[tuple[FrameType, int]]  # frames and lines, innermost first

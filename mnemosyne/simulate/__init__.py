@@ -1,1 +1,1 @@
-"""Serving on hardware nobody has at hand: step times, a cluster, plans. No torch."""
+"""Serving on hardware that is not there: step times, a cluster, plans. No torch."""

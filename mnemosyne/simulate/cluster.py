@@ -1,4 +1,4 @@
-"""An executor that runs no model: it advances a clock by what each step costs."""
+"""An executor that runs no model: it advances a clock by the cost of each step."""
 
 from __future__ import annotations
 

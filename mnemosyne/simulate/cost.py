@@ -140,7 +140,7 @@ class StepCost:
         self._is_wide = mesh.ffn == "wide" and mesh.kvp > 1
 
     def stage_s(self, loads: Sequence[GroupLoad]) -> list[float]:
-        """Seconds that each stage takes for a step, given what each group has to do in it."""
+        """Seconds that each stage takes for a step, given the load of each group in it."""
         layer_s = max(self.rates.seconds(terms) for terms in self._layer_terms(loads))
         times = [count * layer_s + self.rates.steps for count in self.stages]
         times[0] += max(self.rates.seconds(self._embed_terms(load)) for load in loads)

@@ -1,4 +1,4 @@
-"""Efficiencies from measured steps: what of the peaks a machine reaches."""
+"""Efficiencies from measured steps: the share of the peaks that a machine reaches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mnemosyne.shape import ModelShape
 from mnemosyne.simulate.cluster import SimulatedCluster
 from mnemosyne.simulate.cost import GroupLoad, Rates, StepCost
 
-ROUNDS = 12  # each decides anew which side of its roofline every part of a step is on
+ROUNDS = 12  # each decides again which side of its roofline every part of a step is on
 KEPT = 0.9  # share of the steps that count: a hiccup of the machine is no property of it
 LEAST_STEPS = 20
 SHARES = ("gemm", "attention", "weights", "kv", "links")

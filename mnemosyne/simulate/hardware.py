@@ -1,4 +1,4 @@
-"""Which link each axis of a mesh uses, and the peaks of a rank in base units."""
+"""The link that each axis of a mesh uses, and the peaks of a rank in base units."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The peaks of one rank, and what joins it to others.
+    """The peaks of one rank, and the links that join it to others.
 
     Ranks lie in order, tp innermost, so that an axis stays within a node if all ranks that its
     neighbours span do.

@@ -109,7 +109,7 @@ def make_report(
 def result_rows(
     arrivals: Sequence[Arrival], outputs: Sequence[RequestOutput]
 ) -> Iterable[dict[str, Any]]:
-    """Each request with what it got, as a line of JSONL."""
+    """Each request and its outcome, as a line of JSONL."""
     for arrival, output in zip(arrivals, outputs, strict=True):
         yield as_row(arrival) | {
             "ttft_s": output.metrics.ttft_s,

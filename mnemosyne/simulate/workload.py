@@ -20,7 +20,7 @@ RESULTS = ("ttft_s", "tpot_s", "tbt_p99_s", "finish_reason")  # a line of result
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A request as a workload knows it: when, how long, how urgent; times in seconds."""
+    """A request of a workload: arrival, lengths, urgency; times in seconds."""
 
     arrival_s: float
     prompt_tokens: int
