@@ -156,6 +156,11 @@ class SimulateConfig:
                 f"metrics.trace must be null in a simulation, got {self.metrics.trace!r}; "
                 "metrics.path writes its steps"
             )
+        if self.cache.dir is not None:
+            raise ValueError(
+                f"cache.dir must be null in a simulation, got {self.cache.dir!r}; "
+                "cache.max_tokens may stand for what a disk holds"
+            )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from contextlib import nullcontext
@@ -17,6 +18,7 @@ from mnemosyne.config_simulate import SimulateConfig
 from mnemosyne.joining.simulated import Simulation, build_simulation
 from mnemosyne.metrics import StepLog, StepRecord
 from mnemosyne.process import say
+from mnemosyne.simulate.hit_rates import hit_rates
 from mnemosyne.simulate.report import Report, make_report, result_rows
 from mnemosyne.simulate.workload import draw, read_trace, write_trace
 
@@ -46,16 +48,29 @@ def simulate(config: SimulateConfig) -> int:
             if log is not None:
                 log.write(step)
 
-        simulation = build_simulation(config, shape, on_step=record)
+        is_known = all(arrival.hash_ids for arrival in arrivals)
+        simulation = build_simulation(config, shape, on_step=record, shares=is_known)
+        logging.getLogger("mnemosyne.serve.records").setLevel(logging.WARNING)  # of each miss
         started_s = time.perf_counter()
         outputs = simulation.run(arrivals)
         wall_s = time.perf_counter() - started_s
     report = make_report(arrivals, outputs, long_tokens=config.schedule.max_short_tokens)
+    told = report.as_json()
+    rates, page_size = None, config.cache.page_size
+    if is_known:
+        num_pages = config.mesh.kvp * simulation.memory.num_tokens // page_size
+        rates = hit_rates(arrivals, outputs, num_pages=num_pages, page_size=page_size)
+        told["hit_rates"] = rates.as_json()
     if config.output:
         write_trace(config.output, result_rows(arrivals, outputs))
     if config.report:
-        write_json(config.report, report.as_json())
+        write_json(config.report, told)
     print_report(report, config, simulation)
+    if rates is not None:
+        print(
+            f"{rates.ours:.1%} of prompt tokens were cached; plain LRU by page, one request after "
+            f"the other: {rates.plain_lru:.1%}; with the future known: {rates.optimum:.1%}"
+        )
     say(f"{len(records):,} steps in {wall_s:.1f} s")
     if config.plot:
         draw_plot(config.plot, records, config.schedule.target_tbt_s)

@@ -66,6 +66,7 @@ def build_simulation(
     shape: ModelShape,
     *,
     on_step: Callable[[StepRecord], None] | None = None,
+    shares: bool = False,
 ) -> Simulation:
     """The engine that serves, over an executor that only counts time.
 
@@ -76,6 +77,7 @@ def build_simulation(
         config: all choices.
         shape: the model.
         on_step: called with the record of each step.
+        shares: whether the prompts of the workload can be told apart, so that they may be shared.
 
     Raises:
         ValueError: if mesh and model do not fit each other, or the memory.
@@ -95,6 +97,7 @@ def build_simulation(
         sweep=_sweep(predictor, cost),
         clock=cluster.clock,
         on_step=on_step,
+        fingerprint=b"simulated" if shares and config.cache.prefix == "auto" else None,
     )
     engine.measure()
     return Simulation(engine, cluster, memory)

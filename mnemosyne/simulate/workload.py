@@ -11,10 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from mnemosyne.cache.layout import pages_for
 from mnemosyne.config_simulate import WorkloadConfig
 from mnemosyne.request import Request, SamplingParams
 
 Z_P90 = 1.2815515655446004  # the 90th percentile of the standard normal distribution
+HASHED_TOKENS = 512  # of a prompt that each of its hashes stands for
+MOST_HASHES = 2**30  # they are the tokens of prompts, which are hashed as int32
+MOONCAKE = ("timestamp", "input_length", "output_length", "hash_ids")
 RESULTS = ("ttft_s", "tpot_s", "tbt_p99_s", "finish_reason")  # a line of results may be replayed
 
 
@@ -27,12 +31,22 @@ class Arrival:
     output_tokens: int
     priority: int = 0
     deadline_s: float | None = None  # for the first token, after arrival; unset: by the slo
+    # each stands for 512 tokens of the prompt, the last one for the rest; none: nothing is known
+    hash_ids: tuple[int, ...] = ()
 
     def request(self, request_id: int) -> Request:
-        """The request that engine and scheduler see. Its prompt takes no memory, however long."""
+        """The request that engine and scheduler see.
+
+        Its prompt takes no memory, however long, if nothing is known of its tokens; else equal
+        hashes give equal tokens.
+        """
+        ids = np.broadcast_to(np.int64(0), (self.prompt_tokens,))
+        if self.hash_ids:
+            hashes = np.array(self.hash_ids, dtype=np.int64)
+            ids = np.repeat(hashes, HASHED_TOKENS)[: self.prompt_tokens]
         return Request(
             request_id=request_id,
-            prompt_ids=np.broadcast_to(np.int64(0), (self.prompt_tokens,)),
+            prompt_ids=ids,
             params=SamplingParams(max_tokens=self.output_tokens, temperature=0.0, ignore_eos=True),
             seed=0,
             end_token_ids=(),
@@ -76,7 +90,11 @@ def read_trace(path: str | Path) -> list[Arrival]:
     """Requests of a JSONL file, in order of arrival.
 
     A line is an object with ``arrival_s``, ``prompt_tokens`` and ``output_tokens``, and may have
-    ``priority`` and ``deadline_s``; what a simulation writes besides is skipped.
+    ``priority``, ``deadline_s`` and ``hash_ids``; what a simulation writes besides is skipped. Or
+    it is one of a Mooncake trace: ``timestamp`` in milliseconds, ``input_length``,
+    ``output_length`` and ``hash_ids``.
+
+    Source: traces of Qin et al. 2024, arXiv:2407.00079.
 
     Raises:
         ValueError: naming file, line and field, where a line does not hold a request; if the file
@@ -132,6 +150,8 @@ def _arrival(line: str, place: str) -> Arrival:
     if not isinstance(entries, dict):
         raise ValueError(f"{place} must be a JSON object, got {line[:60]!r}; write one per line")
     known = [entry.name for entry in fields(Arrival)]
+    if "timestamp" in entries:
+        known = list(MOONCAKE)
     for name in entries:
         if name not in known and name not in RESULTS:
             close = get_close_matches(name, known, n=1)
@@ -139,6 +159,14 @@ def _arrival(line: str, place: str) -> Arrival:
             raise ValueError(
                 f"{place}: field must be one of {', '.join(known)}, got {name!r}; {remedy}"
             )
+    if "timestamp" in entries:
+        num_tokens = _whole(entries, "input_length", place, least=1)
+        return Arrival(
+            arrival_s=_number(entries, "timestamp", place, least=0.0) / 1000,
+            prompt_tokens=num_tokens,
+            output_tokens=_whole(entries, "output_length", place, least=1),
+            hash_ids=_hashes(entries, num_tokens, place),
+        )
     return Arrival(
         arrival_s=_number(entries, "arrival_s", place, least=0.0),
         prompt_tokens=_whole(entries, "prompt_tokens", place, least=1),
@@ -147,7 +175,24 @@ def _arrival(line: str, place: str) -> Arrival:
         deadline_s=None
         if entries.get("deadline_s") is None
         else _number(entries, "deadline_s", place, least=1e-9),
+        hash_ids=_hashes(entries, entries["prompt_tokens"], place),
     )
+
+
+def _hashes(entries: dict[str, Any], num_tokens: int, place: str) -> tuple[int, ...]:
+    found = entries.get("hash_ids", [])
+    is_plain = isinstance(found, list) and all(type(each) is int for each in found)
+    if not is_plain or not all(0 <= each < MOST_HASHES for each in found):
+        raise ValueError(
+            f"{place}: hash_ids must be a list of whole numbers in [0, 2**30), "
+            f"got {str(found)[:60]}; number the hashes from 0"
+        )
+    if found and len(found) != pages_for(num_tokens, HASHED_TOKENS):
+        raise ValueError(
+            f"{place}: hash_ids must hold one for each {HASHED_TOKENS} of {num_tokens} tokens, "
+            f"got {len(found)}; leave them out if they are not known"
+        )
+    return tuple(found)
 
 
 def _number(entries: dict[str, Any], name: str, place: str, *, least: float) -> float:
