@@ -6,7 +6,7 @@ from collections import deque
 
 from mnemosyne.cache.table import PageTable
 from mnemosyne.request import Sampled
-from mnemosyne.schedule.plan import Chunk, Plan, StepResult
+from mnemosyne.schedule.plan import Chunk, Plan, StepResult, handovers
 from mnemosyne.schedule.work import WorkModel
 from mnemosyne.simulate.cost import GroupLoad, StepCost
 
@@ -85,6 +85,8 @@ class SimulatedCluster:
                 self._add(load, chunk, positions)
                 if len(holding) > 1:
                     load.shared_rows += chunk.num_tokens
+        for chunk, receiver, is_needed in handovers(plan.chunks, self._tables.__getitem__):
+            loads[receiver].handed_rows += is_needed * chunk.num_tokens
         return loads
 
     def _add(self, load: GroupLoad, chunk: Chunk, keys: range) -> None:

@@ -1,7 +1,8 @@
 """The cost of a step: a roofline of each part of a layer at stated efficiencies.
 
-A step takes as long as its slowest group. Within a stage nothing overlaps: products, attention
-and collectives follow each other, as they do in eager execution and in a CUDA graph of one stream.
+A step takes as long as its slowest group. Within a stage products, attention and collectives
+follow each other, as they do in eager execution and in a CUDA graph of one stream. Only keys that
+one group hands to another travel while that one projects its own rows.
 Between stages, sending a step on overlaps with the stage's next step (see ``cluster``).
 """
 
@@ -26,6 +27,7 @@ class GroupLoad:
         rows: through the linear layers.
         owned_rows: those of requests whose first shard is here; with a wide MLP each is sent once.
         shared_rows: those that other groups compute as well.
+        handed_rows: those of other groups whose keys are handed here before attention.
         num_sampled: rows through the head.
         decode_keys: that decodes read here.
         chunks: query-key pairs and keys of each chunk of prefill here.
@@ -34,6 +36,7 @@ class GroupLoad:
     rows: int = 0
     owned_rows: int = 0
     shared_rows: int = 0
+    handed_rows: int = 0
     num_sampled: int = 0
     decode_keys: float = 0.0
     chunks: list[tuple[float, float]] = field(default_factory=list)
@@ -136,6 +139,7 @@ class StepCost:
         vocabulary = local.vocabulary_params()
         self._head_row, self._head_read = 2 * vocabulary * flop, vocabulary * element * byte
         self._row_bytes = shape.width * element
+        self._handed_bytes = local.kv_bytes_per_token(1)
         self._partial_bytes = local.num_heads * (shape.head_dim * element + LSE_BYTES)
         self._is_wide = mesh.ffn == "wide" and mesh.kvp > 1
 
@@ -170,6 +174,7 @@ class StepCost:
         for load in loads:
             terms = Terms(layers=1.0)
             self._add_product(terms, load.rows * self._projection_row, self._projection_read)
+            self._add_handing(terms, load)
             self._add_attention(terms, load)
             self._add_all_reduce(terms, load.rows, self.mesh.tp, self._machine.tp)
             if self.mesh.kvp > 1 and any_shared:
@@ -191,6 +196,18 @@ class StepCost:
             terms.gemm += compute
         else:
             terms.weights += read
+
+    def _add_handing(self, terms: Terms, load: GroupLoad) -> None:
+        """Keys of other groups come while the own rows are projected; what is longer is waited for.
+
+        Whoever hands rows on has the larger slice, and so is done with its projections later.
+        """
+        if load.handed_rows:
+            link = self._machine.kvp
+            message_s = load.handed_rows * self._handed_bytes / link.bytes_per_s * self.rates.links
+            own_s = load.rows * self._projection_row * self.rates.gemm
+            terms.links += max(0.0, message_s - own_s) / self.rates.links
+            _count_messages(terms, link, 1)
 
     def _add_attention(self, terms: Terms, load: GroupLoad) -> None:
         """Each chunk is bound by operations or by reading its keys; decodes are read as one."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mnemosyne.cache.table import PageTable
+from mnemosyne.cache.table import Extent, PageTable
 from mnemosyne.cli.shapes import find_shape
 from mnemosyne.config import MeshConfig
 from mnemosyne.joining.simulated import Simulation, build_simulation
@@ -71,6 +71,23 @@ def test_groups_attend_to_their_own_shard() -> None:
     assert later.chunks == [(64 * 65 / 2, 64)]
     assert (first.owned_rows, later.owned_rows) == (64, 0)
     assert (first.shared_rows, later.shared_rows) == (64, 64)
+
+
+def test_slices_are_computed_by_their_groups_over_keys_that_are_handed_on() -> None:
+    cluster = _cluster(MeshConfig(kvp=2))
+    copy = Extent(0, 0, np.arange(8))
+    table = PageTable((Extent(1, 0, np.arange(8)),), lent=(copy,))
+    chunks = (Chunk(0, 0, 300, False, group=0), Chunk(0, 300, 200, False, group=1))
+    plan = Plan(0, chunks, tables=((0, table),))
+    cluster.submit(plan)
+
+    helping, home = cluster.loads(plan)
+
+    assert (helping.rows, home.rows) == (300, 200)
+    assert (helping.handed_rows, home.handed_rows) == (0, 300)
+    assert helping.chunks == [(300 * 301 / 2, 300)]
+    assert home.chunks == [(200 * 300 + 200 * 201 / 2, 500)]
+    assert helping.shared_rows == home.shared_rows == 0
 
 
 def test_windowed_layers_see_and_read_less() -> None:

@@ -114,3 +114,20 @@ def test_the_terms_of_a_step_add_up_to_its_time() -> None:
 
     total = sum(unit * term for unit, term in zip(units, terms, strict=True))
     assert total == pytest.approx(sum(cost.stage_s(load)))
+
+
+def test_keys_that_are_handed_over_cost_what_the_projections_do_not_hide() -> None:
+    cost, mesh = _cost(MeshConfig(kvp=2)), MeshConfig(kvp=2)
+    rows, handed = 4096, 65536
+    own = [GroupLoad(rows=rows), GroupLoad(rows=rows)]
+
+    few_s, many_s = (
+        cost.stage_s([own[0], GroupLoad(rows=rows, handed_rows=count)])[0]
+        for count in (256, handed)
+    )
+
+    (alone_s,) = cost.stage_s(own)
+    message_s = handed * 2 * 2 * 32 * 2 / Machine.of(ROUND, mesh).kvp.bytes_per_s
+    projections_s = 2 * rows * PROJECTIONS / 1e14
+    assert few_s == pytest.approx(alone_s)
+    assert many_s == pytest.approx(alone_s + 4 * (message_s - projections_s))
