@@ -121,6 +121,7 @@ class Message:
 
     x: Tensor  # sent, or filled
     works: tuple[dist.Work, ...]
+    axis_name: str  # for reports about a rank that waits here
 
     def wait(self) -> Tensor:
         """The tensor, once it has come or may be written to again."""
@@ -150,5 +151,5 @@ def start_messages(
     is_each = len(works) == len(operations)
     each = [(work,) for work in works] if is_each else [tuple(works)] * len(operations)
     tensors = [x for _, x in (*sent, *received)]
-    messages = [Message(x, own) for x, own in zip(tensors, each, strict=True)]
+    messages = [Message(x, own, axis.name) for x, own in zip(tensors, each, strict=True)]
     return messages[: len(sent)], messages[len(sent) :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 
 from mnemosyne import LLM, SamplingParams
-from tests.model_zoo.tiny import tiny_checkpoint
+from tests.model_zoo.tiny import VOCAB_SIZE, tiny_checkpoint
 from tests.ranks import run_ranks, start_ranks
+from tests.schedule.clocked import Rates
 
 LIMIT_S = 10.0  # from the kill to the end of the last rank
 START_S = 90.0
@@ -62,6 +64,43 @@ def test_a_killed_rank_ends_the_others_within_ten_seconds(victim: int, tmp_path:
         assert "request 0 failed with" in said
     (tmp_path / "again").mkdir()
     assert len(run_ranks(_serve, 4, path, tmp_path / "again", 3)[0]) == 3
+
+
+def _prefill(path: Path, folder: Path) -> None:
+    rank = os.environ["RANK"]
+    logging.basicConfig(filename=folder / f"rank{rank}.log", force=True)
+    with LLM(
+        str(path),
+        dtype="float64",
+        device="cpu",
+        schedule={"chunk": 400},
+        cache={"max_tokens": 2048, "page_size": 16, "prefix": "off"},
+        mesh={"kvp": 2},
+        metrics={"path": str(folder / f"steps{rank}.jsonl")},
+        predictor=Rates(),
+    ) as llm:
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        for _ in range(10_000):
+            llm.generate(np.arange(900) % VOCAB_SIZE, params)
+
+
+def test_a_rank_killed_while_slices_are_handed_down_ends_the_other_which_names_it(tmp_path):
+    path = tiny_checkpoint(tmp_path / "model", num_layers=2)
+    steps = tmp_path / "steps0.jsonl"
+
+    with start_ranks(_prefill, 2, path, tmp_path) as ranks:
+        _wait_for_lines(steps, 12)
+        os.kill(ranks.processes[1].pid, signal.SIGKILL)
+        killed_s = time.monotonic()
+        ranks.processes[0].join(LIMIT_S)
+        seconds = time.monotonic() - killed_s
+        status = ranks.processes[0].exitcode
+
+    assert seconds < LIMIT_S
+    assert status not in (0, None)
+    records = [json.loads(line) for line in steps.read_text().splitlines()]
+    assert any(record["num_handed"] for record in records)
+    assert "pp0/kvp1/tp0" in (tmp_path / "rank0.log").read_text()
 
 
 def _wait_for_lines(path: Path, count: int) -> None:
