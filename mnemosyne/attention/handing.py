@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mnemosyne.parallel.collectives import Message, start_messages
+from mnemosyne.parallel.collectives import Message, start_message
 from mnemosyne.parallel.mesh import Axis
 
 
@@ -61,10 +61,11 @@ class Handing:
         """Hand on the rows of a layer, which the pool has now; wait for those that are needed."""
         self.finish()
         self._layer = layer
-        sent = [(handed.peer, self._pack(handed)) for handed in self.rows.sent]
-        received = [(handed.peer, self._empty(handed)) for handed in self.rows.received]
-        self._sent, messages = start_messages(sent, received, self.axis)
-        self._received = dict(enumerate(messages))
+        for handed in self.rows.sent:
+            self._sent.append(start_message(self._pack(handed), self.axis, to=handed.peer))
+        for index, handed in enumerate(self.rows.received):
+            message = start_message(self._empty(handed), self.axis, of=handed.peer)
+            self._received[index] = message
         for index, handed in enumerate(self.rows.received):
             if handed.is_needed:
                 self._take(index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -18,6 +19,8 @@ from mnemosyne.schedule.plan import Executor
 from mnemosyne.schedule.predictor import LinearPredictor, Predictor
 from mnemosyne.schedule.work import WorkModel
 from mnemosyne.serve.engine import Engine
+
+log = logging.getLogger(__name__)
 
 
 def build_engine(
@@ -39,6 +42,7 @@ def build_engine(
         predictor: step time, in place of the one fitted by a sweep here, until it fails.
         on_step: called with the record of each step.
     """
+    config = _without_slices(config, rank)
     executor = executor or executor_of(rank, crew)
     ours = LinearPredictor(_prior(config, rank))
     is_fitted = predictor is None and config.schedule.is_adaptive
@@ -57,6 +61,15 @@ def build_engine(
     if crew is not None:
         engine.measure()  # the other ranks follow now; later they may be elsewhere
     return engine
+
+
+def _without_slices(config: EngineConfig, rank: Rank) -> EngineConfig:
+    """The same where slices can be handed down; elsewhere each prompt stays in its own group."""
+    device = rank.worker.pool.k[0].device.type
+    if device == "cpu" or config.mesh.kvp == 1 or config.schedule.spread == "off":
+        return config
+    log.info("schedule.spread=auto spreads no prompt on %s: slices are handed down on CPUs", device)
+    return replace(config, schedule=replace(config.schedule, spread="off"))
 
 
 def executor_of(rank: Rank, crew: Crew | None = None) -> Executor:

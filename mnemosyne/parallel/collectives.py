@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -120,36 +120,32 @@ class Message:
     """A tensor on its way between two ranks of an axis; it must stay as it is until the end."""
 
     x: Tensor  # sent, or filled
-    works: tuple[dist.Work, ...]
+    work: dist.Work
     axis_name: str  # for reports about a rank that waits here
 
     def wait(self) -> Tensor:
         """The tensor, once it has come or may be written to again."""
-        for work in self.works:
-            work.wait()
+        self.work.wait()
         return self.x
 
 
-def start_messages(
-    sent: Sequence[tuple[int, Tensor]], received: Sequence[tuple[int, Tensor]], axis: Axis
-) -> tuple[list[Message], list[Message]]:
-    """Start to send tensors to single ranks of an axis, and to fill others with what they send.
+def start_message(
+    x: Tensor, axis: Axis, *, to: int | None = None, of: int | None = None
+) -> Message:
+    """Start to send a tensor to one rank of an axis, or to fill it with what that one sends.
 
-    Both ends of a pair must list the tensors that pass between them in the same order.
+    Both ends of a pair must start the messages that pass between them in the same order.
 
     Args:
-        sent: receiver and tensor, contiguous.
-        received: sender and a tensor of the shape and dtype of what it sends, contiguous.
+        x: on the CPU, contiguous, of the same shape and dtype on both ranks.
         axis: the ranks.
+        to: receives it.
+        of: sends it.
     """
-    if not sent and not received:
-        return [], []
-    group = axis.group
-    operations = [dist.P2POp(dist.isend, x, group=group, group_peer=peer) for peer, x in sent]
-    operations += [dist.P2POp(dist.irecv, x, group=group, group_peer=peer) for peer, x in received]
-    works = dist.batch_isend_irecv(operations)  # nccl has one work for all of them
-    is_each = len(works) == len(operations)
-    each = [(work,) for work in works] if is_each else [tuple(works)] * len(operations)
-    tensors = [x for _, x in (*sent, *received)]
-    messages = [Message(x, own, axis.name) for x, own in zip(tensors, each, strict=True)]
-    return messages[: len(sent)], messages[len(sent) :]
+    assert x.is_cpu, "nccl wants the messages of a pair in groups"
+    if to is not None:
+        work = dist.isend(x, group=axis.group, group_dst=to)
+    else:
+        work = dist.irecv(x, group=axis.group, group_src=of)
+    assert work is not None, "this rank is on the axis"
+    return Message(x, work, axis.name)
