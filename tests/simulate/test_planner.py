@@ -212,6 +212,9 @@ def test_a_plan_that_fits_nowhere_comes_with_changes_after_which_it_does() -> No
         else:
             whole = replace(config, **{name: int(change.value)})
         assert plan_layouts(whole, shape, stages_of)[0].rank is Rank.FITS, change
+    (longest,) = (int(change.value) for change in changes if change.key == "context")
+    longer = replace(config, context=longest * 17 // 16 + 1024)
+    assert plan_layouts(longer, shape, stages_of)[0].rank is not Rank.FITS
 
 
 @pytest.mark.parametrize(
