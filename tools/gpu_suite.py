@@ -64,14 +64,14 @@ class Report:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        self._lock = Lock()  # sections of a stage tell at the same time
+        self._lock = Lock()  # sections of a stage report at the same time
 
     def begin(self, name: str) -> None:
         with self._lock:
             self.sections[name] = {"result": {}}
 
     def add(self, name: str, key: str, entry: dict[str, Any]) -> None:
-        """Take an entry, put it beside the peaks and tell it."""
+        """Take an entry, put it beside the peaks and report it."""
         with self._lock:
             self._relate(entry)
             self.sections[name]["result"][key] = entry
@@ -130,7 +130,7 @@ def in_words(entry: dict[str, Any]) -> str:
 def run_section(
     report: Report, smoke: bool, configs: dict[str, Any], until_s: float, name: str
 ) -> None:
-    """One section in a process of its own; it tells each entry in a line of JSON as it comes."""
+    """One section in a process of its own; it reports each entry in a line of JSON as it comes."""
     started_s = time.perf_counter()
     budget_s = min(SECTIONS[name][1], until_s - started_s)
     report.begin(name)
@@ -181,7 +181,7 @@ def fastest_configs(sections: dict[str, Section]) -> dict[str, Any]:
 
 
 def faster(section: Section) -> str:
-    """Which of our backends took less time at every length from 64K keys on; flex if neither."""
+    """The backend that took less time at every length from 64K keys on; flex if neither."""
     seconds = {key: entry.get("seconds") for key, entry in section["result"].items()}
     lengths = [int(key.split()[1]) for key in seconds if key.startswith("flex ")]
     pairs = [(seconds.get(f"triton {n}"), seconds[f"flex {n}"]) for n in lengths if n >= 2**16]

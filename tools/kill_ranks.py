@@ -64,7 +64,7 @@ async def kill_once(
 
 
 def differences(streams: Sequence[Stream], outputs: Sequence[Sequence[RequestOutput]]) -> int:
-    """How many streams are not those of a quiet run."""
+    """The number of streams that differ from those of a quiet run."""
     count = 0
     for stream, wanted in zip(streams, outputs, strict=True):
         try:

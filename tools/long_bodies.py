@@ -1,4 +1,4 @@
-"""Time those who are served beside long bodies: ten million ids, 100 MB of text.
+"""Time the clients that are served beside long bodies: ten million ids, 100 MB of text.
 
 Usage: python -m tools.long_bodies [--megabytes 100] [--model smollm2]
 Prints, as JSON, how long each took, the slowest /health meanwhile, the times between tokens of

@@ -1,4 +1,4 @@
-"""How well step times are predicted: on a quiet machine, and after something takes a core away.
+"""The accuracy of predicted step times: on a quiet machine, and after something takes a core away.
 
 Random prompts and decodes share steps of an engine, so that sizes, contexts and batches vary. Each
 step is predicted before it runs, and learned from only afterwards. Then another process spins on
@@ -87,7 +87,7 @@ def show(name: str, ratios: np.ndarray) -> dict[str, float]:
 
 
 def steps_until(limit: float, errors: np.ndarray) -> int | None:
-    """How many steps before the first ``WINDOW`` in a row whose median is under the limit."""
+    """The number of steps before the first ``WINDOW`` in a row whose median is under the limit."""
     windows = np.lib.stride_tricks.sliding_window_view(errors, WINDOW)
     within = np.flatnonzero(np.median(windows, axis=1) < limit)
     return int(within[0]) if len(within) else None

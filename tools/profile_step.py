@@ -49,7 +49,7 @@ def open_engine(arguments: argparse.Namespace, length: int, chunk: int, wraps: W
         model="bench",
         attention=arguments.attention,
         operators=arguments.operators,
-        compile="none",  # what is replayed cannot be clocked
+        compile="none",  # a replayed step cannot be clocked
         schedule=ScheduleConfig(chunk=chunk, max_sequences=num_requests),
         cache=CacheConfig(max_tokens=room, page_size=PAGE_SIZE),
     )
@@ -182,7 +182,7 @@ def wraps_of(clock: Clock) -> Wraps:
 
 
 def show_parts(clock: Clock, steps: Sequence[Callable[[], object]], *, add_up: bool) -> None:
-    """Print what the parts of steps take: their sums, or else medians over the steps."""
+    """Print the times of the parts of steps: their sums, or else medians over the steps."""
     rows = [clock.read(step) for step in steps]
     combine = sum if add_up else median
     combined_ms = {part: 1e3 * combine(row[part] for row in rows) for part in rows[0]}

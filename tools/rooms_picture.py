@@ -46,7 +46,7 @@ Graph = dict[str, set[str]]
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """Where a room is drawn."""
+    """The place of a room in the picture."""
 
     x: float  # of its middle
     y: float  # of its upper edge

@@ -259,7 +259,7 @@ def _kernel_tables(call: _Call, num_pages: int) -> tuple[Tensor, ...]:
     partial = blocks.partial
     if partial.device.type == "cpu":
         # The CPU kernel wants the table as wide as the pool, but reads only the first few of each
-        # row: rows may overlap, and what follows the last one may hold anything.
+        # row: rows may overlap, and the memory behind the last one may hold anything.
         flat = partial.new_empty(partial.numel() + num_pages)
         flat[: partial.numel()] = partial.flatten()
         partial = flat.as_strided((*partial.shape[:3], num_pages), partial.stride())

@@ -1,4 +1,4 @@
-"""The rows of a step that several groups attend to, and where they stand on each."""
+"""The rows of a step that several groups attend to, and their places on each."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ WINDOW_ROWS = 256  # the same under a sliding window: bounds the masks of its ed
 
 
 class Sight(Enum):
-    """Which keys of a span its rows see."""
+    """The keys of a span that its rows see."""
 
     FULL = "full"  # all
     CAUSAL = "causal"  # as many rows as keys, at the same positions: those not after the row

@@ -110,7 +110,7 @@ class TritonBackend:
         return FixedDecodes(self, k_KSD, num_rows=num_rows, page_size=page_size, page_ids=page_ids)
 
     def config(self, kind: str, like: Tensor, page_size: int) -> TileConfig:
-        """How the kernel of ``decode`` or ``chunk`` is built for queries or keys as these."""
+        """The build of the kernel of ``decode`` or ``chunk`` for queries or keys as these."""
         head_dim, shape = like.shape[-1], shape_key(kind, like.shape[-1], page_size)
         if like.dtype.itemsize == 2 and shape in self._configs:
             return self._configs[shape]

@@ -40,7 +40,9 @@ class _Graphs:
     def __init__(self, kinds: Sequence[int]) -> None:
         self._kinds = kinds
         self._made: dict[tuple[Any, ...], Piece] = {}
-        self.for_any_rows = False  # whether what is traced now is to serve any number of rows
+        self.for_any_rows = (
+            False  # whether the graph that is traced now is to serve any number of rows
+        )
 
     def __call__(self, piece: Piece, *layers: int) -> Piece:
         """The graph of a piece between some layers held; none is compiled before it is called."""
@@ -51,7 +53,7 @@ class _Graphs:
 
 
 class CompiledModel:
-    """A decoder whose pieces are compiled; it gives what the decoder gives, up to rounding.
+    """A decoder whose pieces are compiled; its results are the decoder's, up to rounding.
 
     Args:
         model: weights loaded, of operators that the compiler can trace.
@@ -62,7 +64,7 @@ class CompiledModel:
         assert model.operators.can_compile
         self._model = model
         self._layers = model.decoder_layers()
-        # what layers hold is not checked at every call: one graph serves those of a kind
+        # the contents of layers are not checked at every call: one graph serves those of a kind
         kinds = [(layer.kind, *_shapes(layer)) for layer in self._layers]
         numbers = [kinds.index(kind) for kind in kinds]
         self._device = device
@@ -162,7 +164,7 @@ class CompiledModel:
     def _feed_forward(self, index: int, x_TE: Tensor) -> Tensor:
         """The MLP of a layer held, over rows that may be those of all groups."""
         layer = self._layers[index]
-        if layer.is_sparse:  # which products there are depends on what rows ask for
+        if layer.is_sparse:  # the products depend on the experts that rows are given to
             return layer.mlp(x_TE)
         return layer.mlp.narrow(self._graphs(len(x_TE))(_widen, index)(layer, x_TE))
 
@@ -243,7 +245,7 @@ def _shapes(layer: Layer) -> list[tuple[str, torch.Size, torch.dtype]]:
 
 
 def _that_may_fail(guards: Sequence[Any]) -> list[bool]:
-    """Which of the compiler's checks before each call to keep: rows and the state of torch.
+    """The compiler's checks to keep before each call: rows and the state of torch.
 
     The others ask of weights, modules and globals, which do not change while a model is served, and
     take as long as a layer's small operators.
@@ -274,9 +276,9 @@ def _marking(piece: Piece) -> Piece:
 
 @contextmanager
 def _cache_on_disk() -> Iterator[None]:
-    """Have the compiler keep what it makes in the user's cache folder, while this lasts.
+    """Have the compiler keep its output in the user's cache folder, while this lasts.
 
-    Its usual folder is a temporary one, and the only way to name another is its environment
+    Its default folder is a temporary one, and the only way to name another is its environment
     variable.
     """
     usual = os.environ.get("TORCHINDUCTOR_CACHE_DIR")

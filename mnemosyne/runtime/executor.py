@@ -62,7 +62,7 @@ class Crew(Protocol):
         """Hand a plan to every other rank."""
 
     def recv_result(self) -> StepResult:
-        """Wait for what one group says of one step."""
+        """Wait for one group's result of one step."""
 
     def watch_step(self, index: int, predicted_s: float) -> AbstractContextManager[None]:
         """The context in which a step runs: it ends all ranks if the step fails or gets stuck."""

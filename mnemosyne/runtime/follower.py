@@ -17,13 +17,13 @@ class Inbox(Protocol):
     """The follower's end of the control channel."""
 
     def recv(self) -> Any:
-        """The next plan, or whatever ends this call."""
+        """The next plan, or the message that ends this call."""
 
     def has_message(self) -> bool:
         """Return whether ``recv`` would not wait."""
 
     def send_result(self, result: StepResult) -> None:
-        """Report what this rank's group made of a step."""
+        """Report the result of this rank's group for a step."""
 
 
 def follow(inbox: Inbox, worker: Worker, watch: Watch) -> Any:
@@ -51,7 +51,7 @@ def follow(inbox: Inbox, worker: Worker, watch: Watch) -> Any:
 
 
 def _look_ahead(inbox: Inbox, messages: deque[Any], worker: Worker) -> None:
-    """Announce the plans that have come already; what ends this call is the last message of it."""
+    """Announce the plans that have come already; the last message of a call ends it."""
     while inbox.has_message() and (not messages or isinstance(messages[-1], Plan)):
         messages.append(inbox.recv())
         if isinstance(messages[-1], Plan):

@@ -16,7 +16,7 @@ from mnemosyne.runtime.truncation import largest, truncation_mask
 log = logging.getLogger(__name__)
 
 GROUP_SIZE = 128  # columns whose largest value is found first
-BLOCK_ELEMENTS = 2**20  # rows are sampled in blocks of about so many logits, to bound memory
+BLOCK_ELEMENTS = 2**20  # logits in a block of rows that are sampled together, which bounds memory
 NOT_FINITE = "logits must be finite, got nan or inf; check the weights or use a wider dtype"
 CANNOT_SAMPLE = "sampling must work with the request's parameters, got"
 NOTHING_LEFT = (
@@ -43,7 +43,7 @@ class SamplerState:
         seed: int,
     ) -> None:
         self.temperature = params.temperature or 0.0
-        # The most likely token, the lowest id of several: what top_k=1 keeps.
+        # The most likely token, the lowest id of several, which is the one that top_k=1 keeps.
         self.top_k = (params.top_k or 0) if self.temperature else 1
         self.top_p = params.top_p or 1.0
         self.min_p = params.min_p
@@ -134,7 +134,7 @@ class SamplerState:
         return self.num_output < self._min_tokens and bool(self._banned)
 
     def _seen(self, logits_V: Tensor) -> Tensor:
-        """Which tokens stand in prompt or output, bool."""
+        """The tokens that occur in prompt or output, bool."""
         if self._seen_V is None:
             self._seen_V = torch.zeros_like(logits_V, dtype=torch.bool)
         if self._unseen:
@@ -144,7 +144,7 @@ class SamplerState:
         return self._seen_V
 
     def _count(self, logits_V: Tensor) -> Tensor:
-        """How often each token stands in the output, in the dtype of the logits."""
+        """The count of each token in the output, in the dtype of the logits."""
         if self._count_V is None:
             self._count_V = torch.zeros_like(logits_V)
         if self._uncounted:
@@ -249,7 +249,7 @@ def token_logprobs(logits_BV: Tensor, next_ids_B: Tensor, k: int) -> list[Logpro
 def probabilities(logits_BV: Tensor, states: Sequence[SamplerState]) -> Tensor:
     """Distributions to draw from: temperature, then top-k, top-p and min-p, over adjusted logits.
 
-    Each cut sees what the one before it left. Of equally likely tokens the lower id counts first.
+    Each cut sees the tokens that the one before it kept; of equally likely ones the lower id first.
 
     Args:
         logits_BV: float32 or float64; not changed.
@@ -277,7 +277,7 @@ def probabilities(logits_BV: Tensor, states: Sequence[SamplerState]) -> Tensor:
 
 
 def _adjust(logits_V: Tensor, state: SamplerState) -> None:
-    """Adjust one row; what fails there is the affair of its request alone."""
+    """Adjust one row; a failure there ends its request alone."""
     try:
         state.adjust(logits_V)
     except Exception as error:  # one request's own work

@@ -1,4 +1,4 @@
-"""Which tokens a sampler keeps: top-k, top-p and min-p, exact to the last tie."""
+"""The tokens that a sampler keeps: top-k, top-p and min-p, exact to the last tie."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def largest(values_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _cut(scaled_BV: Tensor, top_k: Sequence[int], top_p: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """How many tokens top-k and top-p keep of each row, and the value of the last of them.
+    """The number of tokens that top-k and top-p keep of each row, and the value of the last one.
 
     Returns:
         int64 [B, 1] and float64 [B, 1].

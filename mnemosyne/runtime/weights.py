@@ -29,10 +29,10 @@ Progress = Callable[[int, int], None]
 
 
 class Source(Protocol):
-    """Where a parameter lies in a checkpoint."""
+    """The source of a parameter in a checkpoint."""
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of what is stored."""
+        """Names and shapes of the stored tensors."""
 
     def read(self, tensors: Callable[[str], Any], held: Slices) -> Tensor:
         """The values of a part of the parameter, in the dtype of the file."""
@@ -48,10 +48,10 @@ class Model(Protocol):
         """The module that owns a parameter."""
 
     def sources(self) -> Mapping[str, Source]:
-        """Where each parameter held here lies in a checkpoint, by our name."""
+        """The source of each parameter held here in a checkpoint, by our name."""
 
     def known_name(self, stored: str) -> str | None:
-        """By which name a stored tensor is known; None for one that is not used."""
+        """The name here of a stored tensor; None for one that is not used."""
 
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor of the whole model, by its name in the checkpoint."""
@@ -128,7 +128,7 @@ class _Files:
         """A source of slices of a tensor."""
         file = self.headers[name].file
         if file != self._file:
-            self._stack.close()  # what is mapped of a file counts as memory of this process
+            self._stack.close()  # the mapped part of a file counts as memory of this process
             self._file, self._tensors = file, self._stack.enter_context(open_weights(file))
         return self._tensors.get_slice(self.headers[name].name)
 

@@ -45,7 +45,7 @@ def read_call(
 
 
 def add_call(engine: Engine, asked: list[Asked]) -> list[RequestOutput]:
-    """Queue what ``read_call`` gave; one output per prompt, which fill as the engine steps."""
+    """Queue the result of ``read_call``; one output per prompt, which fill as the engine steps."""
     return [_add(engine, prompt, params) for prompt, params in asked]
 
 

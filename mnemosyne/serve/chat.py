@@ -10,7 +10,7 @@ from typing import Any
 from mnemosyne.files import is_there, printable, read_object, read_text, shown
 from mnemosyne.serve.rendering import Renderer, RenderError
 
-Message = Mapping[str, Any]  # role, content and whatever else the template reads
+Message = Mapping[str, Any]  # role, content and any other field that the template reads
 
 
 class ChatTemplate:
@@ -47,7 +47,7 @@ class ChatTemplate:
         return cls(sources, special_tokens(path)) if sources else None
 
     def save(self, folder: Path) -> None:
-        """Write what ``from_dir`` reads."""
+        """Write the files that ``from_dir`` reads."""
         named = [{"name": name, "template": text} for name, text in self._sources.items()]
         config = {**self._variables, "chat_template": named}
         (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -9,12 +9,12 @@ T = TypeVar("T")
 
 
 def fail(future: asyncio.Future[T], error: Exception) -> None:
-    """End a future with an error, unless nobody waits for it any more."""
+    """End a future with an error, unless it was cancelled."""
     if not future.done():
         future.set_exception(error)
 
 
 def fulfil(future: asyncio.Future[T], value: T) -> None:
-    """End a future with its value, unless nobody waits for it any more."""
+    """End a future with its value, unless it was cancelled."""
     if not future.done():
         future.set_result(value)

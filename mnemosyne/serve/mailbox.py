@@ -34,11 +34,11 @@ class Mailbox:
             self._unread.add(piece.request_id, piece)
             is_told, self._is_told = self._is_told, True
         if not is_told:
-            with suppress(RuntimeError):  # the loop was closed, nobody reads any more
+            with suppress(RuntimeError):  # the loop was closed, nothing reads any more
                 self._loop.call_soon_threadsafe(self._has_mail.set)
 
     async def take(self) -> list[Piece]:
-        """Wait for pieces; what has come since the last call, one per request."""
+        """Wait for pieces; those since the last call, joined to one per request."""
         await self._has_mail.wait()
         with self._lock:
             unread, self._unread = self._unread, Unread()

@@ -79,7 +79,7 @@ class Ownership:
     def claim(
         self, name: str, *, ends_alone: bool, remedy: str, waits: bool = True
     ) -> Iterator[Claim]:
-        """Have the engine for the body, after whoever will soon be done with it.
+        """Have the engine for the body, after a user that will soon be done with it.
 
         Args:
             name: what wants it.
@@ -111,7 +111,7 @@ class Ownership:
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
-        """Call the engine in the body, as the user that has it or while nobody has.
+        """Call the engine in the body, as the user that has it or while it has none.
 
         Raises:
             ValueError: naming the user that has it, if it is another one.
@@ -129,7 +129,7 @@ class Ownership:
 
     @contextmanager
     def take(self, name: str) -> Iterator[None]:
-        """Take the engine away from whoever has it, to close it in the body.
+        """Take the engine away from its user, to close it in the body.
 
         A call that ends by itself is waited for; the others find their claim revoked.
         """

@@ -13,7 +13,7 @@ from mnemosyne.request import Piece, RequestOutput
 
 
 class Bars:
-    """Progress bars that leave nothing behind; silent where nobody would see them move.
+    """Progress bars that leave nothing behind; silent where there is no terminal.
 
     Args:
         console: unset: standard error.
@@ -56,7 +56,7 @@ class Bars:
         self._requests = self._progress.add_task("done", total=len(outputs), unit="requests")
 
     def update(self, piece: Piece) -> None:
-        """Enter what a step brought for one request."""
+        """Enter the piece that a step brought for one request."""
         self._prefilled[piece.request_id] = piece.prefilled
         self._num_done += piece.finish_reason is not None
         self._progress.update(self._prefill, completed=sum(self._prefilled.values()))

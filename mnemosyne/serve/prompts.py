@@ -15,7 +15,7 @@ from mnemosyne.serve.chat import Message
 from mnemosyne.serve.tokenizer import Tokenizer
 
 MAX_PROMPTS = 2**20  # of one call
-# what a mapping may hold the prompt under, and what may stand beside it
+# the keys a mapping may hold the prompt under, and those that may stand beside it
 PROMPT_KEYS: dict[str, set[str]] = {
     "prompt_token_ids": {"prompt"},
     "prompt": {"add_special_tokens"},
@@ -25,7 +25,7 @@ PROMPT_KEYS: dict[str, set[str]] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptIds:
-    """A prompt that was read: ids that the model has, in an array that nobody else holds."""
+    """A prompt that was read: ids that the model has, in an array that nothing else holds."""
 
     ids: np.ndarray  # int64 [num_prompt_tokens]
 
@@ -90,7 +90,7 @@ class PromptReader:
         return PromptIds(ids.astype(np.int64))
 
     def _render(self, prompt: Conversation) -> str:
-        """The text of a conversation; whatever its fields hold may be foreign."""
+        """The text of a conversation; its fields may hold foreign objects."""
         if self.tokenizer is None:
             raise ValueError(
                 f"messages must go to a model with a tokenizer, got {self.model}, which has no "
@@ -115,7 +115,7 @@ class PromptReader:
         return self.tokenizer.encode(str.__str__(text), add_special_tokens=add_special_tokens)
 
     def _copy(self, prompt: object) -> np.ndarray:
-        """Ids as an integer array of one dimension; whatever they are given as may be foreign."""
+        """Ids as an integer array of one dimension; they may come in a foreign object."""
         try:
             num_tokens = len(prompt)  # type: ignore[arg-type]  # what has none is caught
         except Exception as error:

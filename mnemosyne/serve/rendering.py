@@ -18,11 +18,11 @@ PROCESSOR_S = 5  # of one rendering, and for each
 BYTES_PER_S = 8 << 20  # of messages another one
 MEMORY_BYTES = 256 << 20  # beside 64 times the messages
 MAX_CHARS = 4 << 20  # of text, beside 16 times the messages
-STOP_S = 2.0  # what the process gets to end once its input is closed
+STOP_S = 2.0  # that the process may take to end once its input is closed
 
 
 class RenderError(ValueError):
-    """A template that gave no text, worded as what was got."""
+    """A template that gave no text; the message says what was got."""
 
 
 class Renderer:
@@ -74,7 +74,7 @@ class Renderer:
     def _ask(self, line: bytes) -> bytes:
         """The answer; nothing if the process ended over it."""
         if self._process is None or self._process.poll() is not None:
-            self._close()  # what is left of a process that has ended
+            self._close()  # the remains of a process that has ended
             self._process = self._start()
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
@@ -113,7 +113,7 @@ class Renderer:
 
 def _end(process: subprocess.Popen[bytes], owner: int) -> None:
     if os.getpid() != owner:
-        return  # a fork must not end what its parent started
+        return  # a fork must not end the processes of its parent
     assert process.stdin is not None
     assert process.stdout is not None
     try:

@@ -8,7 +8,7 @@ import numpy as np
 
 from mnemosyne.serve.tokenizer import Tokenizer
 
-REPLACEMENT = "\ufffd"  # what decoding shows for bytes that are no character (yet)
+REPLACEMENT = "\ufffd"  # shown by decoding for bytes that are no character (yet)
 MAX_HELD = 3  # a character has at most 4 bytes, so at most 3 wait for the rest
 WINDOW = 16  # tokens decoded again for each new one; twice that at most
 NUM_LOOKED_AT = 1024  # tokens at the end of a prompt among which its last text is looked for
@@ -41,7 +41,7 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._window: list[int] = []
-        self._shown = ""  # text of the window that was handed out, or stands in the prompt
+        self._shown = ""  # text of the window that was handed out, or is part of the prompt
         self._num_held = 0  # characters at the end of its text that were not
         self._owed = ""  # of those, what the prompt shows already; it may yet become a character
         if len(prompt_ids):
@@ -49,7 +49,7 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Text that is certain once this token is known, possibly none."""
-        # Tokens without text would count as context and hide the leading space of what follows.
+        # Tokens without text would count as context and hide the leading space of the next one.
         if not self._tokenizer.is_text(token_id, skip_special_tokens=self._skip):
             return ""
         self._window.append(token_id)
@@ -105,7 +105,7 @@ class Detokenizer:
         return cuts[0]
 
     def _beyond_prompt(self, piece: str) -> str:
-        """A piece without what stands in the prompt already."""
+        """A piece without the text that is in the prompt already."""
         num_common = _num_common(piece, self._owed)
         if piece:
             self._owed = self._owed[num_common:] if num_common == len(piece) else ""
@@ -133,7 +133,7 @@ class StopStrings:
         self.matched: str | None = None
 
     def push(self, piece: str, *, is_shown: bool = True) -> str:
-        """The text that is certain to stand before any stop string; none after a match.
+        """The text that certainly comes before any stop string; none after a match.
 
         Args:
             piece: what comes next.

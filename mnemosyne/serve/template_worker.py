@@ -22,7 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class GenerationTag(Extension):
-    """``{% generation %}`` marks what an assistant wrote, for training; here its body is shown."""
+    """``{% generation %}`` marks the text of an assistant, for training; here its body is shown."""
 
     tags = {"generation"}  # noqa: RUF012  # the type that jinja2 declares
 

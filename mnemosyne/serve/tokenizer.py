@@ -15,10 +15,10 @@ from mnemosyne.files import is_there, printable, read_bytes, shown
 from mnemosyne.serve.chat import ChatTemplate, Message, special_tokens
 from mnemosyne.serve.long_text import PIECE, encode_by_pieces
 
-REPLACEMENT = "\ufffd"  # what decoding shows for half a character
+REPLACEMENT = "\ufffd"  # shown by decoding for half a character
 SPACE = "\u2581"  # how vocabularies of SentencePiece write it
-MAX_AT_ONCE = 4 * PIECE  # characters; what is longer is encoded by pieces
-NUM_SAMPLED = 256  # characters that show what is put around a text
+MAX_AT_ONCE = 4 * PIECE  # characters; longer texts are encoded by pieces
+NUM_SAMPLED = 256  # characters that reveal the tokens put around a text
 MAX_BYTES = 128 << 20  # of tokenizer.json; the largest published ones hold 35 MB
 
 
@@ -82,7 +82,7 @@ class Tokenizer:
         return made
 
     def save(self, folder: Path) -> None:
-        """Write what ``from_dir`` reads, for another process."""
+        """Write the files that ``from_dir`` reads, for another process."""
         (folder / "tokenizer.json").write_text(self._backend.to_str(), encoding="utf-8")
         if self._chat is not None:
             self._chat.save(folder)
@@ -119,7 +119,7 @@ class Tokenizer:
             )
         ids = np.array(encoded.ids, dtype=np.int64)
         is_added = encoded.special_tokens_mask
-        if body is not None:  # what is put around a part of it is put around all of it
+        if body is not None:  # tokens put around a part of it are put around all of it
             inner = np.flatnonzero(np.array(is_added) == 0)
             ids = np.concatenate([ids[: inner[0]], body, ids[inner[-1] + 1 :]])
         return ids[_num_doubled(ids, is_added) :]
@@ -178,7 +178,7 @@ class Tokenizer:
 
 @contextmanager
 def _foreign(rule: str, remedy: str) -> Iterator[None]:
-    """Make a ValueError of what the library raises: any Exception, and panics, which are none."""
+    """Make a ValueError of any error of the library: any Exception, and panics, which are none."""
     try:
         yield
     except (MemoryError, KeyboardInterrupt, SystemExit):
@@ -188,7 +188,7 @@ def _foreign(rule: str, remedy: str) -> Iterator[None]:
 
 
 def _num_doubled(ids: np.ndarray, is_added: Sequence[int]) -> int:
-    """How many tokens were put before a text that begins with just these.
+    """The number of tokens put before a text that begins with just these.
 
     Args:
         ids: of all tokens.

@@ -28,7 +28,7 @@ T = TypeVar("T", bound=Said)
 
 
 class Unread(Generic[T]):
-    """Holds at most one piece per stream, of what that stream may say at most."""
+    """Holds at most one piece per stream, bounded by what the stream may say."""
 
     def __init__(self) -> None:
         self._held: dict[Hashable, T | _Joined] = {}  # by stream, in the order of their coming

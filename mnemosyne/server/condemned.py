@@ -21,7 +21,7 @@ class Condemned:
         self._until_s: dict[bytes, float] = {}
 
     def add(self, job: Job) -> None:
-        """Refuse a request from now on, whoever sends it."""
+        """Refuse a request from now on, from any client."""
         self._until_s[_digest(job)] = time.monotonic() + REMEMBERED_S
 
     def check(self, job: Job) -> None:
@@ -41,7 +41,7 @@ class Condemned:
 
 
 def _digest(job: Job) -> bytes:
-    # each API key has a salt of its own, and no salt changes what is computed
+    # each API key has a salt of its own, and no salt changes the computation
     params = replace(job.params, cache_salt=None)
     told = blake2b(msgspec.json.encode(params), digest_size=DIGEST_BYTES)
     told.update(job.prompt_ids.tobytes())

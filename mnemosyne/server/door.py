@@ -38,7 +38,7 @@ class Door:
         name = given.decode() if NAME.fullmatch(given) else secrets.token_hex(16)
         state = scope.setdefault("state", {})
         state["request_id"] = name
-        state["send"] = send  # for parts of a stream: what is between looks at its start alone
+        state["send"] = send  # for parts of a stream: middleware looks at its start alone
         started_s, statuses = time.monotonic(), []
 
         async def named(message: Any) -> None:

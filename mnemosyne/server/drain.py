@@ -16,7 +16,7 @@ POLL_S = 0.05
 
 
 class Drain:
-    """Ends a server's requests once, whoever asks first.
+    """Ends a server's requests once, however often it is asked.
 
     Args:
         service: whose requests.
@@ -29,7 +29,7 @@ class Drain:
         self.is_whole = True  # no request was cut off
 
     async def run(self) -> dict[str, Any]:
-        """Drain, or wait for a drain that runs; what came of it."""
+        """Drain, or wait for a drain that runs; return its result."""
         if self._running is None:
             self._running = asyncio.ensure_future(self._drain())
         return await asyncio.shield(self._running)
@@ -55,6 +55,6 @@ class Drain:
         seconds = time.monotonic() - started_s
         cut_off = "" if self.is_whole else "; some requests were cut off"
         log.info("drained in %.1f s%s", seconds, cut_off)
-        # behind the answer to whoever asked
+        # behind the answer to the client that asked
         asyncio.get_running_loop().call_later(POLL_S, self._on_drained)
         return {"drained": self.is_whole, "seconds": round(seconds, 3)}

@@ -1,4 +1,4 @@
-"""Rank 0's end of the link: jobs of the front run on an engine, what comes of them goes back."""
+"""Rank 0's end of the link: jobs of the front run on an engine, and their results go back."""
 
 from __future__ import annotations
 
@@ -154,11 +154,11 @@ class EngineEnd:
             self._engine.cancel(request_id)
 
     async def _send(self) -> None:
-        """Send what steps bring, all of one moment as one message."""
+        """Send the pieces of steps, all of one moment as one message."""
         while True:
             pieces = await self._mailbox.take()
             if self._engine.failure is not None:
-                return  # what it says of its requests is no end of theirs
+                return  # its reports about requests are no ends of theirs
             items = [self._event(piece) for piece in pieces]
             self._put(Events([(job, event) for job, event in items if job is not None]))
             await self._link.flush()

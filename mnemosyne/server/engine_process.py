@@ -50,7 +50,7 @@ class Connection:
         return not self._name
 
     def tell_progress(self, what: str, num_done: int, num_total: int) -> None:
-        """Say how far the start is, now and then; who is not there yet is not waited for."""
+        """Report the progress of the start now and then, without waiting for a missing front."""
         now_s = time.monotonic()
         if self._socket is None or (now_s - self._told_s < TELL_S and num_done < num_total):
             return
@@ -132,7 +132,7 @@ class EngineProcess:
         self._loop.call_later(SETTLE_S, self._leave)
 
     def _leave(self) -> None:
-        """Somebody told this process to end: the front is to drain first, if there is one."""
+        """This process got a signal to end: the front is to drain first, if there is one."""
         if self._link is None:
             self._stop()
         else:
@@ -177,7 +177,7 @@ class EngineProcess:
 
 @contextmanager
 def _signals(hear: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Hear SIGTERM and Ctrl-C in place of whoever did; in the main thread."""
+    """Take SIGTERM and Ctrl-C from their handlers; in the main thread."""
     numbers = (signal.SIGTERM, signal.SIGINT)
     wakeup_fd = signal.set_wakeup_fd(-1)
     before = {number: signal.signal(number, hear) for number in numbers}

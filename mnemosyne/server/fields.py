@@ -12,7 +12,7 @@ from mnemosyne.plain import plain_flag, refusal, shown
 
 _OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
 NULL = b"null"
-NUM_SHOWN = 16  # unknown names that are told
+NUM_SHOWN = 16  # unknown names that are logged
 
 
 class Fields:
@@ -79,7 +79,7 @@ class Fields:
         self._known.update(names)
 
     def unknown(self) -> list[str]:
-        """Names, cut short, of the fields that nobody has asked for."""
+        """Names, cut short, of the fields that were not read."""
         names = [shown(name) for name in self._raw if name not in self._known]
         return names[:NUM_SHOWN]
 

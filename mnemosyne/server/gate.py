@@ -38,7 +38,7 @@ class Gate:
         self._started_s = time.time()
 
     def know(self, about: About) -> Rules:
-        """Take note of the engine; what its readers must know."""
+        """Take note of the engine; return the facts that its readers need."""
         self.about = about
         if not [name for name in self.names if name != ANY]:
             self.names = [about.model, *self.names]
@@ -60,7 +60,7 @@ class Gate:
         return is_known and self._backend.status().is_ready
 
     def check_open(self) -> About:
-        """Refuse what comes too early or too late.
+        """Refuse requests that come too early or too late.
 
         Raises:
             ApiError: 503.
@@ -74,7 +74,7 @@ class Gate:
         return self.about
 
     def check_operator(self, request: Request) -> None:
-        """Let those alone change the server who have a key, or without keys are on this host.
+        """Let only clients change the server that have a key, or without keys are on this host.
 
         Raises:
             ApiError: 401 or 403.
@@ -89,7 +89,7 @@ class Gate:
             )
 
     def models(self) -> list[dict[str, Any]]:
-        """List every name, with what fits, for ``/v1/models``."""
+        """List every name, with the lengths that fit, for ``/v1/models``."""
         about = self.check_open()
         fits = {
             "max_model_len": about.max_model_len,
@@ -114,7 +114,7 @@ class Gate:
         raise unknown_model(name, self.names)
 
     def check_room(self) -> None:
-        """Refuse what would wait behind too many.
+        """Refuse a request that would wait behind too many.
 
         Raises:
             ApiError: 429.

@@ -1,4 +1,4 @@
-"""The internal request: what every dialect makes of a body, read in a worker process."""
+"""The internal request that every dialect makes of a body, read in a worker process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Inquiry(msgspec.Struct, kw_only=True):
     echo: bool = False  # whether the answer begins with the prompt
     echo_texts: list[str] = []  # of the prompts, where it does
     is_silent: bool = False  # no token was asked for; one is made and not shown
-    ignored: list[str] = []  # fields that nobody knows
+    ignored: list[str] = []  # unknown fields
 
     def sampling(self) -> SamplingParams:
         """Sampling parameters for the engine.

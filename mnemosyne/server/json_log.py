@@ -1,4 +1,4 @@
-"""Log lines as JSON, for what collects them."""
+"""Log lines as JSON, for collectors."""
 
 from __future__ import annotations
 

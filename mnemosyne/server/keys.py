@@ -1,4 +1,4 @@
-"""API keys, compared in constant time, and what each may ask for in a minute."""
+"""API keys, compared in constant time, and the limits of each per minute."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from mnemosyne.server.errors import ApiError, too_much
 
 MINUTE_S = 60.0
-EVERYONE = ""  # who sends no key where none is asked for
+EVERYONE = ""  # the client without a key, where none is asked for
 
 
 @dataclass(slots=True)

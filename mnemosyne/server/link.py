@@ -16,7 +16,7 @@ import sys
 from mnemosyne.parallel.keys import user_of
 
 MAX_BYTES = 1 << 28  # of one message: a prompt of 64M tokens
-BUFFER_BYTES = 1 << 20  # that wait in a process before who sends has to wait
+BUFFER_BYTES = 1 << 20  # that wait in a process before its senders have to wait
 HEADER = struct.Struct("<I")
 INHERITED = "fd:"  # a link that is a descriptor, not a name
 BACKLOG = 8
@@ -68,7 +68,7 @@ class Link:
         return True
 
     def close(self) -> None:
-        """Send what waits, if the other end takes it, and hang up."""
+        """Send waiting messages, if the other end takes them, and hang up."""
         self._writer.close()
 
     def abort(self) -> None:
@@ -91,14 +91,14 @@ def frame(data: bytes) -> bytes:
 
 
 def inherited(number: int) -> socket.socket:
-    """The end of a socket pair that whoever started this process has passed on.
+    """The end of a socket pair that this process's parent has passed on.
 
     Raises:
         ValueError: if there is none.
     """
     try:
         found = socket.socket(fileno=number)
-        os.set_inheritable(number, False)  # what this process starts must not hold it open
+        os.set_inheritable(number, False)  # children of this process must not hold it open
     except OSError as error:
         raise ValueError(
             f"serve.link must name a socket that this process was given, got fd:{number} "

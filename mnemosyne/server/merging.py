@@ -32,7 +32,7 @@ async def merged(backend: Backend, jobs: Sequence[Job]) -> AsyncIterator[tuple[i
             async with aclosing(backend.submit(job)) as events:  # type: ignore[type-var]
                 async for event in events:
                     await inbox.put((index, event))
-        except Exception as error:  # noqa: BLE001  # whoever reads the stream gets it
+        except Exception as error:  # noqa: BLE001  # the reader of the stream gets it
             await inbox.put((index, error))
         else:
             await inbox.put((index, None))

@@ -1,4 +1,4 @@
-"""The page ``/openapi.json``: what bodies hold and what comes back."""
+"""The page ``/openapi.json``: bodies and answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far the prompts of a request are computed, and how long the rest will take."""
+"""The progress of the prompts of a request, and the time that the rest will take."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class PromptProgress:
 def seconds_left(
     curve: Curve, spent_s: float, num_computed: int, done: int, total: int
 ) -> float | None:
-    """Time until a prompt is prefilled, None where nothing tells.
+    """Time until a prompt is prefilled, None where it is unknown.
 
     What the engine predicts for it alone is scaled by how much longer the part that is done took,
     since others share its steps.

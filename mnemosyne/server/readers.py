@@ -54,7 +54,7 @@ class Readers:
                 self._free[lane].put_nowait(process)
 
     def know(self, rules: Rules) -> None:
-        """Tell what the model is; nothing is read before."""
+        """Set the model; nothing is read before."""
         self._rules = rules
 
     async def read(self, kind: str, body: Body) -> tuple[Any, np.ndarray]:
@@ -162,7 +162,7 @@ class _Process:
         self._child = None
 
     def replace(self) -> None:
-        """End it at once, whatever it does, and start another."""
+        """End it at once, even in the middle of work, and start another."""
         if self._child is not None:
             self._child.kill()
         self.stop()

@@ -76,7 +76,7 @@ class HttpServer:
         Returns:
             The exit status: 0 if no request was cut off.
         """
-        # what it would say of clients that leave is in our own log
+        # its lines about clients that leave are in our own log
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         announcing = asyncio.create_task(self._announce())
         with _signals(self._on_signal):
@@ -89,7 +89,7 @@ class HttpServer:
         return DRAINED if is_whole else LOST
 
     def stop(self) -> None:
-        """End now; what still runs is cut off."""
+        """End now; running requests are cut off."""
         self._is_whole &= not self.app.state.service.gate.num_taken
         self._server.should_exit = True
 
@@ -107,7 +107,7 @@ class HttpServer:
             self.begin_drain()
 
     async def _announce(self) -> None:
-        """Say where it listens now, and what fits once that is known."""
+        """Log the address, and the lengths that fit once they are known."""
         log.info("listening at %s; not ready yet", self.url)
         about = await self._backend.about()
         gate = self.app.state.service.gate
@@ -149,7 +149,7 @@ def listen(config: HttpConfig) -> socket.socket:
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         with suppress(OSError, AttributeError):
-            # accepted sockets inherit it: who leaves what was sent for so long is cut off
+            # accepted sockets inherit it: a client that reads nothing for this long is cut off
             limit_ms = round(1000 * float(config.write_timeout))
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_ms)
         made.bind(address)

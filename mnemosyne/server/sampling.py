@@ -27,7 +27,7 @@ INERT = (
 
 @dataclass(frozen=True, slots=True)
 class Off:
-    """A field that would change the answer and is not built: what it may hold all the same."""
+    """The values allowed in a field that would change the answer and is not built."""
 
     values: tuple[Any, ...]
     remedy: str

@@ -1,4 +1,4 @@
-"""Where a front gets its engines from: ranks that it starts itself, or that others have started."""
+"""The sources of a front's engines: ranks that it starts itself, or that others have started."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mnemosyne.server.link import INHERITED, Link, listen
 log = logging.getLogger(__name__)
 
 END_S = 60.0  # for ranks to end by themselves once the link is closed
-HURRIED_S = 3.0  # the same when this process is told to end at once
+HURRIED_S = 3.0  # the same when this process is ordered to end at once
 
 
 class Engine(Protocol):
@@ -38,7 +38,7 @@ class Engine(Protocol):
 
 
 class Source(Protocol):
-    """Where engines come from."""
+    """A source of engines."""
 
     def engine(self) -> AbstractAsyncContextManager[Engine]:
         """Ranks, started here or by others; leaving waits until they have ended."""
@@ -68,7 +68,7 @@ class StartedEngine:
 
 
 class StartedRanks:
-    """Starts ranks on this host; a ``Source``. They end with this process, whatever ends it.
+    """Starts ranks on this host; a ``Source``. They end with this process, however it ends.
 
     Args:
         command: gives program and arguments of every rank, from the value of ``serve.link``.
@@ -124,7 +124,7 @@ class AttachedRanks:
 
     @asynccontextmanager
     async def engine(self) -> AsyncIterator[AttachedEngine]:
-        """Wait for rank 0; whoever comes while it is there waits for its end."""
+        """Wait for rank 0; a second one that comes waits for the end of the first."""
         loop = asyncio.get_running_loop()
         while True:
             connection, _ = await loop.sock_accept(self._listener)

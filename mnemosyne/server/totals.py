@@ -36,7 +36,7 @@ class Histogram:
 
 
 class Totals:
-    """Sums over the steps of an engine; told and asked by its own thread and others alike."""
+    """Sums over the steps of an engine; its own thread and others update and read them."""
 
     def __init__(self) -> None:
         self._steps = self._missed = self._prefilled = self._sampled = 0

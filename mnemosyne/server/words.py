@@ -43,7 +43,7 @@ class End(Struct, array_like=True, tag="end", frozen=True):
 
 
 class Loading(Struct, array_like=True, tag="loading", frozen=True):
-    """How far the start is, for people."""
+    """The progress of the start, for people."""
 
     stage: str
 
@@ -75,13 +75,13 @@ class Beat(Struct, array_like=True, tag="beat", frozen=True):
 
 
 class Cleared(Struct, array_like=True, tag="cleared", frozen=True):
-    """How many pages became free."""
+    """The number of pages that became free."""
 
     num_pages: int
 
 
 class Leaving(Struct, array_like=True, tag="leaving", frozen=True):
-    """The ranks were told to end by somebody else: drain now."""
+    """The ranks got a signal to end: drain now."""
 
     reason: str
 
@@ -100,7 +100,7 @@ def encode(word: ToEngine | ToFront) -> bytes:
 
 
 def decode_for_engine(data: bytes) -> ToEngine:
-    """Read what the front said.
+    """Read a message of the front.
 
     Raises:
         ValueError: if it is no word of the front's, or holds a value that breaks its rule.
@@ -110,7 +110,7 @@ def decode_for_engine(data: bytes) -> ToEngine:
 
 
 def decode_for_front(data: bytes) -> ToFront:
-    """Read what rank 0 said.
+    """Read a message of rank 0.
 
     Raises:
         ValueError: if it is no word of rank 0's, or holds a value that breaks its rule.

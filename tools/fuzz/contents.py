@@ -35,7 +35,7 @@ SNIPPETS = [
 
 
 def kinds(file: str) -> list[str]:
-    """How a file of that name can be spoiled."""
+    """The ways in which a file of that name can be spoiled."""
     found = [*["meant"] * 4, "raw", "bytes", "cut", "place"]
     if file.endswith(".jinja") or file == "tokenizer_config.json":
         return [*found, "template", "template", "template"]

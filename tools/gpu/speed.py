@@ -22,7 +22,7 @@ from mnemosyne.kernels.tile import TileConfig
 from tools.gpu.setting import Entry, Setting
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # those of Llama-3-8B
-PAGE_SIZES = (128, 16)  # the usual one, and one of which several make a block of keys
+PAGE_SIZES = (128, 16)  # the default, and one of which several make a block of keys
 SCALE = HEAD_DIM**-0.5
 KEYS = (2**13, 2**16, 2**17, 2**20, 2**22)
 

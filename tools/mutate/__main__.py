@@ -69,7 +69,7 @@ class Outcome:
 
 
 def draw(rooms: Sequence[str], count: int, seed: int) -> list[Mutant]:
-    """So many mutants, evenly over the rooms."""
+    """A number of mutants, evenly over the rooms."""
     generator = random.Random(seed)
     pools = []
     for room in rooms:
@@ -89,7 +89,7 @@ def _paths(room: str) -> list[str]:
 
 
 def explanation(mutant: Mutant) -> str:
-    """Why a mutant may live; empty if nobody has said."""
+    """The reason why a mutant may live; empty if none is written down."""
     for entry in json.loads(EXPLAINED.read_text(encoding="utf-8")):
         if all(entry[name] == getattr(mutant, name) for name in ("path", "text", "before")):
             return str(entry["why"])

@@ -1,4 +1,4 @@
-"""Which files of tests concern a file of the code, the nearest and fastest first."""
+"""The files of tests that concern a file of the code, the nearest and fastest first."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ NO_TESTS = 5  # the exit code of pytest where all tests of a file are left out
 
 
 class End(StrEnum):
-    """How a run of tests ended."""
+    """The end of a run of tests."""
 
     PASSED = "passed"
     FAILED = "failed"
@@ -168,6 +168,6 @@ class Judge:
 
 
 def renew(cache: Path, source: Path) -> None:
-    """Make a folder of kept files anew: a mutant may have written nonsense there."""
+    """Rebuild a folder of kept files: a mutant may have written nonsense there."""
     shutil.rmtree(cache, ignore_errors=True)
     shutil.copytree(source, cache, copy_function=os.link)

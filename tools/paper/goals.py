@@ -1,4 +1,4 @@
-"""How many GPUs our own goal takes: 10M tokens on Llama-3 8B with at most 20 ms between tokens."""
+"""GPUs that our own goal takes: 10M tokens on Llama-3 8B with at most 20 ms between tokens."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ bfloat16. Within a stage nothing overlaps; a stage sends a step on while it comp
 
 
 def _commits(commits: dict[str, str]) -> str:
-    """Which code the rows are of, by the first part of their names."""
+    """The commits of the rows, by the first part of their names."""
     kinds: dict[str, set[str]] = {}
     for name, commit in sorted(commits.items()):
         kinds.setdefault(commit, set()).add(name.split("/")[0])

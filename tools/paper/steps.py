@@ -80,7 +80,7 @@ def prefill_flops(model: str, context: int) -> float:
 
 
 def attention_table() -> dict[str, Any]:
-    """How the size of a chunk decides the rate of attention, Llama-3 70B on eight H100."""
+    """The rate of attention by the size of a chunk, Llama-3 70B on eight H100."""
     cost, context = step_cost("llama3_70b", MeshConfig(tp=8)), 2**20
     sizes = [2**power for power in range(13)]
     best = pair_s(cost, sizes[-1], context)

@@ -10,7 +10,7 @@ from mnemosyne.server.token_names import TokenNames
 
 
 class Dialect(Protocol):
-    """How the server writes answers; a module with these functions is one."""
+    """The way the server writes answers; a module with these functions is one."""
 
     PREFIX: str  # of ids
 

@@ -19,7 +19,7 @@ def envelope(answer: Answer, kind: str, choices: list[dict[str, Any]]) -> dict[s
 
 
 def extras(answer: Answer, part: Part) -> dict[str, Any]:
-    """Write what a choice has beyond OpenAI's fields: the stop at its end, ids where asked for."""
+    """Write the fields of a choice beyond OpenAI's: the stop at its end, ids where asked for."""
     made: dict[str, Any] = {}
     if part.finish_reason is not None:
         made["stop_reason"] = part.stop_reason
