@@ -30,6 +30,18 @@ def test_a_long_body_is_read_as_a_short_one(live: Live, offline: LLM) -> None:
     assert response["usage"]["prompt_tokens"] == len(expected.prompt_token_ids)
 
 
+def test_the_ids_of_a_long_text_are_those_of_its_parts(live: Live) -> None:
+    def tokens(text: str) -> list[int]:
+        body = {"prompt": text, "add_special_tokens": False}
+        made = httpx.post(f"{live.url}/tokenize", json=body, timeout=WAIT_S).json()
+        assert made["count"] == len(made["tokens"])
+        return list(made["tokens"])
+
+    part = tokens("the door code is monday . ")
+
+    assert tokens("the door code is monday . " * 5000) == part * 5000
+
+
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [
