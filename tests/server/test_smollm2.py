@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import torch
@@ -112,3 +113,40 @@ def test_a_continuation_is_as_likely_as_transformers_finds_it(
     tops = [max(top.values()) for top in told.top_logprobs[length:-1]]
     assert told.token_logprobs[length:-1] == pytest.approx(own[length - 1 :], abs=1e-5)
     assert tops == pytest.approx(best[length - 1 :], abs=1e-5)
+
+
+TEXTS = (
+    PROMPT,
+    "def fibonacci(n):",
+    "Once upon a time, in a village by the sea,",
+    "The three states of matter are",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "1, 2, 4, 8, 16,",
+)
+
+
+@pytest.mark.slow
+def test_in_float32_it_parts_from_transformers_only_where_two_tokens_are_as_likely(
+    smollm2: Path, oracle: Oracle
+) -> None:
+    asked = {"temperature": 0, "max_tokens": 64, "ignore_eos": True, "return_token_ids": True}
+    with (
+        LLM(str(smollm2), dtype="float32", device="cpu", schedule={"chunk": 64}) as llm,
+        serving(llm.engine) as live,
+    ):
+        answers = [
+            httpx.post(
+                f"{live.url}/v1/completions", json={"prompt": text, **asked}, timeout=120
+            ).json()["choices"][0]
+            for text in TEXTS
+        ]
+
+    for answer in answers:
+        ids = torch.tensor([answer["prompt_token_ids"] + answer["token_ids"]])
+        said = ids[0, len(answer["prompt_token_ids"]) :]
+        assert len(said) == 64
+        with torch.no_grad():
+            logits_TV = oracle.model(ids).logits[0, -65:-1]
+        others = (logits_TV.argmax(-1) != said).nonzero()[:1, 0]
+        best = logits_TV[others].topk(2).values
+        assert (best[:, 0] - best[:, 1] < 1e-4).all()
