@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,21 @@ class Part:
     echoed_ids: list[int] = field(default_factory=list)  # of the prompt, where it begins with it
     prompt_logprobs: list[Logprobs | None] | None = None
     prompt_ids: list[int] | None = None  # where the client asked for them
+
+    def split(self, most: int) -> Iterator[Part]:
+        """Itself in parts with so many log-probabilities at most; its text is in the last one."""
+        rest = self
+        while len(rest.logprobs) > most:
+            yield Part(
+                self.index,
+                token_ids=rest.token_ids[:most],
+                logprobs=rest.logprobs[:most],
+                text_offset=self.text_offset,
+                prompt_ids=rest.prompt_ids,
+            )
+            ids, logprobs = rest.token_ids[most:], rest.logprobs[most:]
+            rest = replace(rest, token_ids=ids, logprobs=logprobs, prompt_ids=None)
+        yield rest
 
     def add(self, later: Part) -> None:
         """Append what the same choice said next."""

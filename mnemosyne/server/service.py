@@ -224,7 +224,12 @@ class Service:
             raise _refused(error) from error
         finally:
             end(outcome)
-        return json_response(dialect.whole(answer, parts, self._token_names))
+        if not answer.inquiry.logprobs:
+            return json_response(dialect.whole(answer, parts, self._token_names))
+        # of a long prompt they take seconds to write: not on the loop
+        return await asyncio.to_thread(
+            lambda: json_response(dialect.whole(answer, parts, self._token_names))
+        )
 
     async def _collect(
         self, answer: Answer, events: AsyncIterator[tuple[int, Event]], timer: Timer

@@ -27,6 +27,7 @@ HEADERS = [
     (b"x-accel-buffering", b"no"),  # or proxies hold what should be seen
 ]
 PROGRESS_S = 0.5  # between two words on the progress of a prompt
+MOST_PAIRS = 1024  # of tokens and log-probabilities in one event: 0.1 MB, 1 ms
 TICKS = 5  # looks at the clock within the shorter of both times
 DONE = b"data: [DONE]\n\n"
 
@@ -128,7 +129,20 @@ class EventStream:
         self._timer.note(part.index, len(event.token_ids))
         if self._answer.inquiry.logprobs:
             await self._names.learn(part.logprobs, part.prompt_logprobs, part.echoed_ids)
-        await self._send_object(self._chunk(part))
+        if len(part.logprobs) > 1 and part.prompt_logprobs is None:
+            await self._send_split(part)
+        else:
+            await self._send_object(self._chunk(part))
+
+    async def _send_split(self, part: Part) -> None:
+        """Send what a slow reader has left to pile up, a bounded number of bytes at a time."""
+        most = max(1, MOST_PAIRS // (1 + len(part.logprobs[0].top)))
+        offset = part.text_offset
+        for each in part.split(most):
+            each.text_offset = offset
+            await self._send_object(self._chunk(each))
+            offset += sum(len(self._names.text(entry.token_id)) for entry in each.logprobs)
+            await asyncio.sleep(0)
 
     def _chunk(self, part: Part) -> dict[str, Any]:
         chunk = self._dialect.delta(self._answer, part, self._names)

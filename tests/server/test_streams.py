@@ -140,6 +140,27 @@ def test_a_client_that_does_not_read_is_cut_off_within_the_write_bound() -> None
     assert 'mnemosyne_answers_total{end="stalled"} 1.0' in page
 
 
+def test_a_client_that_reads_late_gets_all_of_it_in_small_events(live: Live) -> None:
+    body = {"prompt": [5, 9], "max_tokens": 700, "logprobs": 200, "ignore_eos": True}
+    whole = httpx.post(f"{live.url}/v1/completions", json=body, timeout=WAIT_S).json()
+    expected = whole["choices"][0]
+    made = post_raw(live, {**body, "stream": True})
+    until(lambda: live.service.backend.status().num_running == 1)
+    until(lambda: live.service.backend.status().num_running == 0)
+
+    with made, made.makefile("rb") as lines:
+        data = [line for line in lines if line.startswith(b"data: {")]
+
+    told = [json.loads(line.removeprefix(b"data: "))["choices"][0] for line in data]
+    assert max(map(len, data)) < 256 << 10
+    assert "".join(choice["text"] for choice in told) == expected["text"]
+    for name, values in expected["logprobs"].items():
+        if name != "text_offset":
+            said = [value for choice in told[1:] for value in choice["logprobs"][name]]
+            assert said == values
+    assert told[-1]["finish_reason"] == "length"
+
+
 def test_time_that_is_left_follows_the_prediction_and_what_was_spent() -> None:
     curve = ((1000, 1.0), (2000, 3.0), (4000, 9.0))
 
