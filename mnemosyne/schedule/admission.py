@@ -183,7 +183,7 @@ class AdmissionQueue:
 
     def _remove(self, prompts: list[RequestState]) -> None:
         self._queue.remove(prompts)
-        if any(prompt.num_needed == self._largest_tokens for prompt in prompts):
+        if self._largest_tokens in [prompt.num_needed for prompt in prompts]:
             self._largest_tokens = self._queue.largest_tokens()
 
     def _order(self, now_s: float) -> Iterator[RequestState]:
@@ -217,14 +217,15 @@ class AdmissionQueue:
         places = self._choose(prompt, kept)
         if places is None:
             return None
-        num_free = self._ledger.num_free
-        free = {} if reservation is None else {p.group: num_free(p.group) for p in places}
-        table = self._ledger.reserve(request.request_id, places, prompt.num_reserved)
+        ledger, free = self._ledger, dict[int, int]()
+        if reservation is not None and not is_holder:
+            free = {place.group: ledger.num_free(place.group) for place in places}
+        table = ledger.reserve(request.request_id, places, prompt.num_reserved)
         self._router.start(table, request.num_prompt_tokens)
         if is_holder:
             self._reservation = None
         elif reservation is not None:
-            taken = {group: count - num_free(group) for group, count in free.items()}
+            taken = {group: count - ledger.num_free(group) for group, count in free.items()}
             reservation.holders[request.request_id] = taken
         return table
 
@@ -285,9 +286,10 @@ class AdmissionQueue:
 
     def look_up(self, prompt: RequestState) -> None:
         """Note the predicted time of what is left of a prompt."""
-        cached_s = self._table.at(prompt.num_cached)
+        cached_s = self._table.at(prompt.num_cached) if prompt.num_cached else 0.0
         prompt.total_s = self._table.at(prompt.request.num_prompt_tokens) - cached_s
-        prompt.done_s = self._table.at(prompt.num_planned) - cached_s
+        done_s = self._table.at(prompt.num_planned) if prompt.num_planned else 0.0
+        prompt.done_s = done_s - cached_s
 
     def _kept(self, reservation: Reservation, group: int) -> int:
         """Free pages of a group that others must leave."""

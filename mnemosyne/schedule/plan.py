@@ -103,6 +103,11 @@ class Chunk(NamedTuple):
     token_id: int | None = None  # of a decode: the token to compute, sampled in an earlier step
     group: int | None = None  # of a slice; None: every group that holds its keys computes it
 
+    @classmethod
+    def decode(cls, request_id: int, position: int, token_id: int) -> Self:
+        """The decode of a token; made directly, as a step that is back brings a thousand."""
+        return tuple.__new__(cls, (request_id, position, 1, True, token_id, None))
+
     @property
     def is_decode(self) -> bool:
         return self.token_id is not None

@@ -74,7 +74,10 @@ class PrefillQueue:
 
     def advance(self, prompt: RequestState) -> None:
         """Note that more of a prompt is planned."""
-        prompt.done_s = self._table.at(prompt.num_planned) - self._table.at(prompt.num_cached)
+        cached_s = self._table.at(prompt.num_cached) if prompt.num_cached else 0.0
+        prompt.done_s = self._table.at(prompt.num_planned) - cached_s
+        if not self._cells:
+            return
         cell = self._row(prompt) * NUM_CELLS + DONE_S
         if cell < len(self._cells):
             self._cells[cell] = prompt.done_s
@@ -111,8 +114,8 @@ class PrefillQueue:
             Prompts for a reader who stops early, and before any is added or removed.
         """
         if len(self._items) > FEW:
-            keys = np.array(self._key(self._urgency(), now_s, factor))
-            return self._many_in_order(keys, max_tokens)
+            keys = self._key(self._urgency(), now_s, factor)
+            return self._many_in_order(np.fmin(keys, LAST), max_tokens)
         few = [
             (prompt.request.priority, self._key(prompt, now_s, factor), prompt.ticket, prompt)
             for prompt in self._items
@@ -136,7 +139,6 @@ class PrefillQueue:
 
     def _many_in_order(self, keys: np.ndarray, max_tokens: float) -> Iterator[RequestState]:
         """Prompts by their keys, class by class; each of them once, whatever the keys."""
-        np.fmin(keys, LAST, out=keys)
         classes = [self._items[0].request.priority]
         if self._is_mixed:
             classes = np.unique(self._columns()[PRIORITY]).tolist()

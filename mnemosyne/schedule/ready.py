@@ -35,11 +35,15 @@ class ReadyDecodes:
         self._chunks.clear()
         self._tally.clear()
 
-    def add(self, rows: Sequence[tuple[Chunk, PageTable]]) -> None:
-        """Take decodes in, and where their keys lie."""
-        for chunk, _ in rows:
-            self._chunks[chunk.request_id] = chunk
-        self._tally.add([(chunk.start, table) for chunk, table in rows])
+    def add(self, chunks: Mapping[int, Chunk], rows: Sequence[tuple[int, PageTable]]) -> None:
+        """Take decodes in.
+
+        Args:
+            chunks: by request.
+            rows: position and page table of each.
+        """
+        self._chunks.update(chunks)
+        self._tally.add(rows)
 
     def discard(self, request_id: int, table: PageTable) -> bool:
         """Forget the decode of a request; whether there was one."""

@@ -113,13 +113,11 @@ class Router:
 
     def start(self, table: PageTable, num_prompt_tokens: int) -> None:
         """Take note of a request of whose prompt nothing is computed yet."""
-        self._change(table, num_prompt_tokens**2)
+        self.advance(table, num_prompt_tokens, 0)
 
     def advance(self, table: PageTable, start: int, stop: int) -> None:
         """Take note that a request was prefilled from position ``start`` to ``stop``."""
-        self._change(table, start**2 - stop**2)
-
-    def _change(self, table: PageTable, amount: int) -> None:
+        amount = start * start - stop * stop
         for extent in table.extents:
             self._pending[extent.group] += amount
 

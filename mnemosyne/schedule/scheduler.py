@@ -22,7 +22,7 @@ from mnemosyne.schedule.request_state import UNPLACED, RequestState
 from mnemosyne.schedule.routing import NOTHING, Router
 from mnemosyne.schedule.saves import Disk
 from mnemosyne.schedule.spread import Spread
-from mnemosyne.schedule.work import Work, WorkModel
+from mnemosyne.schedule.work import WorkModel
 
 
 class Scheduler:
@@ -86,7 +86,6 @@ class Scheduler:
         self._num_decoding = 0  # of the running ones, past their prompts
         self._released: list[int] = []
         self._in_flight = StepsInFlight(depth)
-        self._works: dict[int, Work] = {}  # of plans not yet learned from
         self._num_plans = 0
 
     @property
@@ -180,7 +179,6 @@ class Scheduler:
         self._growth.stalled.clear()
         self._num_decoding = 0
         self._in_flight.clear()
-        self._works.clear()
         self.ledger.reset()
         if self._prefixes is not None:
             self._prefixes.clear()
@@ -214,7 +212,7 @@ class Scheduler:
         behind_s = self._in_flight.done_s(now_s)
         prefills = self._prefill.plan(work, behind_s, delays_decodes=self._num_decoding > 0)
         for running, chunk in zip(prefills.prompts, prefills.chunks, strict=True):
-            self._router.advance(running.table, chunk.start, chunk.stop)
+            self._router.advance(running.table, chunk.start, chunk.start + chunk.num_tokens)
             self._num_decoding += chunk.samples
         chunks += prefills.chunks
         restores = self.leaves.restores(has_others=bool(chunks))
@@ -222,8 +220,7 @@ class Scheduler:
             assert not admitted, "an admitted request always has a chunk to compute"
             return None
         tables |= self._spread.changed() | {p.request.request_id: p.table for p in admitted}
-        self._in_flight.add(self._num_plans, now_s, prefills.seconds)
-        self._works[self._num_plans] = prefills.work
+        self._in_flight.add(self._num_plans, prefills.work, now_s, prefills.seconds)
         released, self._released = tuple(self._released), []
         self._num_plans += 1
         return Plan(
@@ -276,7 +273,7 @@ class Scheduler:
             else:
                 self._admission.look_up(running)
                 self._prefill.add(running)
-        rows: list[tuple[Chunk, PageTable]] = []
+        decodes, rows = dict[int, Chunk](), list[tuple[int, PageTable]]()
         for request_id, start, num_tokens, samples, token_id, _ in plan.chunks:
             running = self._requests[request_id]
             if token_id is None:
@@ -286,7 +283,7 @@ class Scheduler:
                     self._forget(running)
             elif samples:
                 stop = start + num_tokens
-                decode = Chunk(request_id, stop, 1, True, tokens[request_id])
+                decode = Chunk.decode(request_id, stop, tokens[request_id])
                 if running.outputs is not None:
                     running.outputs.append(tokens[request_id])
                     if stop % page_size == 0 and token_id is not None and shares is not None:
@@ -294,12 +291,13 @@ class Scheduler:
                     if running.request.is_open and not self._growth.has_page(running, stop):
                         self._growth.stalled[request_id] = decode
                         continue
-                rows.append((decode, running.table))
-        self._ready.add(rows)
+                decodes[request_id] = decode
+                rows.append((stop, running.table))
+        self._ready.add(decodes, rows)
 
     def learn(self, plan: Plan, seconds: float) -> None:
         """Tell the predictor how long a step really took, if it wants to know."""
-        work = self._works.pop(plan.index)
+        work = self._in_flight.take_work(plan.index)
         if self._learner is not None and plan.chunks and not plan.restores:
             self._learner.observe(max(work, key=self._learner.predict), seconds)
 
@@ -311,7 +309,7 @@ class Scheduler:
             while request_id in self._growth.stalled:
                 decode = self._growth.grow(running)
                 if decode is not None:
-                    self._ready.add([(decode, running.table)])
+                    self._ready.add({request_id: decode}, [(decode.start, running.table)])
                     tables[request_id] = running.table
                     break
                 victim = self._growth.victim(self._requests.values(), self._ready)

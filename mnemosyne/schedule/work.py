@@ -142,14 +142,21 @@ class WorkModel:
             keys: positions of the local keys if other groups compute the same rows over other
                 keys; unset: all up to the last row.
         """
+        if keys is None and self._sees_all:  # as in ``_pairs``, without the call
+            pairs = num_tokens * start + num_tokens * (num_tokens + 1) / 2
+        else:
+            pairs = self._pairs(start, num_tokens, keys)
+        unread = part.unread
+        if self.unread_share < 1.0:
+            unread *= self.unread_share**num_tokens
         return StepWork(
             part.num_tokens + num_tokens,
-            part.prefill_pairs + self._pairs(start, num_tokens, keys),
+            part.prefill_pairs + pairs,
             part.decode_keys,
             part.num_sequences + 1,
             part.num_sampled + samples,
             part.num_exchanged if keys is None else part.num_exchanged + num_tokens,
-            part.unread * self.unread_share**num_tokens,
+            unread,
         )
 
     def add(self, work: Work, chunk: Chunk, table: PageTable) -> Work:
