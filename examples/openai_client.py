@@ -1,5 +1,6 @@
 """Ask a running server through OpenAI's own client.
 
+pip install openai
 mnemosyne serve model=smollm2
 python examples/openai_client.py [URL]
 """

@@ -76,6 +76,8 @@ def build_library(
     if damage is not None:
         if target.exists():
             log.warning("%s is compiled again: %s", target, damage)
+        else:
+            log.info("compiling %s for this processor, once", target.stem)
         _compile([compiler, *flags, *defines], source, target, shares_openmp)
     return target
 

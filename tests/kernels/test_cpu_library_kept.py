@@ -148,3 +148,17 @@ def test_a_library_that_needs_an_openmp_of_its_own_has_another_name(
 
     assert num_compiled == 1
     assert alone != with_torch
+
+
+def test_the_first_build_of_a_library_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = library.find_compiler()
+    assert compiler is not None
+    monkeypatch.setattr(library, "library_folder", lambda: tmp_path)
+    monkeypatch.setattr(library, "_compile", lambda *_: None)
+    caplog.set_level("INFO")
+
+    library.build_library(compiler, "tape")
+
+    assert caplog.text.count("for this processor, once") == 1
