@@ -110,10 +110,14 @@ class Spread:
         slices, helpers = [(home, size)], self.helpers(prompt, step.group_s)
         if helpers:
             alone_s = max(candidate.seconds(size), LEAST_S)
+            # where a step holds no more than the smallest chunk, so does each slice of it
+            least = min(self._config.min_chunk, size)
+            last = ChunkCandidate(step, prompt, prompt.num_planned + least * len(helpers), home)
+            within_s = max(within_s, alone_s, last.own_seconds(least))
             total = candidate.max_tokens if total is None else total
             most = max_chunk or self._config.max_chunk
             fits = self._fits(step, prompt, [*helpers, home], total, most)
-            sizes = cut(fits, len(helpers) + 1, total, max(alone_s, within_s))
+            sizes = cut(fits, len(helpers) + 1, total, within_s)
             found = [(g, n) for g, n in zip([*helpers, home], sizes, strict=True) if n]
             if found and _rate(step, prompt, found) >= GAIN * size / alone_s:
                 slices = found

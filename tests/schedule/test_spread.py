@@ -62,6 +62,19 @@ def test_a_lone_prompt_is_computed_as_many_times_faster_as_there_are_groups(conf
     assert first_token_s(4, spread="off", **config) == pytest.approx(alone_s)
 
 
+def test_a_machine_whose_smallest_chunk_takes_longer_than_the_target_spreads_prompts_too():
+    slow = Rates(0.1, pair_s=1e-5)
+    times_s = []
+    for num_groups in (1, 3):
+        scheduler = make_scheduler(slow, num_pages=[4000] * num_groups)
+        decoding = make_request(1, 3, max_tokens=60)
+        run = serve(scheduler, [make_request(0, 1024, arrival_s=0.4), decoding])
+        times_s.append(run.first_token_s[0])
+
+    # one group decodes, and so has no room for the smallest slice beside those of the others
+    assert times_s[1] <= 1.1 * times_s[0] / 2
+
+
 def test_slices_grow_shorter_as_they_see_more_keys_and_the_home_comes_last():
     scheduler = make_scheduler(MACHINE, num_pages=[4000] * 3, chunk=LONG)
     scheduler.add(make_request(0, LONG))
