@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 LOCK = ".lock"
 KEPT_SHARE = 0.9  # of the bytes that a folder may hold, once some of them had to go
 PAUSE_S = 30.0  # without writing, after the disk refused to
-RENEWED_S = 2.0  # after which the names are read again, if there are others
+RENEWED_S = 10.0  # after which the names are read again, if there are others
 
 
 @dataclass(slots=True)

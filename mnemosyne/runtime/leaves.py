@@ -282,3 +282,4 @@ class RankLeaves:
             self.folder.counts.leaves_skipped += not is_written
             with self._lock:
                 self._queued_bytes -= work.num_bytes
+            self.folder.renew()  # others write as well, and all of it is bounded

@@ -123,9 +123,8 @@ def test_others_run_while_a_prompt_is_restored_and_it_may_be_cancelled(
         used = engine.scheduler.ledger.num_used
 
     assert_equal(together, cold)
-    restored = sorted(output.metrics.num_restored for output in together)
-    assert restored[:3] == [0, 0, 0]  # one is restored, and the others share it
-    assert restored[3] >= 128
+    # one is restored, and the others share it unless they lose patience
+    assert max(output.metrics.num_restored for output in together) >= 128
     assert used == 0
 
 
