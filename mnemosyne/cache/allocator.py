@@ -21,7 +21,7 @@ class PageAllocator:
         self.num_pages = num_pages
         self.num_free = num_pages
         self._ids = np.arange(num_pages, dtype=np.int64)
-        self._ids.flags.writeable = False  # what is handed out are parts of it
+        self._ids.flags.writeable = False  # parts of it are handed out
         # sorted by first page; runs never touch, so they are as long as can be
         self._starts: list[int] = [0] if num_pages else []
         self._stops: list[int] = [num_pages] if num_pages else []

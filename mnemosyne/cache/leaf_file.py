@@ -27,7 +27,7 @@ ReadAt = Callable[[int, int], bytearray]  # offset and size; fewer bytes at the 
 
 
 class DamagedLeaf(Exception):
-    """A file that is not what its name says; the text says why."""
+    """A file whose content does not match its name; the text says why."""
 
 
 class Span(NamedTuple):
@@ -71,7 +71,7 @@ class Part(NamedTuple):
 class Layout:
     """The numbers that files of one model have in common."""
 
-    model: str  # SHA-256 of weights and whatever else keys and values depend on, as hex
+    model: str  # SHA-256 of weights and all else that keys and values depend on, as hex
     name: str  # of the model, for people
     dtype: str  # of keys and values
     head_dim: int
@@ -92,7 +92,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """One leaf of a chain: what it is known by, and its tokens."""
+    """One leaf of a chain: its digest and its tokens."""
 
     digest: bytes  # of all up to its end (see ``Chain``)
     before: bytes  # of all before it
@@ -216,7 +216,7 @@ def _manifest(header: bytes) -> dict[str, Any]:
 
 
 def _check(manifest: dict[str, Any], layout: Layout, leaf: Leaf, part: Part) -> None:
-    """Compare a manifest with what a file must hold."""
+    """Compare a manifest with the content that a file must have."""
     if manifest.get("version") != VERSION:
         raise DamagedLeaf("it is of another version")
     for key, value in asdict(layout).items():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 UNFINISHED = ".unfinished-"  # begins the names of files that are being written
-SETTLED_S = 60.0  # after which an unfinished file that nobody locks is left over
+SETTLED_S = 60.0  # after which an unfinished file without a lock counts as left over
 
 
 class Entry(NamedTuple):
@@ -43,11 +43,11 @@ class Storage:
         return found
 
     def changed_ns(self) -> int:
-        """When a file last came or went."""
+        """The time at which a file last came or went."""
         return self.folder.stat().st_mtime_ns
 
     def write(self, name: str, parts: Sequence[bytes | memoryview]) -> None:
-        """Write a file that is whole or not there, whoever else writes it and whenever power fails.
+        """Write a file that is whole or not there, also if others write it or power fails.
 
         The unfinished file is locked, so that others can tell it from one that was left over.
         """
@@ -74,7 +74,7 @@ class Storage:
             data = data[os.write(descriptor, data) :]
 
     def sync(self, descriptor: int) -> None:
-        """Wait until what was written is on the disk."""
+        """Wait until the written bytes are on the disk."""
         os.fdatasync(descriptor)
 
     def rename(self, name: str, other: str) -> None:
@@ -87,7 +87,7 @@ class Storage:
 
     @contextmanager
     def opened(self, name: str) -> Iterator[int]:
-        """Open a file for reading; a pipe of that name keeps nobody waiting."""
+        """Open a file for reading; a pipe of that name does not block."""
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
         descriptor = os.open(self.folder / name, flags)
         try:
@@ -128,7 +128,7 @@ class Storage:
             os.close(descriptor)
 
     def is_left_over(self, entry: Entry, now_ns: int) -> bool:
-        """Return whether whoever wrote an unfinished file is gone."""
+        """Return whether the writer of an unfinished file is gone."""
         if now_ns - entry.used_ns < SETTLED_S * 1e9:
             return False
         with self.locked(entry.name) as is_free:

@@ -70,7 +70,7 @@ class PageIds:
         return self._ranges[request_id][1]
 
     def first(self, request_id: Hashable) -> int:
-        """Where in ``tensor`` the ids of a sequence begin, until the next ``enter``."""
+        """The index in ``tensor`` of a sequence's first id, until the next ``enter``."""
         return self._ranges[request_id][0]
 
     def _append(self, request_id: Hashable, pages: np.ndarray) -> None:

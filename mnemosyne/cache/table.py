@@ -1,4 +1,4 @@
-"""Where the keys of a request lie: a table of extents, and every role that follows from it.
+"""The places of a request's keys: a table of extents, and every role that follows from it.
 
 A table is a value: one that changes is another table, which takes the place of the last one.
 """
@@ -89,7 +89,7 @@ class PageTable:
 
     @property
     def lanes(self) -> tuple[Extent, ...]:
-        """Where slices may be computed: the extents, of which there is one then, and copies."""
+        """The groups that may compute slices: of the extents, one then, and of copies."""
         return self.extents + self.lent
 
     @property

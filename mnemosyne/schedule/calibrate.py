@@ -14,7 +14,7 @@ from mnemosyne.schedule.plan import Admission, Chunk, Executor, Plan
 from mnemosyne.schedule.work import StepWork, WorkModel
 
 Shape = tuple[tuple[int, int, bool], ...]  # (context, tokens, is_decode) of each chunk
-Sample = tuple[StepWork, float]  # what a step has to do, and the seconds that it took
+Sample = tuple[StepWork, float]  # the work of a step, and the seconds that it took
 
 CHUNK_SWEEP = ((0, 32), (0, 128), (0, 512), (0, 2048), (0, 8192))  # (context, tokens)
 CONTEXT_SWEEP = ((4096, 32), (4096, 256), (32768, 32), (32768, 128), (32768, 512))
@@ -22,7 +22,7 @@ DECODE_SWEEP = ((512, 1), (512, 4), (512, 16), (32768, 1))  # (context, sequence
 MIXED_SWEEP = ((512, 8, 64), (512, 8, 256))  # (context, sequences, chunk beside them)
 REPEATS = 3  # timed runs of a step, the fastest of which counts
 ENOUGH_S = 0.3  # runs that took this long together are not repeated
-PROBE = (((0, 128, False),), ((512, 1, True),) * 4)  # steps that tell whether a fit still holds
+PROBE = (((0, 128, False),), ((512, 1, True),) * 4)  # steps that show whether a fit still holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ def _plans(shape: Shape, limits: Limits) -> list[Plan] | None:
 
 
 def _table(kinds: PageKinds, room: int, *, first: int) -> PageTable:
-    """A table for so many tokens, of the pages from ``first`` on."""
+    """A table for this many tokens, of the pages from ``first`` on."""
     num_rings = kinds.ring_pages(room)
     kept = np.arange(first + num_rings, first + kinds.pages(room), dtype=np.int64)
     rings = []

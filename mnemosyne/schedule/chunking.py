@@ -1,4 +1,4 @@
-"""How many tokens of a prompt a step takes: the chunk rule, usable on its own.
+"""The tokens of a prompt that a step takes: the chunk rule, usable on its own.
 
 >>> solve_chunk(lambda tokens: 0.01 + 0.001 * tokens, remaining=5000, budget_s=0.2)
 160
@@ -13,7 +13,7 @@ CHUNK_MULTIPLE = 32  # sizes fill matrix tiles
 MAX_LINES = 6  # tries before a search halves what is left
 LONE_RATE = 0.98  # share of the best prefill rate at which a larger chunk gains nothing
 LONE_FLOW = 0.99  # the same of a prompt that flows through several stages
-MAX_PER_STAGE = 24  # chunks of a prompt: with so many the fill is 4% of its time
+MAX_PER_STAGE = 24  # chunks of a prompt: with this many the fill is 4% of its time
 SPACING = 1.1  # of neighbouring numbers of chunks that are tried
 
 
@@ -107,7 +107,7 @@ def solve_lone_chunk(
     min_chunk: int = 32,
     max_chunk: int = 8192,
 ) -> int:
-    """The chunk for a prefill that delays nobody: the smallest one at nearly the best rate.
+    """The chunk for a prefill that delays no other: the smallest one at nearly the best rate.
 
     Larger chunks only save the fixed cost of a step; beyond 98% of the best rate they would make
     a new arrival wait for nothing.
@@ -144,7 +144,7 @@ def solve_lone_count(
     max_chunk: int = 8192,
     max_s: float = inf,
 ) -> int:
-    """In how many chunks a prompt that delays nobody passes soonest through several stages.
+    """The number of chunks in which a prompt alone passes soonest through several stages.
 
     Chunks that take equally long flow without a gap, and ``count`` of them through ``depth``
     stages take ``count + depth - 1`` times as long as one on one stage: few chunks make the fill

@@ -1,4 +1,4 @@
-"""A step in the making, and what one more chunk of prefill would add to it."""
+"""A step in the making, and the time that one more chunk of prefill would add to it."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class ChunkCandidate:
         return slowest_s
 
     def accept(self, num_tokens: int) -> None:
-        """Make it part of the step, with so many tokens."""
+        """Make it part of the step, with this many tokens."""
         if self._size != num_tokens:
             self.own_seconds(num_tokens)
         step, request_id = self._step, self.prompt.request.request_id

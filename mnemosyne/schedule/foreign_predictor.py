@@ -57,7 +57,7 @@ class ForeignPredictor:
 
 
 def check_predictor(predictor: object) -> None:
-    """Refuse at the start what could never predict.
+    """Refuse an object at the start that could never predict.
 
     Raises:
         ValueError: if it has no method ``predict``.

@@ -14,7 +14,7 @@ from mnemosyne.schedule.request_state import RequestState
 
 
 class Growth:
-    """Decodes that wait for a page, and who gives pages up.
+    """Decodes that wait for a page, and the choice of the request that gives pages up.
 
     A request without ``max_tokens`` has pages for its prompt and the output that is expected of
     it; then it grows page by page. Where none is free, the one with most time to spare is set
@@ -65,7 +65,7 @@ class Growth:
         return sorted((states[i] for i in self.stalled), key=lambda state: state.due_s)
 
     def victim(self, states: Iterable[RequestState], ready: Iterable[int]) -> RequestState | None:
-        """Choose who gives its pages up: of those that are in no step, the one that is due last.
+        """Choose the request that gives its pages up: of those in no step, the one due last.
 
         Args:
             states: of all requests.

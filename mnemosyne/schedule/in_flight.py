@@ -35,7 +35,7 @@ class StepsInFlight:
         self._works.clear()
 
     def done_s(self, now_s: float) -> float:
-        """When the last of them should leave the last stage; now, if there is none.
+        """The time when the last of them should leave the last stage; now, if there is none.
 
         A step leaves it no sooner than the time of one stage behind the step before it.
         """

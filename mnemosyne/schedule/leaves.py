@@ -1,4 +1,4 @@
-"""The disk in planning: prompts begin after what it has of them, and it gets what they leave."""
+"""The disk in planning: prompts begin after the part that it holds, and leave it their pages."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Leaves:
     def complete(
         self, plan: Plan, restored: Mapping[int, int], states: Mapping[int, RequestState]
     ) -> list[RequestState]:
-        """Take note of what a step restored (see ``Restores.complete``)."""
+        """Take note of the leaves that a step restored (see ``Restores.complete``)."""
         if self._restores is None or not plan.restores:
             return []
         return self._restores.complete(plan, restored, states)
@@ -91,13 +91,13 @@ class Leaves:
         return self._restores is not None and self._restores.discard(state)
 
     def clear(self) -> None:
-        """Forget who waits for the disk, and what waits to be copied."""
+        """Forget the prompts that wait for the disk, and the leaves that wait to be copied."""
         if self._saves is not None and self._restores is not None:
             self._saves.clear()
             self._restores.clear()
 
     def remove_all(self) -> None:
-        """Remove what the disk has of this model."""
+        """Remove this model's files from the disk."""
         if self._saves is not None and self._disk is not None:
             self._saves.clear()
             self._disk.folder.clear()

@@ -1,4 +1,4 @@
-"""How long a step will take: a non-negative linear model of what the step has to do."""
+"""The predicted time of a step: a non-negative linear model of its work."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAME_SPEED = 1.25  # a gain beyond it, up or down, asks for an explanation
 BETTER_FIT = 0.9  # error of one fit over that of another, below which it explains better
 MIN_STEP_S = 1e-9  # a clock may not have moved
 NUM_FEATURES = len(StepWork().features())
-# Seconds per unit of each feature on a machine like any other; what counts is how they compare.
+# Seconds per unit of each feature on a typical machine; only their ratios count.
 ANY_MACHINE = (1e-2, 2e-4, 1e-8, 1e-7, 1e-4, 1e-4, 1e-5, 1e-2)
 PRIOR_RANGE = 8.0  # how far off, up or down, rates may be that were given
 
@@ -35,7 +35,7 @@ class Predictor(Protocol):
 
 @runtime_checkable
 class LearningPredictor(Predictor, Protocol):
-    """A predictor that is told how long steps really took."""
+    """A predictor that learns from measured steps."""
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """Learn from a measured step."""
@@ -117,11 +117,11 @@ class LinearPredictor:
         if self._speed_may_have_changed():
             self._refit()
         elif self._num_observed % REFIT_EVERY == 0:
-            # without the newest, of which nobody can tell yet whether the machine has changed
+            # without the newest, which may be the first of a machine that has changed
             self._use(self._fit(self.samples[:-NEWEST])[0])
 
     def _places(self, count: int) -> np.ndarray:
-        """Where in the ring the last steps are, at most ``count``, newest last."""
+        """The places of the last steps in the ring, at most ``count``, newest last."""
         first = max(0, self._num_observed - min(count, MAX_SAMPLES))
         return np.arange(first, self._num_observed) % MAX_SAMPLES
 

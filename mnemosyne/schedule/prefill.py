@@ -1,4 +1,4 @@
-"""Which prompts get chunks in a step, and how large: the policy and the chunk rule together."""
+"""The chunks of prompts in a step, and their sizes: the policy and the chunk rule together."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ class PrefillPlanner:
         """
         num_left, min_chunk = self.config.max_chunk, self.config.min_chunk
         num_short, tried_long = self._num_short, False
-        # whatever the decodes of one group take, prompts of others may take as well
+        # prompts of other groups may take as long as the decodes of one
         budget_s = max(self._target_s, step.seconds)
         full: set[int] = set()  # groups in which not even the smallest chunk fits any more
         for prompt in self._queue.in_order(now_s, factor):

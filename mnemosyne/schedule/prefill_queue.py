@@ -17,7 +17,9 @@ FEW = 8  # prompts that are compared one by one, and of many those that are look
 # Cells of a prompt: its ``Urgency``, then priority and tokens of the pages that it needs.
 ARRIVAL, DUE, TOTAL_S, DONE_S, PRIORITY, TOKENS = range(6)
 NUM_CELLS = 6
-LAST = float(np.finfo(np.float64).max)  # the largest key: inf marks who is taken or left out
+LAST = float(
+    np.finfo(np.float64).max
+)  # the largest key: inf marks prompts that are taken or left out
 
 
 class PrefillQueue:
@@ -138,7 +140,7 @@ class PrefillQueue:
         return float(self._columns()[TOKENS].max())
 
     def _many_in_order(self, keys: np.ndarray, max_tokens: float) -> Iterator[RequestState]:
-        """Prompts by their keys, class by class; each of them once, whatever the keys."""
+        """Prompts by their keys, class by class; each of them once, even if keys are nan."""
         classes = [self._items[0].request.priority]
         if self._is_mixed:
             classes = np.unique(self._columns()[PRIORITY]).tolist()
@@ -175,7 +177,7 @@ def _cells_of(prompt: RequestState) -> list[float]:
 
 
 def _smallest_first(keys: np.ndarray, count: int) -> Iterator[int]:
-    """So many rows by their keys, equal ones as they stand; the keys are lost.
+    """The first ``count`` rows by their keys, equal ones in their order; the keys are lost.
 
     Args:
         keys: below inf in at least ``count`` rows.

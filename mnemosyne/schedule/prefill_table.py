@@ -112,13 +112,13 @@ class PrefillTable:
         return np.interp(num_tokens, *self._nodes)
 
     def factor(self) -> float:
-        """How much slower the machine is now than when the table was made."""
+        """The factor by which the machine is slower now than when the table was made."""
         if self._first_s <= 0:
             return 1.0 / self._depth
         return self._predict(self._first) / self._first_s / self._depth
 
     def extend(self, num_tokens: int) -> None:
-        """Be ready for prompts of this length, and for what the predictor has learned since."""
+        """Extend the table to prompts of this length, and follow a predictor that has learned."""
         if self._is_stale():
             self._clear()
         self._longest = max(self._longest, num_tokens)
@@ -162,7 +162,7 @@ class PrefillTable:
         return self._predict(self._work(start, num_tokens))
 
     def _is_stale(self) -> bool:
-        """Return whether it is older than what the predictor knows, or a far chunk has changed."""
+        """Return whether the predictor has changed since, or a far chunk has."""
         if self._first_s <= 0:
             return len(self._ends) > 1
         first_s, last_s = self._predict(self._first), self._predict(self._last)

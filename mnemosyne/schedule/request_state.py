@@ -15,7 +15,7 @@ UNPLACED = PageTable(())  # of a request that waits
 
 @dataclass(slots=True, eq=False)
 class RequestState(Urgency[float]):
-    """How far a request is, as planning needs it: counts and times, never token values."""
+    """The progress of a request, as planning needs it: counts and times, never token values."""
 
     request: Request
     deadline_s: float  # of the first token, after arrival
@@ -32,7 +32,7 @@ class RequestState(Urgency[float]):
     num_cached: int = 0  # prompt tokens that the cache holds; an estimate while it waits
     num_chained: int = 0  # of its outputs, those that the chain has
     num_computed: int = 0  # positions whose keys and values are there, and finite
-    is_broken: bool = False  # what it computes from now on is not shared
+    is_broken: bool = False  # its pages from now on are not shared
     hit: Hit | None = None  # once it is admitted
     leads: bytes = b""  # digest of the page that it computes next, while others may wait for it
     leader: RequestState | None = None  # while it waits: the request whose pages it waits for

@@ -15,7 +15,7 @@ from mnemosyne.schedule.saves import Disk, Saves
 PIECE_BYTES = 32 << 20  # of a rank, that are restored in a step without other work
 PIECE_BYTES_BESIDE = 4 << 20  # the same in a step with rows to compute
 READ_BYTES_PER_S, LEAF_S = 1e9, 1e-4  # of a disk, before any was read
-LEARNED = 0.3  # share of a new measurement in what is expected
+LEARNED = 0.3  # share of a new measurement in the expectation
 
 
 @dataclass(slots=True, eq=False)
@@ -170,7 +170,7 @@ class Restores:
         return Restore(request_id, first, own.num_planned, own.from_position)
 
     def _note(self, own: _Restoring) -> None:
-        """Have a prompt begin after what is restored of it."""
+        """Have a prompt begin after its restored part."""
         state, stop = own.state, (own.first + own.num_done) * self._leaf_tokens
         if stop > state.num_planned:
             self._advance(state.table, state.num_planned, stop)

@@ -27,7 +27,7 @@ Steps = dict[Shape, np.ndarray]  # of each step its features, seconds last; floa
 
 
 def fits_folder() -> Path:
-    """Where fits are kept: ``mnemosyne/fits`` in the user's cache folder."""
+    """The folder of fits: ``mnemosyne/fits`` in the user's cache folder."""
     return cache_folder("fits")
 
 

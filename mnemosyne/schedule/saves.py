@@ -109,7 +109,7 @@ class Saves:
         return self.take_some(count)
 
     def take_some(self, count: int) -> list[Save]:
-        """At most so many leaves, as many as there is room for."""
+        """At most this many leaves, as far as there is room."""
         saves, count = list[Save](), min(count, self._disk.num_room)
         while self._pending and len(saves) < count:
             state, index = self._pending.popleft()
@@ -121,13 +121,13 @@ class Saves:
         return saves
 
     def forget(self, digests: Sequence[bytes]) -> None:
-        """Have leaves written again, whatever the disk has of them."""
+        """Have leaves written again, even those that the disk has."""
         for digest in digests:
             self._disk.folder.forget(digest)
             self._handed.pop(digest, None)
 
     def clear(self) -> None:
-        """Forget what waits."""
+        """Forget the leaves that wait."""
         self._pending.clear()
         self._handed.clear()
 

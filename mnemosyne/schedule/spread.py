@@ -1,4 +1,4 @@
-"""Prompts over several groups: who helps, the pages they lend, and how a chunk is cut."""
+"""Prompts over several groups: the helpers, the pages they lend, and the cuts of a chunk."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ class Spread:
         may_cut = len(ledger.groups) > 1 and not ledger.kinds.windows
         self._is_on = config.spread == "auto" and may_cut
         self._prompts: dict[int, RequestState] = {}  # with copies
-        self._changed: dict[int, RequestState] = {}  # whose tables no plan told of yet
-        self._may_lend = True  # whether nobody waits for pages
+        self._changed: dict[int, RequestState] = {}  # whose tables no plan has carried yet
+        self._may_lend = True  # whether no request waits for pages
 
     def take(
         self,
@@ -154,7 +154,7 @@ class Spread:
         return admitted
 
     def take_all_back(self) -> bool:
-        """Take all pages back that groups lent, because somebody lacks some; whether they did."""
+        """Take all lent pages back, because a request lacks some; return whether there were any."""
         return self._take_back(list(self._prompts.values()))
 
     def changed(self) -> dict[int, PageTable]:

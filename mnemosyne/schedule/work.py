@@ -1,4 +1,4 @@
-"""The physical size of a step: what its time is predicted from, counted for each group."""
+"""The physical size of a step, from which its time is predicted, counted for each group."""
 
 from __future__ import annotations
 
