@@ -63,7 +63,7 @@ class Chain:
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens of some full pages, int32 ``[stop - start, page_size]``."""
         num_first = len(self._prompt_PN)
-        if stop <= num_first:
+        if stop <= num_first or start == stop:
             return self._prompt_PN[start:stop]
         later = self._later[max(0, start - num_first) : stop - num_first]
         return np.concatenate([self._prompt_PN[start:], np.stack(later)])
