@@ -43,7 +43,8 @@ class Breach:
 _PAGELESS_CACHE = tuple(
     f"cache.{name}"
     for name in (
-        *("allocator", "chain", "kinds", "layout", "ledger", "prefix", "room", "table"),
+        *("allocator", "chain", "kinds", "layout", "ledger", "prefix", "room", "stock", "table"),
+        "windows",
         *("leaf_file", "leaf_folder", "leaf_storage"),
     )
 )

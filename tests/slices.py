@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from mnemosyne.cache.ledger import Ledger, Place
+from mnemosyne.cache.ledger import Ledger
+from mnemosyne.cache.stock import Place
 from mnemosyne.cache.table import Extent, PageTable
 from mnemosyne.schedule.plan import Chunk, Executor, Plan, StepResult
 from mnemosyne.serve.engine import Engine

@@ -30,7 +30,8 @@ from itertools import count
 import numpy as np
 
 from mnemosyne.cache.chain import Chain
-from mnemosyne.cache.ledger import Ledger, Place
+from mnemosyne.cache.ledger import Ledger
+from mnemosyne.cache.stock import Place
 from mnemosyne.config import ScheduleConfig, SloConfig, parse_size
 from mnemosyne.metrics import percentiles
 from mnemosyne.request import Request, SamplingParams

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mnemosyne.cache.chain import Chain, seed_of
-from mnemosyne.cache.ledger import Ledger, Place
+from mnemosyne.cache.ledger import Ledger
+from mnemosyne.cache.stock import Place
 from mnemosyne.config import parse_size
 
 PAGE_SIZE = 4

@@ -66,9 +66,9 @@ def kinds_of(windows: Sequence[int | None], config: CacheConfig) -> PageKinds:
 
     Args:
         windows: of all layers of the model.
-        config: of the cache; where prefixes are shared, every layer keeps every key.
+        config: of the cache; where prefixes go to the disk, every layer keeps every key.
     """
-    if config.prefix == "auto":
+    if config.dir is not None:
         return PageKinds(config.page_size)
     return PageKinds.of(windows, config.page_size)
 

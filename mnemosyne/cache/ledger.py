@@ -1,30 +1,21 @@
-"""The pages of all groups: which are free, who holds the others, and which hold known prefixes."""
+"""The pages of all groups: who holds which, and which hold known prefixes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 
-from mnemosyne.cache.allocator import PageAllocator
 from mnemosyne.cache.chain import Chain
 from mnemosyne.cache.kinds import PageKinds
-from mnemosyne.cache.layout import LISTED_PER_PAGE, pages_for
-from mnemosyne.cache.prefix import NO_PAGES, Nearest, PrefixIndex
-from mnemosyne.cache.room import Room
+from mnemosyne.cache.layout import pages_for
+from mnemosyne.cache.prefix import NO_PAGES, Nearest
+from mnemosyne.cache.stock import Place, Stock
 from mnemosyne.cache.table import Extent, PageTable
 
 
-class Place(NamedTuple):
-    """Where a shard of a request will lie."""
-
-    group: int
-    shared: np.ndarray = NO_PAGES  # int64, known pages that hold its first keys
-
-
-class Ledger(Room):
+class Ledger(Stock):
     """Hands pages out to holders, which are request ids, and takes them back.
 
     A holder names no page: it gets a table, and gives back all that the ledger has noted for it.
@@ -50,48 +41,20 @@ class Ledger(Room):
         shares: bool = False,
         kinds: PageKinds | None = None,
     ) -> None:
-        super().__init__(num_pages, kinds or PageKinds(page_size), max_tokens_per_group)
-        self.shares = shares
-        self.reset()
+        kinds = kinds or PageKinds(page_size)
+        super().__init__(num_pages, kinds, max_tokens_per_group, shares=shares)
 
     def reset(self) -> None:
         """Take every page back, whoever holds it, and know none of them."""
-        self._allocators = [PageAllocator(count) for count in self.group_pages]
-        self._indexes = [
-            PrefixIndex(count, self.page_size) for count in self.group_pages if self.shares
-        ]
-        self._listed = [0] * len(self.group_pages)  # pages in tables, shared ones each time
+        super().reset()
         self._tables: dict[int, PageTable] = {}  # by holder
         self._grown: set[int] = set()  # holders whose pages are not in the order of their ids
         self._known: dict[int, int] = {}  # of each holder, pages from the first on that are known
 
     @property
-    def num_used(self) -> int:
-        """Pages that somebody holds."""
-        return self.num_pages - sum(self.num_free(group) for group in self.groups)
-
-    @property
     def num_lent(self) -> int:
         """Pages of copies that groups hold for prompts of others."""
         return sum(len(copy.pages) for table in self._tables.values() for copy in table.lent)
-
-    @property
-    def num_idle(self) -> int:
-        """Pages of known prefixes that nobody holds."""
-        return sum(index.num_idle for index in self._indexes)
-
-    def num_free(self, group: int) -> int:
-        """Pages of a group that can be had, those of known prefixes that nobody holds included."""
-        num_idle = self._indexes[group].num_idle if self.shares else 0
-        return self._allocators[group].num_free + num_idle
-
-    def num_listable(self, group: int) -> int:
-        """Pages that tables may list beyond those that they do."""
-        return LISTED_PER_PAGE * self.group_pages[group] - self._listed[group]
-
-    def max_free_tokens(self) -> int:
-        """Tokens that the free pages of one group hold at most."""
-        return self.kinds.most_tokens(max(self.num_free(group) for group in self.groups))
 
     def table_of(self, holder: int) -> PageTable:
         """Where the keys of a holder lie."""
@@ -106,6 +69,8 @@ class Ledger(Room):
                 is_used[ring] = True
         if self.shares:
             is_used |= self._indexes[group].is_known
+        if self._ends:
+            is_used[self._ends[group].all_pages()] = True
         return np.flatnonzero(~is_used)
 
     def num_holders(self, group: int, page: int) -> int | None:
@@ -132,6 +97,16 @@ class Ledger(Room):
                 return group, page
         return None
 
+    def last_end(self, group: int, chain: Chain, stop: int) -> int:
+        """Pages of a chain, at most ``stop``, after which a request of a group can start."""
+        return self._ends[group].last(chain, stop) if self._ends else stop
+
+    def num_shared(self, places: Sequence[Place]) -> int:
+        """Pages of a request that need not be computed in some places."""
+        if self._ends:
+            return places[0].num_ended
+        return sum(len(place.shared) for place in places)
+
     def num_held(self, place: Place) -> int:
         """Pages of a place that somebody holds, and that are not taken from the free ones."""
         return self._indexes[place.group].num_held(place.shared) if len(place.shared) else 0
@@ -140,31 +115,45 @@ class Ledger(Room):
         """A cached page of a group in place of a page of a chain (see ``PrefixIndex.nearest``)."""
         return self._indexes[group].nearest(chain, page)
 
-    def reserve(self, holder: int, places: Sequence[Place], num_tokens: int) -> PageTable:
+    def reserve(
+        self,
+        holder: int,
+        places: Sequence[Place],
+        num_tokens: int,
+        chain: Chain | None = None,
+    ) -> PageTable:
         """Take pages for the whole life of a request.
 
         Args:
             holder: who has no pages yet.
             places: of its shards, with as many free pages as they take.
             num_tokens: prompt and output together.
+            chain: its tokens, if prefixes are shared.
 
         Returns:
             Where its keys will lie.
         """
         assert holder not in self._tables, f"{holder} has pages"
-        sizes = self.shard_pages(num_tokens) if self.kinds.keeps else [0]
+        seen, sizes = self._window_of(places[0], chain), self.shard_sizes(num_tokens)
         shards = zip(places, sizes, strict=True)
         parts = [(place.group, self._take(place, size)) for place, size in shards]
         table = PageTable.spread(parts, self.max_tokens_per_group)
         if self.kinds.windows:
-            rings = zip(self.kinds.windows, self.kinds.rings(num_tokens), strict=True)
-            home = places[0].group
-            taken = [self._take_ring(home, window.tracks, count) for window, count in rings]
-            table = replace(table, rings=tuple(taken))
+            table = replace(table, rings=self._take_rings(places[0], num_tokens, seen))
         self._tables[holder] = table
         if self.shares:
             self._known[holder] = sum(len(place.shared) for place in places)
         return table
+
+    def keep_end(self, holder: int, chain: Chain, num_pages: int) -> None:
+        """Let others start after the first pages of a holder, if there is room for its windows.
+
+        Args:
+            holder: that computed those pages, and at most one more.
+            chain: its tokens.
+            num_pages: how many.
+        """
+        self._copy_end(self._tables[holder], chain, num_pages)
 
     def has_room(self, table: PageTable, position: int) -> bool:
         """Return whether a table has a place for one more position."""
@@ -247,20 +236,29 @@ class Ledger(Room):
         self._tables[holder] = replace(table, lent=())
         return self._tables[holder]
 
-    def release(self, holder: int, chain: Chain | None = None, num_computed: int = 0) -> None:
+    def release(
+        self,
+        holder: int,
+        chain: Chain | None = None,
+        num_computed: int = 0,
+        *,
+        is_whole: bool = True,
+    ) -> None:
         """Take back whatever a holder has.
 
         Args:
             holder: who has pages.
             chain: its tokens, if its pages may be shared.
             num_computed: positions whose keys and values are whole.
+            is_whole: whether it computed no others since.
         """
         if chain is not None:
             self._keep(holder, chain, num_computed // self.page_size)
         self._known.pop(holder, None)
         table = self._tables.pop(holder)
-        for ring in table.rings:
-            self._allocators[table.reporter].release(np.sort(ring, axis=None))
+        if table.rings:
+            ended = chain if is_whole else None
+            self._free_rings(table, ended, num_computed // self.page_size)
         for extent in table.lanes:
             self._free(extent, is_sorted=holder not in self._grown)
         self._grown.discard(holder)
@@ -274,7 +272,7 @@ class Ledger(Room):
             num_computed: positions whose keys and values are whole.
         """
         known, stop = self._known[holder], num_computed // self.page_size
-        while known < stop:
+        while known < stop and self.kinds.keeps:
             extent, offset, end = self._extent_at(holder, known)
             index = self._indexes[extent.group]
             before = int(extent.pages[known - offset - 1]) if known > offset else None
@@ -284,24 +282,10 @@ class Ledger(Room):
             if count < len(pages):
                 return
 
-    def clear(self) -> None:
-        """Know no prefix any more; who holds pages keeps them."""
-        for index, allocator in zip(self._indexes, self._allocators, strict=False):
-            allocator.release(index.clear())
-
-    def _free(self, extent: Extent, *, is_sorted: bool = True) -> None:
-        pages = extent.pages
-        self._listed[extent.group] -= len(pages)
-        if self.shares:
-            pages = self._indexes[extent.group].let_go(pages)
-        if self.shares or not is_sorted:
-            pages = np.sort(pages)
-        self._allocators[extent.group].release(pages)
-
     def _keep(self, holder: int, chain: Chain, stop: int) -> None:
         """Make the last pages of a holder known as well, behind equal ones of others."""
         page = self._known[holder]
-        while page < stop:
+        while page < stop and self.kinds.keeps:
             extent, offset, end = self._extent_at(holder, page)
             index = self._indexes[extent.group]
             before = index.page_of(chain.digests[page - 1]) if page > offset else None
@@ -320,27 +304,6 @@ class Ledger(Room):
         offset = extent.start // self.page_size
         end = table.next_start(position) // self.page_size
         return extent, offset, min(end, offset + len(extent.pages))
-
-    def _take_ring(self, group: int, num_tracks: int, count: int) -> np.ndarray:
-        """Free pages of layers that forget, int64 ``[tracks, count]``."""
-        tracks = [self._take(Place(group), count) for _ in range(num_tracks)]
-        self._listed[group] -= num_tracks * count  # among those of their kind
-        return np.stack(tracks) if tracks else np.empty((0, count), dtype=np.int64)
-
-    def _take(self, place: Place, count: int) -> np.ndarray:
-        """Known pages and free ones, together so many, which are not free any more."""
-        group, shared = place
-        self._listed[group] += count
-        allocator, count = self._allocators[group], count - len(shared)
-        if self.shares:
-            index = self._indexes[group]
-            index.hold(shared)
-            lack = count - allocator.num_free
-            if lack > 0:
-                allocator.release(np.sort(index.evict(lack)))
-        pages = allocator.allocate(count)
-        assert pages is not None, "the pages were free a moment ago"
-        return np.concatenate([shared, pages]) if len(shared) else pages
 
 
 def _widened(ring: np.ndarray, more: np.ndarray) -> np.ndarray:

@@ -83,11 +83,11 @@ class PagePool:
         """Page ids of running sequences in every track."""
         return [*([self.ids.tensor] if self.kinds.keeps else []), *self.ring_tracks]
 
-    def copy(self, source: int, target: int) -> None:
-        """Give one page the keys and values of another."""
-        first, others = source * self.page_size, target * self.page_size
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Give some pages the keys and values of others; all are read before any is written."""
+        read, written = (self._slots(np.array(ids, dtype=np.int64)) for ids in (sources, targets))
         for pool in self._tensors:
-            pool[:, others : others + self.page_size] = pool[:, first : first + self.page_size]
+            pool[:, written] = pool[:, read]
 
     def move(self, layer: int, sources_M: Tensor, targets_M: Tensor) -> None:
         """Give some slots of a layer the keys and values of others.
@@ -102,11 +102,15 @@ class PagePool:
 
     def clear(self, pages: np.ndarray) -> None:
         """Zero some pages: what a failed request left there may not be finite."""
+        slots = self._slots(pages)
+        for pool in self._tensors:
+            pool.index_fill_(1, slots, 0)
+
+    def _slots(self, pages: np.ndarray) -> Tensor:
+        """All slots of some pages, int64, where the pool is."""
         first_slots = torch.from_numpy(pages * self.page_size)
         offsets = torch.arange(self.page_size, dtype=torch.int64)
-        slots = (first_slots[:, None] + offsets).flatten()
-        for pool in self._tensors:
-            pool.index_fill_(1, slots.to(pool.device), 0)
+        return (first_slots[:, None] + offsets).flatten().to(self._tensors[0].device)
 
     def clear_passing(self) -> None:
         """Zero what chunks wrote in passing, if it may not be finite."""

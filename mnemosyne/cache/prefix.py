@@ -6,6 +6,7 @@ from array import array
 from bisect import bisect_left
 from heapq import heapify, heappop, heappush
 from itertools import islice
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
@@ -179,6 +180,18 @@ class PrefixIndex:
         forgotten = left[~self._is_found[left]]
         self._is_counted[forgotten] = False
         return pages[~self._is_counted[pages]]
+
+    @property
+    def now(self) -> int:
+        """A clock that ticks when a request lets go."""
+        return self._time
+
+    @property
+    def oldest(self) -> float:
+        """When the chain whose end goes first was last used; never, if none is idle."""
+        while self._ends and not self._is_idle_end(self._ends[0][1], self._ends[0][0]):
+            heappop(self._ends)
+        return self._ends[0][0] if self._ends else inf
 
     def evict(self, count: int) -> np.ndarray:
         """Forget idle pages, the ends of the chains that were used longest ago.

@@ -62,10 +62,14 @@ class Room:
 
     def shard_needs(self, num_tokens: int) -> list[int]:
         """Pages that each shard of a request takes; those of layers that forget are the first's."""
-        needs = self.shard_pages(num_tokens) if self.kinds.keeps else [0]
+        needs = self.shard_sizes(num_tokens)
         if self.kinds.windows:
             needs[0] += self.kinds.ring_pages(num_tokens)
         return needs
+
+    def shard_sizes(self, num_tokens: int) -> list[int]:
+        """Pages of each shard, those of layers that keep every key; one without any if none do."""
+        return self.shard_pages(num_tokens) if self.kinds.keeps else [0]
 
     def shard_pages(self, num_tokens: int) -> list[int]:
         """Full pages of each shard of a request, in the order of positions."""

@@ -242,7 +242,7 @@ class Worker:
             enter_rings(self._pool, request_id, table.rings_on(group))
         for copy in plan.copies:
             if copy.group == group:
-                self._pool.copy(copy.source, copy.target)
+                self._pool.copy(copy.sources, copy.targets)
         for chunk in plan.chunks:
             if chunk.token_id is not None:
                 self._sequences[chunk.request_id].append(chunk.token_id, chunk.start)

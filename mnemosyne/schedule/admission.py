@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from math import inf
 
-from mnemosyne.cache.ledger import Ledger, Place
+from mnemosyne.cache.ledger import Ledger
+from mnemosyne.cache.stock import Place
 from mnemosyne.cache.table import PageTable
 from mnemosyne.config import SloConfig
 from mnemosyne.request import Request
@@ -220,7 +221,7 @@ class AdmissionQueue:
         ledger, free = self._ledger, dict[int, int]()
         if reservation is not None and not is_holder:
             free = {place.group: ledger.num_free(place.group) for place in places}
-        table = ledger.reserve(request.request_id, places, prompt.num_reserved)
+        table = ledger.reserve(request.request_id, places, prompt.num_reserved, prompt.chain)
         self._router.start(table, request.num_prompt_tokens)
         if is_holder:
             self._reservation = None

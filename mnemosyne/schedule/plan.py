@@ -40,11 +40,11 @@ class Hit(NamedTuple):
 
 
 class PageCopy(NamedTuple):
-    """A page of one group whose keys and values another page of it gets."""
+    """Pages of one group whose keys and values other pages of it get; all are read first."""
 
     group: int
-    source: int
-    target: int
+    sources: tuple[int, ...]
+    targets: tuple[int, ...]
 
 
 class SaveFrom(NamedTuple):

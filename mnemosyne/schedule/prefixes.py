@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from mnemosyne.cache.chain import Chain, seed_of
-from mnemosyne.cache.ledger import Ledger, Place
+from mnemosyne.cache.ledger import Ledger
+from mnemosyne.cache.stock import Place
 from mnemosyne.request import Request
-from mnemosyne.schedule.plan import Hit, Plan
+from mnemosyne.schedule.plan import Hit, PageCopy, Plan
 from mnemosyne.schedule.request_state import RequestState
 
 LONG_TOKENS = 4096  # of a prompt of which it is told where the cache missed
@@ -61,7 +62,11 @@ class Prefixes:
             if found[best] < size or first == stop:
                 break
             groups.remove(best)
-        return first
+        if not self._ledger.kinds.windows:
+            return first
+        stop = first if self._ledger.kinds.keeps else stop
+        chain, groups = state.chain, set(self._ledger.groups)
+        return max(self._ledger.last_end(group, chain, stop) for group in groups)
 
     @property
     def has_leaders(self) -> bool:
@@ -73,7 +78,19 @@ class Prefixes:
         assert state.chain is not None
         if num_known >= self.num_cacheable(state.request):
             return None
+        if self._ledger.kinds.windows:
+            return self._leader_to_end(state, num_known)
         return self._leaders.get(state.chain.digests[num_known])
+
+    def _leader_to_end(self, state: RequestState, num_known: int) -> RequestState | None:
+        """Whoever will have the windows kept that a prompt needs furthest on."""
+        assert state.chain is not None
+        if self._leaders:
+            for page in range(self.num_cacheable(state.request), num_known, -1):
+                leader = self._leaders.get(state.chain.digests[page - 1])
+                if leader is not None:
+                    return leader
+        return None
 
     def is_ahead(self, leader: RequestState, num_tokens: int) -> bool:
         """Return whether a request still computes pages below ``num_tokens`` that will be known."""
@@ -98,7 +115,7 @@ class Prefixes:
     def hit(self, state: RequestState, places: Sequence[Place]) -> Hit:
         """The part of a prompt that the chosen places hold, and where the nearest differs."""
         request, page_size = state.request, self._ledger.page_size
-        num_pages = sum(len(place.shared) for place in places)
+        num_pages = self._ledger.num_shared(places)
         what = request.request_id, num_pages * page_size
         place = self._missing(state, places, num_pages)
         if place is None or state.chain is None:
@@ -116,7 +133,7 @@ class Prefixes:
         request, first = state.request, 0
         if request.num_prompt_tokens < LONG_TOKENS or num_known >= self.num_cacheable(request):
             return None
-        sizes = self._ledger.shard_pages(state.num_reserved)
+        sizes = self._ledger.shard_sizes(state.num_reserved)
         for place, size in zip(places, sizes, strict=True):
             if num_known < first + size:
                 return place
@@ -154,7 +171,11 @@ class Prefixes:
         assert state.chain is not None
         page_size = self._ledger.page_size
         before, state.num_computed = state.num_computed, stop
-        if before // page_size != stop // page_size:
+        if stop == state.request.num_prompt_tokens and self._ledger.kinds.windows:
+            self._ledger.publish(state.request.request_id, state.chain, stop)
+            self._ledger.keep_end(state.request.request_id, state.chain, self._end(state))
+            self._follow(state)
+        elif before // page_size != stop // page_size:
             self._ledger.publish(state.request.request_id, state.chain, stop)
             self._lead(state)
             self._tell(state)
@@ -170,8 +191,18 @@ class Prefixes:
         """Give the pages of a request back; those that are whole stay for others."""
         self._follow(state)
         self._catch_up(state)
-        self._ledger.release(state.request.request_id, state.chain, state.num_computed)
+        what = state.request.request_id, state.chain, state.num_computed
+        self._ledger.release(*what, is_whole=not state.is_broken)
         self._tell(state)
+
+    def copies(self) -> tuple[PageCopy, ...]:
+        """Pages that move before the next step."""
+        moved = self._ledger.take_moved()
+        return tuple([PageCopy(g, tuple(a.tolist()), tuple(b.tolist())) for g, a, b in moved])
+
+    def _end(self, state: RequestState) -> int:
+        """Pages of a prompt after which its windows are kept: the same prompt finds them."""
+        return (state.request.num_prompt_tokens - 1) // self._ledger.page_size
 
     def _catch_up(self, state: RequestState) -> None:
         """Count the tokens that decodes computed since this was last asked: all but the newest."""
@@ -195,6 +226,12 @@ class Prefixes:
         """Let others know which page of its prompt a request computes next."""
         assert state.chain is not None
         self._follow(state)
+        if self._ledger.kinds.windows:
+            is_new = self._end(state) * self._ledger.page_size > state.num_cached
+            if is_new and state.num_computed < state.request.num_prompt_tokens:
+                state.leads = state.chain.digests[self._end(state) - 1]
+                self._leaders.setdefault(state.leads, state)
+            return
         page = self._ledger.num_known(state.request.request_id)
         is_next = page == state.num_computed // self._ledger.page_size
         if is_next and page < state.request.num_prompt_tokens // self._ledger.page_size:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from mnemosyne.cache.chain import Chain
-from mnemosyne.cache.ledger import Ledger, Place
+from mnemosyne.cache.ledger import Ledger
+from mnemosyne.cache.stock import Place
 from mnemosyne.cache.table import PageTable
 
 NOTHING: Mapping[int, int] = MappingProxyType({})
@@ -55,13 +56,18 @@ class Router:
         if kept:
             for group, pages in kept.items():
                 free[group] -= pages
-        if chain is not None and num_cacheable:
-            return self._choose_near(sizes, free, chain, num_cacheable)
+        while chain is not None and num_cacheable:
+            places = self._choose_near(num_tokens, free, chain, num_cacheable)
+            if places is None or self._can_start(places):
+                return places
+            # its windows are kept further on than its pages are known
+            num_known = sum(len(place.shared) for place in places)
+            num_cacheable = self._ledger.last_end(places[0].group, chain, num_known)
         chosen = _assign(sizes, self._least_pending(), free)
         return None if chosen is None else [Place(group) for group in chosen]
 
     def _choose_near(
-        self, sizes: list[int], free: list[int], chain: Chain, num_cacheable: int
+        self, num_tokens: int, free: list[int], chain: Chain, num_cacheable: int
     ) -> list[Place] | None:
         """The same where groups differ in what they hold of the prompt.
 
@@ -69,25 +75,43 @@ class Router:
         work. A shard can have a known prefix only if those before it are known to their ends.
         """
         ledger, places, first = self._ledger, list[Place](), 0
-        groups, is_whole = list(ledger.groups), True
-        for size in sizes:
-            stop = min(first + size, num_cacheable) if is_whole else first
-            shards = [Place(g, ledger.match(g, chain, first, stop)) for g in groups]
+        groups, is_whole, stop_at = list(ledger.groups), True, num_cacheable
+        sizes = zip(ledger.shard_sizes(num_tokens), ledger.shard_needs(num_tokens), strict=True)
+        for size, needs in sizes:
+            stop = min(first + size, stop_at) if is_whole else first
+            shards = [self._shard(g, chain, first, stop, num_cacheable) for g in groups]
             if len(shards) > 1:
                 shards.sort(key=lambda place: self._work_at(place, first))
-            needed = (size - ledger.num_held(place) for place in shards)
+            needed = (needs - ledger.num_held(place) for place in shards)
             fits = (p for p, n in zip(shards, needed, strict=True) if free[p.group] >= n)
             place = next(fits, None)
             if place is None:
                 return None
             places.append(place)
             groups.remove(place.group)
+            if not first and ledger.kinds.windows:
+                stop_at = place.num_ended
             is_whole, first = len(place.shared) == size, first + size
         return places
 
+    def _can_start(self, places: list[Place]) -> bool:
+        """Return whether a request finds its windows where its known pages end."""
+        kinds = self._ledger.kinds
+        if not kinds.windows or not kinds.keeps:
+            return True
+        return sum(len(place.shared) for place in places) == places[0].num_ended
+
+    def _shard(self, group: int, chain: Chain, first: int, stop: int, num_cacheable: int) -> Place:
+        """A shard on a group, with what is known there of its pages from ``first`` to ``stop``."""
+        ledger = self._ledger
+        if first or not ledger.kinds.windows:
+            return Place(group, ledger.match(group, chain, first, stop))
+        num_ended = ledger.last_end(group, chain, num_cacheable)
+        return Place(group, ledger.match(group, chain, 0, min(stop, num_ended)), num_ended)
+
     def _work_at(self, place: Place, first: int) -> tuple[int, int]:
         """The key that decides between groups: work ahead and of the prompt, then pages in use."""
-        ledger, num_known = self._ledger, len(place.shared)
+        ledger, num_known = self._ledger, max(len(place.shared), place.num_ended)
         saved = (first + num_known) * ledger.page_size if num_known else 0
         num_used = ledger.group_pages[place.group] - ledger.num_free(place.group)
         return self._pending[place.group] - saved**2, num_used

@@ -208,7 +208,6 @@ class Scheduler:
         # decodes that gathered in one of several steps in flight would all wait for each other
         share = -(-self._num_decoding // self.depth)
         chunks, work = self._ready.take(share, self._requests)
-        # whatever is planned now ends behind the steps in flight
         behind_s = self._in_flight.done_s(now_s)
         prefills = self._prefill.plan(work, behind_s, delays_decodes=self._num_decoding > 0)
         for running, chunk in zip(prefills.prompts, prefills.chunks, strict=True):
@@ -229,6 +228,7 @@ class Scheduler:
             admitted=tuple([Admission.of(running.request) for running in admitted]),
             released=released,
             tables=tuple(tables.items()),
+            copies=self._prefixes.copies() if self._prefixes is not None else (),
             saves=self.leaves.saves(prefills.seconds, delays_decodes=self._num_decoding > 0),
             fetches=self.leaves.fetches(),
             restores=restores,

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mnemosyne.cache.ledger import Ledger, Place
+from mnemosyne.cache.ledger import Ledger
+from mnemosyne.cache.stock import Place
 
 
 def make_ledger(*num_pages: int, max_tokens_per_group: int = 32) -> Ledger:

@@ -34,7 +34,7 @@ def test_a_copied_page_holds_what_the_other_does_in_every_layer():
         part.copy_(torch.randn(part.shape))
     before = [part.clone() for part in (*pool.k, *pool.v)]
 
-    pool.copy(source=3, target=1)
+    pool.copy([3], [1])
 
     for part, old in zip((*pool.k, *pool.v), before, strict=True):
         assert torch.equal(part[:, 8:16], old[:, 24:32])

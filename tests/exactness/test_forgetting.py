@@ -15,6 +15,7 @@ from mnemosyne.kernels.cpu.processor import INSTRUCTION_SETS
 from mnemosyne.llm import LLM
 from mnemosyne.request import RequestOutput
 from tests.engines import PAGE_SIZE, greedy, model_of, pages_used, pool_of, random_prompts
+from tests.exactness.test_prefix_cache import poison_unused
 from tests.model_zoo.dense import dense_context
 from tests.model_zoo.tiny import VOCAB_SIZE, oracle, tiny_checkpoint
 from tests.ranks import run_ranks
@@ -36,7 +37,7 @@ NATIVE = [each.name for each in INSTRUCTION_SETS if each.why_not() is None][:1] 
 
 
 def open_forgetful(path: Path, **options: Any) -> LLM:
-    cache = {"max_tokens": 2048, "page_size": PAGE_SIZE, "prefix": "off"} | options.pop("cache", {})
+    cache = {"max_tokens": 2048, "page_size": PAGE_SIZE} | options.pop("cache", {})
     schedule = {"chunk": options.pop("chunk", 17)} | options.pop("schedule", {})
     fields = {"dtype": "float64", "device": "cpu"} | options
     return LLM(str(path), schedule=schedule, cache=cache, **fields)
@@ -88,11 +89,14 @@ def test_any_chunk_gives_the_logits_of_a_dense_forward(
 ) -> None:
     cache = {"page_size": page_size}
     with open_forgetful(checkpoint, attention="reference", chunk=chunk, cache=cache) as llm:
-        outputs = llm.generate(PROMPTS, PARAMS)
+        cold = llm.generate(PROMPTS, PARAMS)
+        warm = llm.generate(PROMPTS[0], PARAMS)
 
         assert llm.engine.scheduler.ledger.kinds.windows
         assert pages_used(llm.engine) == 0
-    assert_equal(outputs, expected)
+    assert_equal(cold, expected)
+    assert_equal(warm, expected[:1])
+    assert warm[0].metrics.num_cached == (len(PROMPTS[0]) - 1) // page_size * page_size
 
 
 @pytest.mark.parametrize("attention", ["cpu", "flex"])
@@ -138,7 +142,8 @@ def test_the_kernels_of_a_processor_give_the_bits_of_a_full_cache(
     outputs = []
     for chunk, recording in ((50, "auto"), (23, "none")):  # decodes are replayed, or not
         with open_forgetful(path, chunk=chunk, compile=recording, **options) as llm:
-            outputs.append(llm.generate(PROMPTS, PARAMS))
+            outputs += [llm.generate(PROMPTS, PARAMS), llm.generate(PROMPTS, PARAMS)]
+    assert [output.metrics.num_cached for output in outputs[1]] == [160, 0, 80, 32]
     monkeypatch.setattr(PageKinds, "of", classmethod(lambda cls, windows, size: cls(size)))
     with open_forgetful(path, chunk=37, compile="none", **options) as llm:
         assert not pool_of(llm).kinds.windows
@@ -157,7 +162,8 @@ def _serve(path: Path, meshes: list[dict[str, int]]) -> list[list[tuple[list[int
     for mesh in meshes:
         cache = {"max_tokens": 512, "max_tokens_per_group": 112} if "kvp" in mesh else {}
         with open_forgetful(path, chunk=61, cache=cache, mesh=mesh) as llm:
-            outputs = llm.generate(PROMPTS[:3], PARAMS)
+            outputs = llm.generate(PROMPTS[:3], PARAMS) + llm.generate(PROMPTS[:1], PARAMS)
+        assert outputs[-1].metrics.num_cached == 160
         found.append([(output.token_ids, logprobs_of(output)) for output in outputs])
     return found
 
@@ -167,6 +173,33 @@ def test_meshes_give_the_logits_of_a_dense_forward(checkpoint: Path, expected: l
     meshes = [{"kvp": 2, "pp": 2}, {"pp": 2, "tp": 2}]
     for found in run_ranks(_serve, 4, checkpoint, meshes, timeout_s=280):
         for mesh, outputs in zip(meshes, found, strict=True):
-            assert [ids for ids, _ in outputs] == [ids for ids, _ in expected[:3]], mesh
-            for (_, ours), (_, theirs) in zip(outputs, expected[:3], strict=True):
+            wanted = [*expected[:3], expected[0]]
+            assert [ids for ids, _ in outputs] == [ids for ids, _ in wanted], mesh
+            for (_, ours), (_, theirs) in zip(outputs, wanted, strict=True):
                 assert np.abs(ours - theirs).max() < 1e-10, mesh
+
+
+def test_a_conversation_goes_on_where_its_last_turn_ended(
+    checkpoint: Path, expected: list[Any]
+) -> None:
+    first, (ids, _) = PROMPTS[0], expected[0]
+    second = np.concatenate([first, np.array(ids), PROMPTS[1]])
+    other = np.concatenate([first[:100], PROMPTS[2]])
+    turns = [first, second, other, other, second, first]
+    params = greedy(5, logprobs=VOCAB_SIZE)
+    with open_forgetful(checkpoint, attention="reference", cache={"prefix": "off"}) as llm:
+        cold = [output for turn in turns for output in llm.generate(turn, params)]
+    for max_tokens in (2048, 320):  # in the second all but the last turns are evicted
+        with open_forgetful(
+            checkpoint, attention="reference", cache={"max_tokens": max_tokens}
+        ) as llm:
+            poison_unused(llm)
+            llm.generate(first, greedy(len(ids)))
+            warm = [output for turn in turns for output in llm.generate(turn, params)]
+            found = [output.metrics.num_cached for output in warm]
+
+        assert [output.token_ids for output in warm] == [output.token_ids for output in cold]
+        for ours, theirs in zip(warm, cold, strict=True):
+            assert np.abs(logprobs_of(ours) - logprobs_of(theirs)).max() < 1e-10
+        if max_tokens == 2048:
+            assert found == [160, 176, 0, 176, 192, 160]

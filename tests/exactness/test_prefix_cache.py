@@ -101,8 +101,11 @@ def test_warm_and_half_warm_prompts_give_the_logits_of_cold_ones(
     with open_tiny(checkpoint, chunk=chunk, attention="reference") as llm:
         poison_unused(llm)
         outputs = [output for turn in TURNS for output in llm.generate(turn, PARAMS)]
+        kinds = llm.engine.scheduler.ledger.kinds
 
-    assert [o.metrics.num_cached for o in outputs] == [0, 128, 128, 64, 128]
+    # layers that forget have no window where the branch begins
+    forgets = bool(kinds.windows)
+    assert [o.metrics.num_cached for o in outputs] == [0, 128, 128, 0 if forgets else 64, 128]
     assert_equal(outputs, cold)
 
 
@@ -113,8 +116,10 @@ def test_turns_that_come_at_once_share_and_give_the_same(
         poison_unused(llm)
         outputs = llm.generate(TURNS, PARAMS)
         assert pages_used(llm.engine) == 0
+        forgets = bool(llm.engine.scheduler.ledger.kinds.windows)
 
-    assert sum(output.metrics.num_cached for output in outputs) >= 128 + 64
+    num_cached = sum(output.metrics.num_cached for output in outputs)
+    assert num_cached >= (0 if forgets else 128 + 64)  # windows are known once a prompt ends
     assert_equal(outputs, cold)
 
 

@@ -90,7 +90,7 @@ written = st.fixed_dictionaries(
 extents = st.builds(Extent, st.integers(0, 63), counts, page_arrays)
 several_extents = st.lists(extents, max_size=3).map(tuple)
 tables = st.builds(PageTable, several_extents, several_extents)
-copies = st.builds(PageCopy, st.integers(0, 63), counts, counts)
+copies = st.builds(PageCopy, st.integers(0, 63), st.tuples(counts), st.tuples(counts))
 admissions = st.builds(
     Admission,
     request_ids,
