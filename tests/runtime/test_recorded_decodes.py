@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from mnemosyne.attention import NativeBackend
+from mnemosyne.attention.handing import Handing
 from mnemosyne.kernels.cpu.processor import AVX512, INSTRUCTION_SETS
 from mnemosyne.kernels.cpu.tape import Tape
 from mnemosyne.llm import LLM
@@ -77,8 +78,8 @@ def test_replayed_steps_have_the_bits_of_computed_ones(
         worker, held = worker_of(llm), []
         graphs, computed = graphs_of(worker), worker._forward_pass
 
-        def forward_pass(inputs: StepInputs) -> Callable[[Tensor], Tensor]:
-            compute = computed(inputs)
+        def forward_pass(inputs: StepInputs, handing: Handing | None) -> Callable[[Tensor], Tensor]:
+            compute = computed(inputs, handing)
             if not graphs.holds(inputs):
                 return compute
 
