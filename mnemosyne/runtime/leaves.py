@@ -81,8 +81,12 @@ class RankLeaves:
         self._queue: queue.SimpleQueue[_Write | list[bytes] | None] = queue.SimpleQueue()
         self._queued_bytes = 0
         self._lock = threading.Lock()
-        self._writer: threading.Thread | None = None
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="mnemosyne-leaves")
+        # a daemon: what is left of a process that does not close it is written no more
+        self._writer = threading.Thread(
+            target=self._write_all, name="mnemosyne-leaf-writer", daemon=True
+        )
+        self._writer.start()
 
     @property
     def local_bytes(self) -> int:
@@ -131,7 +135,6 @@ class RankLeaves:
 
     def note_used(self, digests: Sequence[bytes]) -> None:
         """Note that a chain was used, once what waits is written."""
-        self._start_writer()
         self._queue.put(list(digests))
 
     def fetch(self, fetch: Fetch, tokens: np.ndarray, table: PageTable) -> None:
@@ -199,11 +202,10 @@ class RankLeaves:
         for request_id in list(self._readings):
             self.drop(request_id)
         self._readers.shutdown(wait=False, cancel_futures=True)
-        if self._writer is not None:
-            self._queue.put(None)
-            self._writer.join(CLOSE_S)
-            if self._writer.is_alive():
-                log.warning("some leaves were not written within %.0f s", CLOSE_S)
+        self._queue.put(None)
+        self._writer.join(CLOSE_S)
+        if self._writer.is_alive():
+            log.warning("some leaves were not written within %.0f s", CLOSE_S)
 
     def _wanted(self, start: int, table: PageTable) -> Part | None:
         """The part of a leaf that this rank needs."""
@@ -249,17 +251,9 @@ class RankLeaves:
             reading.reads.append(read)
 
     def _put(self, write: _Write) -> None:
-        self._start_writer()
         with self._lock:
             self._queued_bytes += write.num_bytes
         self._queue.put(write)
-
-    def _start_writer(self) -> None:
-        if self._writer is None:
-            self._writer = threading.Thread(
-                target=self._write_all, name="mnemosyne-leaf-writer", daemon=True
-            )
-            self._writer.start()
 
     def _write_all(self) -> None:
         """Write until there is nothing more to come."""
