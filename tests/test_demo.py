@@ -45,6 +45,7 @@ def test_it_finds_the_passkey_shows_times_and_draws(
     printed = capsys.readouterr().out
     passkey = text_of(haystack(2048, depth=0.5, seed=0).answer_ids)
     assert status == demo_module.FOUND
+    assert "mnemosyne serve model=/path/to/model" in printed
     assert f"hidden:  {passkey}\nread:    {passkey}\npasskey found in 2,048 tokens" in printed
     for name in ("TTFT", "TBT"):
         for label in ("without the long prompt", "with it"):

@@ -89,7 +89,7 @@ class PageTable:
 
     @property
     def lanes(self) -> tuple[Extent, ...]:
-        """The groups that may compute slices: of the extents, one then, and of copies."""
+        """The extents whose groups may compute slices: its own, one then, and lent copies."""
         return self.extents + self.lent
 
     @property

@@ -19,6 +19,12 @@ FOUND, NOT_FOUND = 0, 1  # exit statuses
 SHORT_TOKENS = 24  # of each short answer
 ANSWER_TOKENS = 16  # room for the passkey and its end token
 
+NEXT = """
+next, with a model that speaks, or one of yours:
+  mnemosyne chat model=smollm2
+  mnemosyne generate model=/path/to/model chat=true prompt_file=question.txt
+  mnemosyne serve model=/path/to/model"""
+
 
 @dataclass(slots=True, eq=False)
 class Asked:
@@ -145,4 +151,7 @@ def _report(run: Run) -> int:
     num_tokens = len(read.prompt_token_ids)
     verdict = "found" if run.long.is_right else "NOT FOUND"
     print(f"passkey {verdict} in {num_tokens:,} tokens after {ttft_s:.1f} s")
-    return FOUND if run.long.is_right and not wrong else NOT_FOUND
+    if not run.long.is_right or wrong:
+        return NOT_FOUND
+    print(NEXT)
+    return FOUND
