@@ -127,12 +127,12 @@ class EventStream:
             await self._tell_progress()
             return
         self._timer.note(part.index, len(event.token_ids))
+        if self._answer.inquiry.logprobs and part.logprobs and part.prompt_logprobs is None:
+            await self._send_split(part)
+            return
         if self._answer.inquiry.logprobs:
             await self._names.learn(part.logprobs, part.prompt_logprobs, part.echoed_ids)
-        if len(part.logprobs) > 1 and part.prompt_logprobs is None:
-            await self._send_split(part)
-        else:
-            await self._send_object(self._chunk(part))
+        await self._send_object(self._chunk(part))
 
     async def _send_split(self, part: Part) -> None:
         """Send what a slow reader has left to pile up, a bounded number of bytes at a time."""
@@ -140,6 +140,7 @@ class EventStream:
         offset = part.text_offset
         for each in part.split(most):
             each.text_offset = offset
+            await self._names.learn(each.logprobs)
             await self._send_object(self._chunk(each))
             offset += sum(len(self._names.text(entry.token_id)) for entry in each.logprobs)
             await asyncio.sleep(0)
