@@ -146,12 +146,12 @@ class Stock(Room):
         return bool(self._ends) and num_pages > 0 and not self._ends[group].has(chain, num_pages)
 
     def _copy_end(self, table: PageTable, chain: Chain, num_pages: int) -> None:
-        """Keep what the token after so many pages sees, in pages that are free now."""
+        """Keep what the token after so many pages sees, in pages that nobody holds."""
         group = table.reporter
         if not self._can_end(group, chain, num_pages):
             return
         sources = parts_of(self.kinds, table.rings, num_pages)
-        if sum(part.size for part in sources) > self._allocators[group].num_free:
+        if sum(part.size for part in sources) > self.num_free(group):
             return
         taken = tuple(self._take_ring(group, len(part), part.shape[1]) for part in sources)
         self._move(group, sources, taken)
