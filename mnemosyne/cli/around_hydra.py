@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+NO_PLUGIN = "Unknown plugin class : "  # Hydra's words for a launcher that is not installed
+
 
 @contextmanager
 def errors_of_hydra() -> Iterator[None]:
@@ -26,6 +28,13 @@ def errors_of_hydra() -> Iterator[None]:
         yield
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(f"{str(error).strip().partition(chr(10))[0]}; see --help") from error
+    except RuntimeError as error:
+        if not str(error).startswith(NO_PLUGIN):
+            raise
+        raise ValueError(
+            f"hydra/launcher must be installed, got no class {str(error)[len(NO_PLUGIN) :]}; "
+            "pip install hydra-submitit-launcher"
+        ) from error
     finally:
         del os.environ[name]
         if usual is not None:
