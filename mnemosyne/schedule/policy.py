@@ -48,15 +48,15 @@ def relative_slack(urgency: Urgency[Number], now_s: float, factor: float) -> Num
 
     Source: Medha, arXiv 2409.17264, section 4, for those that are not late.
     """
+    done_s = urgency.done_s * factor
+    total_s = urgency.total_s * factor
     slack = urgency.due_s - now_s
-    slack /= factor + MIN_S  # in seconds of the table, as the work is
-    slack -= urgency.total_s
-    with_done = slack + urgency.done_s
+    slack -= total_s - done_s
     if isinstance(slack, np.ndarray):  # a product with truth values takes twice as long as all this
-        np.copyto(slack, with_done, where=with_done >= 0)
-    elif with_done >= 0:
-        slack = with_done
-    slack /= urgency.total_s + MIN_S
+        np.copyto(slack, slack - done_s, where=slack < 0)
+    elif slack < 0:
+        slack -= done_s
+    slack /= total_s + MIN_S
     return slack
 
 
