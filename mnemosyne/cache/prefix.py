@@ -150,6 +150,8 @@ class PrefixIndex:
                 break
             self._link(page, chain, place, -1 if before is None else before)
             before = page
+        if len(pages) == 0:
+            return 0
         self._tokens_PN[pages] = chain.tokens(first, first + len(pages))
         self._is_counted[pages] = self._is_found[pages] = True
         self._holders[pages] = 1
