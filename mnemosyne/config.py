@@ -25,7 +25,7 @@ OPERATORS = ("auto", "torch", *CPU_KERNELS)
 COMPILE_MODES = ("auto", "none", "step")
 FFN_LAYOUTS = ("tp", "wide")
 PREFIX_MODES = ("auto", "off")
-POLICIES = ("fcfs", "edf", "lrs", "lars")
+POLICIES = ("fcfs", "edf", "lrs", "lars", "mlfq")
 SPREAD_MODES = ("auto", "off")
 
 

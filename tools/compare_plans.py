@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from mnemosyne.cache.table import PageTable
-from mnemosyne.config import POLICIES, ScheduleConfig, SloConfig
+from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request, SamplingParams
 from mnemosyne.schedule.build_scheduler import build_scheduler
 from mnemosyne.schedule.plan import Plan
@@ -37,6 +37,7 @@ from mnemosyne.schedule.work import StepWork, WorkModel
 
 COSTS = np.array([2e-3, 1e-5, 3e-9, 2e-8, 1e-4, 2e-4, 5e-6, 2e-2])  # seconds per feature
 NOISE = 0.05  # standard deviation of the logarithm of a step's time
+ORDERS = ("fcfs", "edf", "lrs", "lars")  # as ever: the workloads of one number stay the same
 CANCELLED = 0.03  # share of the requests
 MOST_EVENTS = 20_000  # of one workload: plans, and steps that are back
 DIGITS = 1e-9
@@ -80,7 +81,7 @@ class Workload:
             min_chunk=int(rng.choice([1, 32, 50])),
             max_chunk=int(rng.choice([512, 8192])),
             max_sequences=int(rng.choice([4, 32, 200])),
-            policy=str(rng.choice(POLICIES)),
+            policy=str(rng.choice(ORDERS)),
             long_tokens=int(rng.choice([200, 2_000, 32_768])),
         )
         return build_scheduler(

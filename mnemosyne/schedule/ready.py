@@ -65,11 +65,33 @@ class ReadyDecodes:
             chunks, work = list(self._chunks.values()), self._tally.work()
             self.clear()
             return chunks, work
-        chunks = list(islice(self._chunks.values(), share))
-        rows = [(chunk.start, states[chunk.request_id].table) for chunk in chunks]
-        self._tally.add(rows, sign=-1)
-        taken = DecodeTally(self._model)
-        taken.add(rows)
+        return self.take_these(list(islice(self._chunks.values(), share)), states)
+
+    def take_these(
+        self, chunks: list[Chunk], states: Mapping[int, RequestState]
+    ) -> tuple[list[Chunk], Work]:
+        """Take some of them out, and their work by group."""
+        self._tally.add(_rows(chunks, states), sign=-1)
         for chunk in chunks:
             del self._chunks[chunk.request_id]
-        return chunks, taken.work()
+        return chunks, self.work_of(chunks, states)
+
+    def chunks(self) -> list[Chunk]:
+        """All of them, those that wait longest at the front."""
+        return list(self._chunks.values())
+
+    def work(self) -> Work:
+        """The work of all of them, by group."""
+        return self._tally.work()
+
+    def work_of(self, chunks: Sequence[Chunk], states: Mapping[int, RequestState]) -> Work:
+        """The work of some decodes, by group."""
+        tally = DecodeTally(self._model)
+        tally.add(_rows(chunks, states))
+        return tally.work()
+
+
+def _rows(
+    chunks: Sequence[Chunk], states: Mapping[int, RequestState]
+) -> list[tuple[int, PageTable]]:
+    return [(chunk.start, states[chunk.request_id].table) for chunk in chunks]

@@ -9,6 +9,7 @@ from mnemosyne.cache.table import PageTable
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request
 from mnemosyne.schedule.admission import AdmissionQueue, check_fits
+from mnemosyne.schedule.decode_share import DecodeShare
 from mnemosyne.schedule.growth import Growth
 from mnemosyne.schedule.in_flight import StepsInFlight
 from mnemosyne.schedule.leaves import Leaves
@@ -83,6 +84,7 @@ class Scheduler:
         self._growth = Growth(ledger, int(config.expected_tokens), self._spread.take_all_back)
         self._requests: dict[int, RequestState] = {}  # of all, those that wait included
         self._ready = ReadyDecodes(work_model)
+        self._share = DecodeShare(config, policy, predictor, self._prefill.table, depth)
         self._num_decoding = 0  # of the running ones, past their prompts
         self._released: list[int] = []
         self._in_flight = StepsInFlight(depth)
@@ -176,6 +178,7 @@ class Scheduler:
         self._prefill.clear()
         self._requests.clear()
         self._ready.clear()
+        self._share.clear()
         self._growth.stalled.clear()
         self._num_decoding = 0
         self._in_flight.clear()
@@ -205,9 +208,7 @@ class Scheduler:
         for running in admitted:
             if not self.leaves.begin(running):
                 self._prefill.add(running)
-        # decodes that gathered in one of several steps in flight would all wait for each other
-        share = -(-self._num_decoding // self.depth)
-        chunks, work = self._ready.take(share, self._requests)
+        chunks, work = self._share.take(self._ready, self._num_decoding, self._requests, now_s)
         behind_s = self._in_flight.done_s(now_s)
         prefills = self._prefill.plan(work, behind_s, delays_decodes=self._num_decoding > 0)
         for running, chunk in zip(prefills.prompts, prefills.chunks, strict=True):
