@@ -2,11 +2,12 @@
 
 Save the plans before a change and compare after it. No model and no rank runs: steps take what a
 made-up machine needs for them, and the predictor learns from that. Workloads differ in policy,
-chunk rule, groups, pages, windows, stages, lengths, arrivals, priorities and deadlines, and some
-requests are cancelled on the way. All follows from the number of the workload.
+chunk rule, groups, pages, windows, stages, lengths, arrivals, priorities and deadlines; in some
+prompts share their beginnings, in some outputs grow whose end is not known, and some requests are
+cancelled on the way. All follows from the number of the workload.
 
-Compared are, of every plan, the chunks, the groups and pages of who is admitted, and who is
-released, exactly; predicted times to nine digits.
+Compared are, of every plan, the chunks, the groups and pages of who is admitted or grew, who is
+released or set back, and what was cached, exactly; predicted times to nine digits.
 
 Usage: python tools/compare_plans.py save FILE [--workloads 40]
        python tools/compare_plans.py check FILE
@@ -39,6 +40,10 @@ COSTS = np.array([2e-3, 1e-5, 3e-9, 2e-8, 1e-4, 2e-4, 5e-6, 2e-2])  # seconds pe
 NOISE = 0.05  # standard deviation of the logarithm of a step's time
 ORDERS = ("fcfs", "edf", "lrs", "lars")  # as ever: the workloads of one number stay the same
 CANCELLED = 0.03  # share of the requests
+SOME = 0.4  # share of the workloads that share, and that grow; of the requests that grow
+NUM_STEMS = 4  # beginnings of prompts
+EXPECTED_TOKENS = 32  # of outputs whose end is not known: most are longer
+EXACT = ("chunks", "admitted", "released", "set_back", "hits")
 MOST_EVENTS = 20_000  # of one workload: plans, and steps that are back
 DIGITS = 1e-9
 
@@ -54,6 +59,9 @@ class Workload:
 
     def __init__(self, number: int) -> None:
         self._rng = rng = np.random.default_rng(number)
+        # drawn apart, so that the rest is the same with and without them
+        self._extra = extra = np.random.default_rng([number, 1])
+        self._shares, self._grows = (bool(extra.random() < SOME) for _ in range(2))
         self.depth = int(rng.choice([1, 1, 2, 4]))
         num_groups, page_size = int(rng.choice([1, 1, 2, 3])), int(rng.choice([4, 16, 128]))
         self._longest = int(rng.choice([500, 5_000, 40_000]))
@@ -66,7 +74,7 @@ class Workload:
         self._model = WorkModel(windows, num_groups)
         self.scheduler = self._scheduler(num_groups, num_pages, page_size, per_group * page_size)
         self._coming = self._requests(int(rng.integers(60, 400)))
-        self._left = {r.request_id: r.params.max_tokens for r in self._coming}
+        self._left = {r.request_id: self._num_output(r) for r in self._coming}
         self._cancelled = {i for i in self._left if rng.random() < CANCELLED}
 
     def _scheduler(
@@ -83,6 +91,7 @@ class Workload:
             max_sequences=int(rng.choice([4, 32, 200])),
             policy=str(rng.choice(ORDERS)),
             long_tokens=int(rng.choice([200, 2_000, 32_768])),
+            expected_tokens=EXPECTED_TOKENS,
         )
         return build_scheduler(
             config,
@@ -94,23 +103,41 @@ class Workload:
             predictor=predictor,
             work_model=self._model,
             depth=self.depth,
+            fingerprint=b"plans" if self._shares else None,
         )
+
+    def _num_output(self, request: Request) -> int:
+        """Tokens after which a request ends; no end was told of those that grow."""
+        room = request.max_tokens - request.num_prompt_tokens
+        return min(room, int(self._extra.integers(1, 200))) if request.is_open else room
+
+    def _prompt(self, length: int) -> np.ndarray:
+        """Ids of a prompt; where prompts share, a part of one of a few beginnings comes first."""
+        if not self._shares:
+            return np.zeros(length, dtype=np.int64)
+        stem = np.random.default_rng(int(self._extra.integers(NUM_STEMS))).integers(0, 1000, length)
+        num_own = int(self._extra.integers(length))
+        stem[length - num_own :] = self._extra.integers(0, 1000, num_own)
+        return stem
 
     def _requests(self, count: int) -> deque[Request]:
         rng = self._rng
         lengths = np.exp(rng.uniform(0, np.log(self._longest * 0.9), count)).astype(int)
         gaps = rng.exponential(float(rng.choice([0.0005, 0.005, 0.05])), count)
         num_classes = int(rng.choice([1, 1, 3]))
+        is_open = [self._grows and self._extra.random() < SOME for _ in range(count)]
+        room = self.scheduler.ledger.max_request_tokens()
         return deque(
             Request(
                 request_id=request_id,
-                prompt_ids=np.zeros(length, dtype=np.int64),
-                params=SamplingParams(max_tokens=int(rng.integers(1, 200))),
+                prompt_ids=self._prompt(length),
+                params=_params(int(rng.integers(1, 200)), room - length, is_open[request_id]),
                 seed=0,
                 end_token_ids=(),
                 arrival_s=float(arrival_s),
                 priority=int(rng.integers(num_classes)),
                 deadline_s=float(rng.uniform(0.01, 5)) if rng.random() < 0.3 else None,
+                is_open=is_open[request_id] and length < room,
             )
             for request_id, (length, arrival_s) in enumerate(
                 zip(lengths.tolist(), gaps.cumsum(), strict=True)
@@ -164,6 +191,11 @@ class Workload:
         )
 
 
+def _params(max_tokens: int, room: int, is_open: bool) -> SamplingParams:
+    """Parameters of a request, which may take all that fits if its end is not known."""
+    return SamplingParams(max_tokens=room if is_open and room > 0 else max_tokens)
+
+
 def _sweep(model: WorkModel) -> Iterator[StepWork]:
     for start in (0, 1000, 30_000):
         for tokens in (1, 32, 512):
@@ -185,6 +217,8 @@ def entry(plan: Plan) -> Entry:
         "chunks": [list(chunk) for chunk in plan.chunks],
         "admitted": [[request_id, _pages(table)] for request_id, table in plan.tables],
         "released": list(plan.released),
+        "set_back": list(plan.set_back),
+        "hits": [list(hit[:3]) for hit in plan.hits],
         "predicted_s": plan.predicted_s,
     }
 
@@ -192,7 +226,7 @@ def entry(plan: Plan) -> Entry:
 def are_equal(before: Entry | None, now: Entry | None) -> bool:
     if before is None or now is None:
         return False
-    exact = all(before[name] == now[name] for name in ("chunks", "admitted", "released"))
+    exact = all(before[name] == now[name] for name in EXACT)
     return exact and isclose(before["predicted_s"], now["predicted_s"], rel_tol=DIGITS)
 
 
