@@ -21,6 +21,7 @@ from mnemosyne.cache.leaf_file import (
     Leaf,
     Part,
     Piece,
+    Span,
     encode,
     file_name,
     parse_name,
@@ -140,15 +141,17 @@ class LeafFolder:
             wanted: layers, heads and tokens.
 
         Returns:
-            Pieces that together hold all that is wanted; None if a file is gone or damaged.
+            Pieces that together hold all that is wanted; None if a file is gone or damaged, or
+            they would not.
         """
+        named = (Part.parse(name) for name in names)
+        parts = [part for part in named if part is not None and _meet(part, wanted)]
+        # files may have come and gone between a look at the leaf and one at its parts
+        if not hold_all(parts, wanted):
+            self.forget(leaf.digest)
+            return None
         found: list[Piece] = []
-        for name in names:
-            part = Part.parse(name)
-            if part is None or not all(
-                a.common(b).size > 0 for a, b in zip(part, wanted, strict=True)
-            ):
-                continue
+        for part in parts:
             pieces = self._read_file(leaf, part, wanted)
             if pieces is None:
                 self.forget(leaf.digest)
@@ -283,13 +286,22 @@ class LeafFolder:
 def is_whole(layout: Layout, parts: Sequence[Part]) -> bool:
     """Return whether parts hold all layers, heads and tokens of a leaf; they may overlap."""
     sizes = layout.num_layers, layout.num_heads, layout.leaf_tokens
+    return hold_all(parts, Part(*(Span(0, size) for size in sizes)))
+
+
+def hold_all(parts: Sequence[Part], wanted: Part) -> bool:
+    """Return whether parts together hold all of another one; they may overlap."""
     if len(parts) == 1:
-        return all(span == (0, size) for span, size in zip(parts[0], sizes, strict=True))
+        return _covers(parts[0], wanted)
     axes = []
-    for axis, size in enumerate(sizes):
-        ends = {0, size, *(end for part in parts for end in part[axis] if end <= size)}
-        axes.append(list(pairwise(sorted(ends))))
+    for axis, span in enumerate(wanted):
+        ends = {end for part in parts for end in part[axis] if span.first < end < span.stop}
+        axes.append(list(pairwise(sorted({*span, *ends}))))
     return all(any(_covers(part, cell) for part in parts) for cell in product(*axes))
+
+
+def _meet(part: Part, other: Part) -> bool:
+    return all(a.common(b).size > 0 for a, b in zip(part, other, strict=True))
 
 
 def _covers(part: Part, cell: Iterable[tuple[int, int]]) -> bool:

@@ -67,6 +67,20 @@ def test_parts_of_several_meshes_make_a_whole() -> None:
     assert not is_whole(LAYOUT, [LEFT])
 
 
+def test_a_leaf_of_which_only_some_parts_are_named_is_not_read(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path)
+    for leaf in LEAVES[:3]:
+        for part in (LEFT, RIGHT):
+            folder.write(leaf, part, pieces_of(part), page_size=16)
+
+    # others may remove files between the look at a leaf and the look at its parts
+    assert folder.read(LEAVES[0], (), WHOLE) is None
+    assert folder.read(LEAVES[1], (str(LEFT),), WHOLE) is None
+    assert folder.read(LEAVES[2], (str(LEFT),), RIGHT) is None
+
+    assert not any(folder.has(leaf.digest) for leaf in LEAVES[:3])
+
+
 def test_what_was_used_longest_ago_goes_first_from_the_ends_of_chains(tmp_path: Path) -> None:
     one, other = chain_of_leaves(3, seed=1), chain_of_leaves(3, seed=2)
     folder = open_folder(tmp_path)
