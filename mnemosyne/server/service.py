@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing, closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -101,7 +102,7 @@ class Service:
             if kind == "completions" and is_upload(request):
                 inquiry, prompts = await self._gather(request, who)
             else:
-                inquiry, prompts = await self._inquire(request, kind)
+                inquiry, prompts = await self._inquire(request, kind, who)
             answer = Answer(f"{dialect.PREFIX}{request.state.request_id}", inquiry, prompts)
             self._accept(answer, who, request)
             response = await self._respond(answer, dialect, request, who)
@@ -147,15 +148,20 @@ class Service:
             await body.receive(request.receive, size)
             return await while_present(request.receive, self._readers.read(kind, body))
 
-    async def _inquire(self, request: Request, kind: str) -> tuple[Inquiry, list[np.ndarray]]:
+    async def _inquire(
+        self, request: Request, kind: str, who: str
+    ) -> tuple[Inquiry, list[np.ndarray]]:
         said, ids = await self.read(request, kind)
         inquiry = _inquiry(said, request)
+        self.gate.keys.take_tokens(who, len(ids))
         return inquiry, np.split(ids, np.cumsum(inquiry.num_tokens)[:-1])
 
     async def _gather(self, request: Request, who: str) -> tuple[Inquiry, list[np.ndarray]]:
         """The same of an upload in pieces, most of whose prompt is prefilled by then."""
         limit, wait_s = int(self.config.max_body), float(self.config.write_timeout)
-        upload = Upload(request.receive, limit, wait_s)
+        # tokens count as they come: they are prefilled even if the end of the upload never does
+        count = partial(self.gate.keys.take_tokens, who)
+        upload = Upload(request.receive, limit, wait_s, count)
         with closing(Body(LINE_BYTES)) as body:
             body.add(await upload.opening())
             said, _ = await self._readers.read("opening", body)
@@ -176,7 +182,6 @@ class Service:
         return replace(params, cache_salt=hashlib.sha256(salted.encode()).hexdigest())
 
     def _accept(self, answer: Answer, who: str, request: Request) -> None:
-        self.gate.keys.take_tokens(who, answer.num_prompt_tokens)
         answer.params = self._salted(answer.params, who)
         self.totals.accept(answer)
         self._answers[answer.id] = answer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Annotated, Any
 
@@ -36,10 +36,14 @@ class Upload:
         receive: of ASGI.
         limit_bytes: of all of it.
         wait_s: for its next part.
+        count: is told the number of ids of each line that is taken.
     """
 
-    def __init__(self, receive: Any, limit_bytes: int, wait_s: float) -> None:
+    def __init__(
+        self, receive: Any, limit_bytes: int, wait_s: float, count: Callable[[int], None]
+    ) -> None:
         self._receive, self._limit_bytes, self._wait_s = receive, limit_bytes, wait_s
+        self._count = count
         self._lines = self._split()
         self._number = 0
 
@@ -95,6 +99,7 @@ class Upload:
                 raise self._no_ids(vocab_size, line[:64].decode(errors="replace")) from None
             if len(ids) and ids.max() >= vocab_size:
                 raise self._no_ids(vocab_size, int(ids.max()))
+            self._count(len(ids))
             yield ids
 
     def _no_ids(self, vocab_size: int, found: object) -> ApiError:

@@ -153,3 +153,20 @@ def test_an_upload_is_as_long_as_its_parameters_leave_room(offline: LLM, live: L
     made = upload(live, {"max_tokens": 3}, *([token] for token in PROMPT)).json()
 
     assert made["choices"][0]["text"] == expected.text
+
+
+def test_tokens_of_an_upload_count_once_and_even_if_its_end_never_comes(
+    slow: tuple[Live, LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live, taken = slow[0], list[int]()
+    monkeypatch.setattr(live.service.gate.keys, "take_tokens", lambda _, count: taken.append(count))
+
+    upload(live, {"max_tokens": 2, "ignore_eos": True}, PROMPT[:1000], PROMPT[1000:])
+    whole, taken[:] = sum(taken), []
+    left = begin(live, {"max_tokens": 2}, PROMPT)
+    until(lambda: sum(taken) == len(PROMPT))
+    left.close()
+    until(lambda: live.service.gate.num_taken == 0)
+
+    assert whole == len(PROMPT) + 2
+    assert sum(taken) == len(PROMPT)
