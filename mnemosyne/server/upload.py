@@ -73,6 +73,7 @@ class Upload:
         Raises:
             ApiError: as above, and if a line is no list of ids.
             ValueError: if they are none or too many.
+            RuntimeError: if the engine ends what has come: it failed, or is drained.
             Gone: if the client left.
         """
         alone, fits = prefill_only(params), min(about.max_model_len, about.max_request_tokens)
@@ -80,8 +81,9 @@ class Upload:
         async def prefill(ids: np.ndarray) -> None:
             job = Job(job_id=f"{name}-upload", prompt_ids=ids, params=alone or params)
             async with aclosing(backend.submit(job)) as events:  # type: ignore[type-var]
-                async for _ in events:
-                    pass
+                async for event in events:
+                    if event.finish_reason in ("error", "cancelled"):
+                        raise RuntimeError(event.error or "the server ended the request")
 
         return await gather(
             self._pieces(about.vocab_size),

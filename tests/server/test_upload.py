@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import httpx
@@ -12,7 +13,8 @@ import pytest
 
 from mnemosyne.llm import LLM
 from mnemosyne.request import SamplingParams
-from mnemosyne.server.upload import LINE_BYTES
+from mnemosyne.server.backend import About, Event, Job
+from mnemosyne.server.upload import LINE_BYTES, Upload
 from tests.server.conftest import open_needle
 from tests.server.test_streams import WAIT_S, half_close, reset, until
 from tools.live_server import Live, serving
@@ -170,3 +172,57 @@ def test_tokens_of_an_upload_count_once_and_even_if_its_end_never_comes(
 
     assert whole == len(PROMPT) + 2
     assert sum(taken) == len(PROMPT)
+
+
+class Ending:
+    """A backend that ends every job with an event."""
+
+    def __init__(self, event: Event) -> None:
+        self.event, self.num_jobs = event, 0
+
+    async def submit(self, job: Job) -> AsyncIterator[Event]:
+        self.num_jobs += 1
+        yield self.event
+
+
+ABOUT = About(
+    model="x",
+    version="0",
+    vocab_size=64,
+    max_model_len=1 << 20,
+    max_request_tokens=1 << 20,
+    num_pages=1,
+    page_size=16,
+    keeps_prefixes=True,
+)
+
+
+def upload_of(*parts: bytes, count: Callable[[int], None] = lambda num_ids: None) -> Upload:
+    """An upload of parts that are there, without an end."""
+    left = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+
+    async def receive() -> dict[str, Any]:
+        return left.pop(0) if left else await asyncio.Event().wait()
+
+    return Upload(receive, 1 << 30, WAIT_S, count)
+
+
+@pytest.mark.parametrize(
+    ("event", "said"),
+    [
+        (Event(0, finish_reason="error", error="it ended the engine twice"), "engine twice"),
+        (Event(0, finish_reason="cancelled"), "the server ended the request"),
+    ],
+)
+def test_an_upload_whose_beginning_the_engine_ends_is_over(event: Event, said: str) -> None:
+    backend = Ending(event)
+
+    async def main() -> None:
+        made = upload_of(lines({}, PROMPT))
+        await made.opening()
+        with pytest.raises(RuntimeError, match=said):
+            await asyncio.wait_for(made.prompt(backend, ABOUT, SamplingParams(), "x"), WAIT_S)
+
+    asyncio.run(main())
+
+    assert backend.num_jobs == 1
