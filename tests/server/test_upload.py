@@ -226,3 +226,30 @@ def test_an_upload_whose_beginning_the_engine_ends_is_over(event: Event, said: s
     asyncio.run(main())
 
     assert backend.num_jobs == 1
+
+
+def test_a_part_of_many_short_lines_lets_others_go_on_in_between() -> None:
+    num_lines, turns, seen = 20_000, 0, list[int]()
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        made = upload_of(lines({}) + b"[5]\n" * num_lines, count=lambda _: seen.append(turns))
+        await made.opening()
+        running = [
+            asyncio.ensure_future(each)
+            for each in (made.prompt(Ending(Event(0)), ABOUT, SamplingParams(), "x"), others())
+        ]
+        while len(seen) < num_lines:
+            await asyncio.sleep(0)
+        for each in running:
+            each.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+    asyncio.run(main())
+
+    assert max(seen.count(turn) for turn in set(seen)) <= LINE_BYTES // 64
