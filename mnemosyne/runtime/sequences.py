@@ -48,9 +48,11 @@ class SequenceState:
         )
 
     def note_broken(self, position: int) -> None:
-        """Note that keys and values from a position on may not be finite."""
-        if self.broken_from is None:
-            self.broken_from = position
+        """Note that keys and values from a position on may not be finite.
+
+        A slice that is handed over broken comes to be known behind those that it broke here.
+        """
+        self.broken_from = position if self.broken_from is None else min(self.broken_from, position)
 
     def append(self, token: int, position: int) -> None:
         """Take a token that a decode brings; it was sampled by whichever rank has the head."""

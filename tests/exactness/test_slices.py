@@ -29,7 +29,8 @@ ALL = SamplingParams(
 CUTS = {"even": even, "steep": steep, "single": single, "tail": tail}
 CHUNK = 40
 BROKEN = 0  # a token whose embedding is nan where broken requests are tried
-BROKEN_AT = (3, CHUNK - 2, CHUNK + 5, 2 * CHUNK - 1)  # in slices of helping groups and of homes
+# in slices of helping groups and of homes; the last one breaks the home's slice behind it as well
+BROKEN_AT = (3, CHUNK - 2, CHUNK + 5, 2 * CHUNK - 1, CHUNK + 7)
 NEVER = {BROKEN: -100.0}  # what a request samples is its next input: none may sample the token
 
 
