@@ -8,7 +8,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def fail(future: asyncio.Future[T], error: Exception) -> None:
+def fail(future: asyncio.Future[T], error: BaseException) -> None:
     """End a future with an error, unless it was cancelled."""
     if not future.done():
         future.set_exception(error)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from itertools import islice
 from numbers import Integral
-from typing import Any, cast
+from threading import Thread
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from mnemosyne.request import Piece, SamplingParams
+from mnemosyne.serve.futures import fail, fulfil
 from mnemosyne.serve.intake import Intake
 from mnemosyne.serve.pieces import Ids, Pieces, gather, prefill_only
 from mnemosyne.serve.prompts import Prompt, PromptIds
 
+T = TypeVar("T")
 NUM_THREADS = 4  # prompts that are read at a time; one of a few words waits behind long ones else
 NUM_TAKEN = 4096  # single ids that are taken from an iterator at a time
 
@@ -58,7 +63,7 @@ class PromptThreads:
                 ids = [piece] if isinstance(piece, Integral) else piece
                 yield (await self.read(cast(Prompt, ids))).ids
             return
-        while (taken := await self._loop.run_in_executor(self._threads, _next, prompt)) is not None:
+        while (taken := await _apart(partial(_next, prompt))) is not None:
             yield (await self.read(cast(Prompt, taken))).ids
 
     async def gather(
@@ -89,6 +94,23 @@ class PromptThreads:
     def close(self) -> None:
         """End the threads once they have read what they read; whoever waits gets it."""
         self._threads.shutdown(wait=False)
+
+
+async def _apart(function: Callable[[], T]) -> T:
+    """Run a function in a thread of its own: it may wait for long, and no exit waits for it."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def run() -> None:
+        try:
+            said = partial(fulfil, future, function())
+        except BaseException as error:  # noqa: BLE001  # iterators are foreign; the loop gets it
+            said = partial(fail, future, error)
+        with suppress(RuntimeError):  # the loop was closed, nobody waits any more
+            loop.call_soon_threadsafe(said)
+
+    Thread(target=run, name="mnemosyne-pieces", daemon=True).start()
+    return await future
 
 
 def _next(prompt: Iterator[Ids]) -> Ids | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from mnemosyne.metrics import StepRecord
 from mnemosyne.request import Piece, SamplingParams
 from mnemosyne.serve.async_engine import AsyncEngine
 from mnemosyne.serve.pieces import Gathered, gather
+from mnemosyne.serve.prompt_threads import NUM_THREADS
 from tests.engines import greedy, open_tiny, pages_used, random_prompts
 from tests.model_zoo.tiny import tiny_checkpoint
 
@@ -148,6 +150,33 @@ def test_who_leaves_in_the_middle_of_a_prompt_leaves_nothing(llm: LLM) -> None:
         await until(lambda: not llm.engine.has_work)
 
     run(main, llm)
+
+
+def test_iterators_that_wait_hold_up_no_other_prompt(llm: LLM) -> None:
+    may_end, begun = threading.Event(), threading.Semaphore(0)
+
+    def waiting() -> Iterator[np.ndarray]:
+        yield PROMPT[:20]
+        begun.release()
+        may_end.wait()
+        yield PROMPT[20:]
+
+    async def main(engine: AsyncEngine) -> tuple[list[Piece], list[list[Piece]]]:
+        try:
+            slow = [
+                asyncio.create_task(collect(engine, waiting(), greedy(2)))
+                for _ in range(NUM_THREADS)
+            ]
+            for _ in range(NUM_THREADS):
+                await until(lambda: begun.acquire(blocking=False))
+            other = await asyncio.wait_for(collect(engine, PROMPT, greedy(2)), 20)
+        finally:
+            may_end.set()
+        return other, await asyncio.gather(*slow)
+
+    other, slow = run(main, llm)
+
+    assert all(tokens_of(each) == tokens_of(other) for each in slow)
 
 
 @pytest.mark.parametrize(
