@@ -66,7 +66,7 @@ class LeafCopies:
         for piece in pieces:
             pool = (self.pool.v if piece.is_value else self.pool.k)[piece.layer - self.layers.first]
             heads = slice(piece.heads.first - self.heads.first, piece.heads.stop - self.heads.first)
-            pool, rows_KND = _quick(pool), _quick(self._tensor(piece))
+            pool, rows_KND = _quick(pool), _quick(self._tensor(piece).to(pool.device))
             for first_row, first_slot, count in runs:
                 run = Span(tokens.first + first_row, tokens.first + first_row + count)
                 both = run.common(piece.tokens)

@@ -34,7 +34,7 @@ def rank(tmp_path: Path) -> Iterator[RankLeaves]:
     found.close()
 
 
-def open_rank(path: Path) -> RankLeaves:
+def open_rank(path: Path, device: str = "cpu") -> RankLeaves:
     pool = PagePool(
         num_pages=12,
         page_size=PAGE_SIZE,
@@ -42,7 +42,7 @@ def open_rank(path: Path) -> RankLeaves:
         num_kv_heads=LAYOUT.num_heads,
         head_dim=LAYOUT.head_dim,
         dtype=torch.float32,
-        device=torch.device("cpu"),
+        device=torch.device(device),
     )
     generator = torch.Generator().manual_seed(0)
     for tensor in (*pool.k, *pool.v):
@@ -63,7 +63,7 @@ def keys_at(rank: RankLeaves, pages: np.ndarray) -> torch.Tensor:
     """Keys and values of all positions, in order."""
     pool = rank._copies.pool
     slots = (torch.from_numpy(pages)[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).ravel()
-    return torch.stack([tensor[:, slots[: len(IDS)]] for tensor in (*pool.k, *pool.v)])
+    return torch.stack([tensor.cpu()[:, slots[: len(IDS)]] for tensor in (*pool.k, *pool.v)])
 
 
 def fetch_of(rank: RankLeaves) -> Fetch:
@@ -72,15 +72,16 @@ def fetch_of(rank: RankLeaves) -> Fetch:
     return Fetch(1, 0, LEAVES[0].before, digests, parts)
 
 
-def test_what_is_copied_comes_back_to_other_pages_by_pieces(tmp_path: Path) -> None:
-    first = open_rank(tmp_path)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_is_copied_comes_back_to_other_pages_by_pieces(tmp_path: Path, device: str) -> None:
+    first = open_rank(tmp_path, device)
     written = keys_at(first, PAGES)
     for leaf in LEAVES:
         first.save(save_of(leaf))
     for tensor in (*first._copies.pool.k, *first._copies.pool.v):
         tensor.zero_()  # copies were taken
     first.close()
-    second, others = open_rank(tmp_path), PAGES[::-1].copy()
+    second, others = open_rank(tmp_path, device), PAGES[::-1].copy()
     table = PageTable.on(0, others)
     before = keys_at(second, others)
 
@@ -92,6 +93,19 @@ def test_what_is_copied_comes_back_to_other_pages_by_pieces(tmp_path: Path) -> N
     restored = keys_at(second, others)
     assert torch.equal(restored[:, :, 5:], written[:, :, 5:])
     assert torch.equal(restored[:, :, :5], before[:, :, :5])  # it is there already
+
+
+def test_leaves_go_to_the_device_of_the_pages(tmp_path: Path, rank: RankLeaves) -> None:
+    for leaf in LEAVES:
+        rank.save(save_of(leaf))
+    rank.close()
+    elsewhere, table = open_rank(tmp_path, "meta"), PageTable.on(0, PAGES)
+
+    elsewhere.fetch(fetch_of(elsewhere), IDS, table)
+    count = elsewhere.restore(Restore(1, 0, 4, 0), table)
+    elsewhere.close()
+
+    assert count == 4
 
 
 def test_nothing_behind_a_leaf_that_is_not_whole_is_restored(
