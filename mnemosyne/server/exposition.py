@@ -47,7 +47,7 @@ COUNTERS = {
     "cache_skipped_leaves": "Leaves that were not written to cache.dir",
     "engine_deaths": "Engines that died under the server",
     "resumed_requests": "Requests given to a new engine after a death",
-    "condemned_requests": "Requests refused for good: they were there at two deaths",
+    "condemned_requests": "Requests refused for an hour: they were there at two deaths",
 }
 TALLIES = {
     "step_seconds": "Time of steps",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import subprocess
@@ -18,8 +19,11 @@ from mnemosyne.server.body import Body
 from mnemosyne.server.errors import FAILED, ApiError, invalid
 from mnemosyne.server.reading import Rules
 
+log = logging.getLogger(__name__)
+
 MODULE = "mnemosyne.server.reader_worker"
 STOP_S = 2.0
+AGAIN_S = 0.5  # to the next try, where no descriptor or process is to be had
 
 
 class ReaderLost(RuntimeError):
@@ -113,8 +117,17 @@ class Readers:
         task.add_done_callback(self._replacing.discard)
 
     async def _replace(self, lane: str, process: _Process) -> None:
-        await asyncio.to_thread(process.replace)  # an end and a start take milliseconds
-        self._free[lane].put_nowait(process)
+        while not self._is_closed:
+            try:
+                await asyncio.to_thread(process.replace)  # an end and a start take milliseconds
+            except OSError as error:
+                log.warning(
+                    "a reader of %s bodies cannot start (%s); it is tried again", lane, error
+                )
+                await asyncio.sleep(AGAIN_S)
+            else:
+                self._free[lane].put_nowait(process)
+                return
 
     async def close(self) -> None:
         """End the processes."""

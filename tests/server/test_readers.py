@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from contextlib import closing
 
+import pytest
+
+from mnemosyne.server import readers as room
 from mnemosyne.server.body import SMALL_BYTES, Body
 from mnemosyne.server.readers import Readers
 from mnemosyne.server.reading import Rules
@@ -56,3 +60,35 @@ def test_who_leaves_while_a_body_is_read_costs_a_process_only_if_the_body_is_lon
     assert once == (short, long)
     assert twice[0] == short
     assert twice[1] != long
+
+
+def test_a_reader_that_cannot_start_for_a_while_is_there_again_afterwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usual, refusals = socket.socketpair, [OSError(24, "Too many open files")] * 2
+
+    def socketpair() -> tuple[socket.socket, socket.socket]:
+        if refusals:
+            raise refusals.pop()
+        return usual()
+
+    async def run() -> int:
+        readers = Readers(2)
+        readers.start()
+        readers.know(RULES)
+        monkeypatch.setattr(room.socket, "socketpair", socketpair)
+        monkeypatch.setattr(room, "AGAIN_S", 0.01)
+        try:
+            with closing(body_of(1_000_000)) as body:
+                left = asyncio.create_task(readers.read("completions", body))
+                await asyncio.sleep(0.01)
+                left.cancel()
+                await asyncio.gather(left, return_exceptions=True)
+            with closing(body_of(SMALL_BYTES)) as body:
+                _, ids = await asyncio.wait_for(readers.read("completions", body), 30)
+            return len(ids)
+        finally:
+            await readers.close()
+
+    assert asyncio.run(run()) == SMALL_BYTES
+    assert not refusals
