@@ -61,9 +61,9 @@ class PageIds:
             self._move_to_front()
         self._append(request_id, pages)
 
-    def drop(self, request_id: Hashable) -> None:
-        """Forget a sequence, if it has a range."""
-        self._ranges.pop(request_id, None)
+    def drop(self, request_id: Hashable) -> bool:
+        """Forget a sequence; whether it had a range."""
+        return self._ranges.pop(request_id, None) is not None
 
     def pages(self, request_id: Hashable) -> np.ndarray:
         """The pages of a sequence, as they were entered."""

@@ -44,6 +44,7 @@ class _Window(NamedTuple):
     last: int  # page of the last row
     num_passing: int  # of them, those for which the ring has no room
     first_passing: int  # among the passing pages
+    number: int  # of the chunk, among those that pass
 
 
 def enter_rings(pool: PagePool, request_id: int, rings: Sequence[np.ndarray]) -> None:
@@ -53,10 +54,9 @@ def enter_rings(pool: PagePool, request_id: int, rings: Sequence[np.ndarray]) ->
 
 
 def drop_rings(pool: PagePool, request_id: int) -> None:
-    """Forget the rings of a request, and what its last chunk saw."""
+    """Forget the rings of a request."""
     for page_ids in pool.ring_ids:
         page_ids.drop(request_id)
-        page_ids.drop(_in_step(request_id))
 
 
 def ring_rows(
@@ -104,22 +104,26 @@ class _Kind:
 
     def lay_out(self, chunks: Sequence[RingChunk]) -> None:
         """Find the pages of every chunk, and write the ids of those that a ring cannot hold."""
-        page_size, num_passing = self._pool.page_size, 0
+        page_size, num_passing, number = self._pool.page_size, 0, 0
+        while self._page_ids.drop(_in_step(number)):  # of the step before
+            number += 1
+        number = 0
         for (chunk, _, _), ring in zip(chunks, self._rings, strict=True):
             first = max(0, chunk.start - self._size + 1) // page_size
             last = (chunk.start + chunk.num_tokens - 1) // page_size
             passing = max(0, last + 1 - first - ring.shape[1])
-            self._windows.append(_Window(first, last, passing, num_passing))
+            self._windows.append(_Window(first, last, passing, num_passing, number))
             if passing:
-                self._enter_passing(chunk.request_id, ring, self._windows[-1])
+                self._enter_passing(ring, self._windows[-1])
+                number += 1
             num_passing += passing
         assert num_passing <= self._pool.num_passing, "a step has no more rows than were told"
 
-    def _enter_passing(self, request_id: int, ring: np.ndarray, window: _Window) -> None:
+    def _enter_passing(self, ring: np.ndarray, window: _Window) -> None:
         turned = np.roll(ring, -(window.first % ring.shape[1]), axis=1)
         ids = self._pool.first_passing + window.first_passing + np.arange(window.num_passing)
         passing = np.broadcast_to(ids, (len(ring), len(ids)))
-        self._page_ids.enter(_in_step(request_id), np.concatenate([turned, passing], axis=1))
+        self._page_ids.enter(_in_step(window.number), np.concatenate([turned, passing], axis=1))
 
     def rows(
         self,
@@ -184,7 +188,7 @@ class _Kind:
         key: Hashable = chunk.request_id
         turn = window.first % ring.shape[1]
         if window.num_passing:
-            key, turn = _in_step(chunk.request_id), 0
+            key, turn = _in_step(window.number), 0
         stop, first_page = chunk.start + chunk.num_tokens, self._page_ids.first(key) + turn
         for pages in self._page_ids.pages(key)[:, turn:]:
             yield Segment(
@@ -192,6 +196,6 @@ class _Kind:
             )
 
 
-def _in_step(request_id: int) -> tuple[int, str]:
-    """Key of the pages that the last chunk of a request saw, apart from those of its ring."""
-    return request_id, "in a step"
+def _in_step(number: int) -> tuple[int, str]:
+    """Key of the pages that a chunk of the step at hand sees, if it passes some by."""
+    return number, "in a step"
