@@ -43,6 +43,7 @@ class _Write(NamedTuple):
     leaf: Leaf
     part: Part
     pieces: list[memoryview]
+    num_clears: int  # of the folder, before it was copied
 
     @property
     def num_bytes(self) -> int:
@@ -80,7 +81,9 @@ class RankLeaves:
         self._readings: dict[int, _Reading] = {}
         self._queue: queue.SimpleQueue[_Write | list[bytes] | None] = queue.SimpleQueue()
         self._queued_bytes = 0
-        self._lock = threading.Lock()
+        self._num_clears = 0
+        self._lock = threading.Lock()  # of counts
+        self._write_lock = threading.Lock()  # held while a file is written
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="mnemosyne-leaves")
         # a daemon: what is left of a process that does not close it is written no more
         self._writer = threading.Thread(
@@ -131,11 +134,18 @@ class RankLeaves:
                 continue
             pages = np.array(source.pages, dtype=np.int64)
             tokens = Span(source.first, source.stop)
-            self._put(_Write(leaf, *self._copies.copy_out(pages, source.offset, tokens)))
+            copied = self._copies.copy_out(pages, source.offset, tokens)
+            self._put(_Write(leaf, *copied, self._num_clears))
 
     def note_used(self, digests: Sequence[bytes]) -> None:
         """Note that a chain was used, once what waits is written."""
         self._queue.put(list(digests))
+
+    def clear(self) -> None:
+        """Remove all files of the model, and write nothing of what waits."""
+        with self._write_lock:
+            self._num_clears += 1
+            self.folder.clear()
 
     def fetch(self, fetch: Fetch, tokens: np.ndarray, table: PageTable) -> None:
         """Begin to read the leaves of a request.
@@ -270,10 +280,14 @@ class RankLeaves:
             if isinstance(work, list):
                 self.folder.note_used(work)
                 continue
-            is_written = self.folder.write(
-                work.leaf, work.part, work.pieces, self._copies.pool.page_size
-            )
-            self.folder.counts.leaves_skipped += not is_written
+            self._write(work)
             with self._lock:
                 self._queued_bytes -= work.num_bytes
             self.folder.renew()  # others write as well, and all of it is bounded
+
+    def _write(self, work: _Write) -> None:
+        with self._write_lock:
+            if work.num_clears == self._num_clears:
+                what = work.leaf, work.part, work.pieces
+                is_written = self.folder.write(*what, self._copies.pool.page_size)
+                self.folder.counts.leaves_skipped += not is_written

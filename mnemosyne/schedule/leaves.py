@@ -100,4 +100,4 @@ class Leaves:
         """Remove this model's files from the disk."""
         if self._saves is not None and self._disk is not None:
             self._saves.clear()
-            self._disk.folder.clear()
+            self._disk.clear()

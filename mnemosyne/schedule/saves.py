@@ -42,6 +42,9 @@ class Disk(Protocol):
     def note_used(self, digests: Sequence[bytes]) -> None:
         """Note that a chain was used."""
 
+    def clear(self) -> None:
+        """Remove all files of the model, and write nothing of what waits."""
+
 
 class Saves:
     """Leaves that are whole and not on the disk, in the order in which they came to be.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from mnemosyne.cache.leaf_copies import LeafCopies
-from mnemosyne.cache.leaf_file import Leaf, Span
+from mnemosyne.cache.leaf_file import Leaf, Span, file_name
 from mnemosyne.cache.leaf_folder import LeafFolder
 from mnemosyne.cache.leaf_storage import Storage
 from mnemosyne.cache.pages import PagePool
@@ -19,7 +21,7 @@ from mnemosyne.cache.table import PageTable
 from mnemosyne.runtime import leaves as rooms
 from mnemosyne.runtime.leaves import RankLeaves
 from mnemosyne.schedule.plan import Fetch, Restore, Save, SaveFrom
-from tests.leaves import LAYOUT, chain_of_leaves
+from tests.leaves import LAYOUT, WHOLE, chain_of_leaves
 
 PAGE_SIZE = 3
 LEAVES = chain_of_leaves(4)
@@ -148,6 +150,33 @@ def test_a_disk_that_is_too_slow_loses_leaves_and_no_time(
 
     assert rank.num_room == 0
     assert rank.folder.counts.leaves_skipped == 1
+
+
+def test_what_waits_to_be_written_is_cleared_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = open_rank(tmp_path)
+    write, began, may_end = rank.folder.write, threading.Event(), threading.Event()
+
+    def slow(*args: Any) -> bool:
+        began.set()
+        assert may_end.wait(60)
+        return write(*args)
+
+    monkeypatch.setattr(rank.folder, "write", slow)
+    for leaf in LEAVES[:3]:  # one is being written, two wait
+        rank.save(save_of(leaf))
+    assert began.wait(60)
+    clearing = threading.Thread(target=rank.clear)
+    clearing.start()
+    may_end.set()
+    clearing.join()
+    rank.save(save_of(LEAVES[3]))
+    rank.close()
+
+    files = [path.name for path in tmp_path.glob("*.safetensors")]
+    assert files == [file_name(LAYOUT, LEAVES[3].digest, WHOLE)]
+    assert rank.folder.counts.leaves_skipped == 0
 
 
 def test_an_idle_rank_sees_what_others_wrote(

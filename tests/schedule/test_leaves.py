@@ -38,6 +38,9 @@ class FakeDisk:
     def note_used(self, digests: Sequence[bytes]) -> None:
         self.folder.note_used(digests)
 
+    def clear(self) -> None:
+        self.folder.clear()
+
     def write(self, plan: Plan | None) -> list[int]:
         """Write what a plan saves; the positions where those leaves begin."""
         for save in plan.saves if plan is not None else ():
