@@ -146,10 +146,23 @@ def test_a_nan_beyond_the_window_is_cleared_though_the_request_ends_well(tmp_pat
         output = llm.generate(BROKEN_PROMPT, greedy(4, logit_bias=NEVER))[0]
         assert not is_cache_finite(llm)
 
-        llm.generate(PROMPTS[0], greedy(1, logit_bias=NEVER))
+        llm.generate(PROMPTS[1], greedy(1, logit_bias=NEVER))  # too short to write over it
 
         assert output.finish_reason == "length"
         assert is_cache_finite(llm)
+
+
+def test_a_nan_that_a_ring_had_no_room_for_is_cleared_with_its_step(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path / "windowed", family="mistral", window=8)
+    with open_tiny(path, chunk=128) as llm:
+        model_of(llm).embed.weight[BROKEN] = torch.nan
+        pool, end = pool_of(llm), BROKEN_AT // PAGE_SIZE
+        assert pool.num_passing > end >= pool.kinds.ring(pool.kinds.windows[0])
+
+        llm.generate(BROKEN_PROMPT, greedy(1, logit_bias=NEVER))
+
+        first = pool.first_passing * PAGE_SIZE
+        assert all(bool(t[:, first:].isfinite().all()) for t in (*pool.k, *pool.v))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

@@ -10,7 +10,7 @@ import pytest
 
 from mnemosyne.request import Sampled, SamplingParams
 from mnemosyne.runtime.executor import MeshExecutor
-from mnemosyne.schedule.plan import Plan, StepResult
+from mnemosyne.schedule.plan import Plan, Restore, StepResult
 from mnemosyne.serve.defaults import GenerationDefaults
 from mnemosyne.serve.engine import Engine
 from mnemosyne.serve.intake import Intake
@@ -87,3 +87,20 @@ def test_a_step_is_over_when_every_group_has_answered() -> None:
 
     assert len(under_way) == 3 * 6
     assert token_ids == [7, 7]
+
+
+def test_a_leaf_is_whole_where_it_is_on_every_rank() -> None:
+    plan = Plan(0, (), restores=(Restore(5, 0, 4, 0), Restore(6, 2, 3, 0)))
+    crew = LaterStages(num_groups=1)
+    crew._answers.extend([StepResult(0, restored={5: n, 6: 1}) for n in (4, 2, 3)])
+    executor = MeshExecutor(
+        FirstStage(),  # type: ignore[arg-type]
+        crew,
+        num_groups=1,
+        num_stages=1,
+        num_ranks=3,
+    )
+
+    executor.submit(plan)
+
+    assert executor.collect().restored == {5: 2, 6: 1}

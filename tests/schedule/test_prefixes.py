@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mnemosyne.cache.kinds import PageKinds
 from mnemosyne.config import ScheduleConfig, SloConfig
 from mnemosyne.request import Request, SamplingParams
 from mnemosyne.schedule.build_scheduler import build_scheduler
@@ -19,6 +20,7 @@ LONG = 40  # tokens: ten pages
 
 def make_scheduler(num_groups: int = 1, num_pages: int = 100, **config) -> Scheduler:
     per_group = config.pop("max_tokens_per_group", num_pages * PAGE_SIZE)
+    windows = config.pop("windows", [None])
     return build_scheduler(
         ScheduleConfig(**{"chunk": 16, "policy": "lars", **config}),
         SloConfig(ttft_scale=2.0, ttft_min=0.001),
@@ -27,8 +29,9 @@ def make_scheduler(num_groups: int = 1, num_pages: int = 100, **config) -> Sched
         page_size=PAGE_SIZE,
         max_tokens_per_group=per_group,
         predictor=Rates(1e-3),
-        work_model=WorkModel([None], num_groups),
+        work_model=WorkModel(windows, num_groups),
         fingerprint=b"model",
+        kinds=PageKinds.of(windows, PAGE_SIZE),
     )
 
 
@@ -199,6 +202,17 @@ def test_pages_from_a_broken_step_on_are_never_shared():
     scheduler.add(make_request(1, range(LONG)))
 
     assert starts_of(step(scheduler)) == {1: 16}
+
+
+def test_windows_that_went_on_after_a_step_broke_are_never_kept():
+    scheduler = make_scheduler(windows=[8, 8])
+    scheduler.add(make_request(0, range(LONG)))
+    step(scheduler)
+    step(scheduler, broken=(0,))  # its ring holds later tokens than those of its whole pages
+    scheduler.release(0)
+    scheduler.add(make_request(1, range(LONG)))
+
+    assert starts_of(step(scheduler)) == {1: 0}
 
 
 def test_filled_pages_hold_anything_and_are_not_shared():
