@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -13,12 +12,11 @@ from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from mnemosyne.request import NUM_SEEDS, SamplingParams
 from mnemosyne.server.backend import About, Event, Job, Status
 from mnemosyne.server.condemned import Condemned
 from mnemosyne.server.link import Link
 from mnemosyne.server.sources import Engine, EngineEndedError, Source
-from mnemosyne.server.task import Task
+from mnemosyne.server.task import Task, completed
 from mnemosyne.server.trial import MOST_DEATHS, judge
 from mnemosyne.server.words import (
     Beat,
@@ -82,6 +80,7 @@ class RemoteBackend:
         self._clearing: list[asyncio.Future[int]] = []
         self._folder: TemporaryDirectory[str] | None = None  # of a tokenizer that has no other
         self._is_ending = False
+        self._having: asyncio.Future[None] | None = None  # engines, one after the other
         self._is_empty = asyncio.Event()
         self._is_empty.set()
         self._counts = {"engine_deaths": 0, "resumed_requests": 0, "condemned_requests": 0}
@@ -92,8 +91,14 @@ class RemoteBackend:
         Raises:
             EngineEndedError: if there is none and trying again is no use.
         """
+        self._having = asyncio.ensure_future(self._run())
         try:
-            await self._run()
+            await self._having
+        except asyncio.CancelledError:
+            if not self._is_ending:
+                raise
+            for task in list(self._tasks.values()):
+                task.fail("the server ended")
         finally:
             if self._folder is not None:
                 self._folder.cleanup()
@@ -142,7 +147,7 @@ class RemoteBackend:
     async def submit(self, job: Job) -> AsyncIterator[Event]:
         """Serve a job (see ``Backend``)."""
         self._condemned.check(job)
-        task = Task(next(self._numbers), job, await self._completed(job))
+        task = Task(next(self._numbers), job, completed(job, await self.about()))
         self._tasks[task.number] = task
         self._is_empty.clear()
         num_running = job.params.n
@@ -186,6 +191,8 @@ class RemoteBackend:
         if self._link is not None:
             self._link.put(encode(End()))
             await self._link.flush()
+        elif self._having is not None:
+            self._having.cancel()  # one that is not ready has no job, and may never come
 
     # One engine, from its start to its death.
 
@@ -320,16 +327,6 @@ class RemoteBackend:
         self._condemned.add(task.job)
         log.error("request %s ended the engine twice and is refused", task.job.job_id)
         task.fail("the request ended the engine twice, and is refused for an hour")
-
-    async def _completed(self, job: Job) -> SamplingParams:
-        """The parameters with all that an engine would choose for itself."""
-        params, about = job.params, await self.about()
-        if params.max_tokens is None:
-            room = min(about.max_model_len, about.max_request_tokens) - len(job.prompt_ids)
-            params = replace(params, max_tokens=max(1, room, params.min_tokens))
-        if params.seed is None:
-            params = replace(params, seed=secrets.randbelow(NUM_SEEDS))
-        return params
 
     def _refuse(self, task: Task, reason: str) -> None:
         if task.num_tokens:  # its reader has been given some of it already

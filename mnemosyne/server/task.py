@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+import secrets
+from dataclasses import dataclass, field, replace
 
-from mnemosyne.request import SamplingParams
+from mnemosyne.request import NUM_SEEDS, SamplingParams
 from mnemosyne.serve.unread import Unread
-from mnemosyne.server.backend import Event, Job
+from mnemosyne.server.backend import About, Event, Job
 
 PROOF_TOKENS = 2  # new ones that a request must get to be cleared: of its prefill and a decode
 
@@ -109,3 +110,14 @@ class Task:
         if self.error is not None:
             raise self.error
         return self._unread.take()
+
+
+def completed(job: Job, about: About) -> SamplingParams:
+    """The parameters of a job with all that an engine would choose for itself."""
+    params = job.params
+    if params.max_tokens is None:
+        room = min(about.max_model_len, about.max_request_tokens) - len(job.prompt_ids)
+        params = replace(params, max_tokens=max(1, room, params.min_tokens))
+    if params.seed is None:
+        params = replace(params, seed=secrets.randbelow(NUM_SEEDS))
+    return params

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterator
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,12 +16,13 @@ from mnemosyne.llm import LLM
 from mnemosyne.request import RequestOutput, SamplingParams
 from mnemosyne.schedule.plan import Plan
 from mnemosyne.server.backend import Event, Job
+from mnemosyne.server.link import Link
 from mnemosyne.server.remote import RemoteBackend
 from mnemosyne.server.words import Events, Refused
 from tests.engines import WrappedExecutor, open_tiny, pages_used, random_prompts
 from tests.model_zoo.tiny import tiny_checkpoint
-from tests.server.fronts import MIXED, Stream, assert_same, jobs_of, read
-from tests.server.in_process import InProcessRanks, front_of
+from tests.server.fronts import MIXED, Stream, assert_same, jobs_of, read, running_front
+from tests.server.in_process import InProcessEngine, InProcessRanks, front_of
 
 T = TypeVar("T")
 LONG = SamplingParams(max_tokens=900)
@@ -272,3 +275,38 @@ def test_words_of_jobs_that_nobody_has_are_none(llm: LLM) -> None:
             return await reader
 
     assert_same(run(main()), expected(llm, jobs)[0])
+
+
+class NotReady:
+    """A source of an engine that does not come, or comes and does not get ready."""
+
+    def __init__(self, *, comes: bool) -> None:
+        self._comes = comes
+        self.is_asked, self.is_left = False, False
+
+    @asynccontextmanager
+    async def engine(self) -> AsyncIterator[InProcessEngine]:
+        self.is_asked = True
+        ours, theirs = socket.socketpair()
+        with theirs:
+            link = await Link.over(ours)
+            try:
+                if not self._comes:
+                    await asyncio.Event().wait()
+                yield InProcessEngine(link, asyncio.ensure_future(asyncio.sleep(0, True)))
+            finally:
+                link.close()
+                self.is_left = True
+
+
+@pytest.mark.parametrize("comes", [False, True])
+def test_a_front_ends_though_its_engine_is_not_ready(comes: bool) -> None:
+    source = NotReady(comes=comes)
+
+    async def main() -> None:
+        async with running_front(source):
+            await until(lambda: source.is_asked)
+
+    run(main(), 20)
+
+    assert source.is_left
