@@ -25,6 +25,7 @@ class TellingBackend:
             max_request_tokens=ledger.max_request_tokens(),
             num_pages=ledger.num_pages,
             page_size=ledger.page_size,
+            keeps_prefixes=ledger.shares,
         )
 
     def status(self) -> Status:
