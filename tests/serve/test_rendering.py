@@ -188,7 +188,7 @@ def test_the_process_ends_with_its_template() -> None:
 @pytest.mark.parametrize(
     "messages",
     [object(), [{"content": b"a"}], float, [{"content": {1, 2}}], [{("a",): 1}]],
-    ids=repr,
+    ids=["an object", "bytes", "a type", "a set", "a key"],
 )
 def test_messages_that_are_no_json_are_refused(messages: Any) -> None:
     assert "must be plain JSON data" in refusal(ECHO, messages)
