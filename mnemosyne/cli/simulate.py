@@ -6,7 +6,8 @@ import json
 import logging
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -50,9 +51,9 @@ def simulate(config: SimulateConfig) -> int:
 
         is_known = all(arrival.hash_ids for arrival in arrivals)
         simulation = build_simulation(config, shape, on_step=record, shares=is_known)
-        logging.getLogger("mnemosyne.serve.records").setLevel(logging.WARNING)  # of each miss
         started_s = time.perf_counter()
-        outputs = simulation.run(arrivals)
+        with misses_unsaid():
+            outputs = simulation.run(arrivals)
         wall_s = time.perf_counter() - started_s
     report = make_report(arrivals, outputs, long_tokens=config.schedule.max_short_tokens)
     told = report.as_json()
@@ -75,6 +76,18 @@ def simulate(config: SimulateConfig) -> int:
     if config.plot:
         draw_plot(config.plot, records, config.schedule.target_tbt_s)
     return OK
+
+
+@contextmanager
+def misses_unsaid() -> Iterator[None]:
+    """Keep the cache miss of each long prompt out of the log: a trace has thousands."""
+    logger = logging.getLogger("mnemosyne.serve.records")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def print_report(report: Report, config: SimulateConfig, simulation: Simulation) -> None:

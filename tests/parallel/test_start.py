@@ -33,8 +33,8 @@ from mnemosyne.parallel.start import started_rank
 from mnemosyne.process import Terminated
 
 with started_rank(int(os.environ["RANK"])) as termination:
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         time.sleep(1000)
     except Terminated:
         sys.exit("stopped" if termination.came else "?")

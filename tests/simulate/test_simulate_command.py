@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from importlib import resources
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def test_a_run_is_told_in_a_table_and_in_files(
     assert "bench on 1 h100 (pp 1, kvp 1, tp 1)" in printed.out
     assert "TTFT" in printed.out
     assert told["requests"]["all"]["count"] == 20
+    assert logging.getLogger("mnemosyne.serve.records").level == logging.NOTSET, "others log on"
     assert told["requests"]["short"]["count"] + told["requests"]["long"]["count"] == 20
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert len(output.read_text().splitlines()) == 20
