@@ -29,11 +29,15 @@ class LocalExecutor:
         self._results: deque[StepResult] = deque()
 
     def submit(self, plan: Plan) -> None:
-        """Run a step; ``collect`` gives its result. Without memory for it, it is a failed one."""
+        """Run a step; ``collect`` gives its result, a failed one without memory for its rows.
+
+        Where memory does not suffice to copy or restore pages, those of requests without rows in
+        the step may be wrong: the error is raised.
+        """
         try:
             result = self.worker.run(plan)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not (_is_out_of_memory(error) and self.worker.has_followed(plan)):
                 raise
             log.warning("memory ran out in step %d: %s", plan.index, error)
             reason = (

@@ -83,11 +83,16 @@ class Worker:
         self._sequences: dict[int, SequenceState] = {}
         self._expected: deque[Plan] = deque()  # announced, and not run yet
         self._tables: dict[int, PageTable] = {}  # as of the last of them
+        self._followed: int | None = None  # the last step whose changes were followed to the end
 
     @property
     def pool(self) -> PagePool:
         """The KV cache of this rank."""
         return self._pool
+
+    def has_followed(self, plan: Plan) -> bool:
+        """Return whether all that a step changes is done, be its rows computed or not."""
+        return self._followed == plan.index
 
     def expect(self, plan: Plan) -> None:
         """Take notice of a coming step, so that its input arrives while another is computed.
@@ -124,6 +129,7 @@ class Worker:
             self._leaves.save_all(plan)  # before pages change hands
         self._apply(plan)
         restored = self._leaves.follow(plan, self._sequences) if self._leaves is not None else {}
+        self._followed = plan.index
         result = StepResult(plan.index)
         if plan.chunks:
             hidden_TE, inputs, is_finite_T, came_broken = self._forward(plan)

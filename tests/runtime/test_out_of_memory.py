@@ -55,6 +55,28 @@ def failures() -> list[BaseException]:
     return found
 
 
+@pytest.mark.parametrize("name", ["copy", "clear"])
+def test_pages_that_cannot_be_copied_or_cleared_end_no_step_in_silence(
+    name: str, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [output.token_ids for output in llm.generate(PROMPTS, greedy(20))]
+    worker = worker_of(llm)
+
+    def fail(plan: Plan) -> None:
+        getattr(worker.pool, name)([], [])
+
+    def run_out(*pages: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.pool, name, run_out)
+        patch.setattr(worker, "_apply", before(worker._apply, fail))
+        with pytest.raises(MemoryError):
+            llm.generate(PROMPTS, greedy(20))
+
+    assert [output.token_ids for output in llm.generate(PROMPTS, greedy(20))] == expected
+
+
 @pytest.mark.parametrize("failure", failures(), ids=lambda error: type(error).__name__)
 def test_the_requests_of_the_step_end_and_those_that_wait_are_served(
     failure: BaseException, llm: LLM, monkeypatch: pytest.MonkeyPatch
